@@ -1,0 +1,245 @@
+"""Settings: a file of plain assignments plus the command line -> one checked settings object per network of the sweep."""
+
+import argparse
+import ast
+import difflib
+import itertools
+import os
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+GLOBAL_SETTINGS = ROOT / 'conf' / 'global_settings.py'
+
+
+class BadInput(ValueError):
+    """A mistake in what the user gave; its text is one line that names the thing and the mend."""
+
+
+def _integer(low):
+    return f'an integer of at least {low}', lambda value: value if type(value) is int and value >= low else None
+
+
+def _number(text, test):
+    def check(value):
+        is_number = type(value) in (int, float) and abs(value) <= 1e300  # False for NaN and inf too
+        return float(value) if is_number and test(value) else None
+
+    return text, check
+
+
+def _choice(*values):
+    return 'one of ' + ', '.join(values), lambda value: value if value in values else None
+
+
+def _milestones(value):
+    value = list(value) if type(value) in (list, tuple) else None
+    if value is None or any(type(epoch) is not int or epoch < 1 for epoch in value):
+        return None
+    return value if value == sorted(set(value)) else None
+
+
+_BOOLEAN = ('True or False', lambda value: value if type(value) is bool else None)
+_TEXT = ('a non-empty text', lambda value: value if type(value) is str and value and '\0' not in value else None)
+
+# Each knob's rule: what it must be, and a function from a value to the value as it is used, or None where it is refused.
+RULES = {
+    'dataset_name': _choice('MNIST', 'FashionMNIST', 'SVHN', 'CIFAR10', 'CIFAR100', 'digits'),
+    'data_dir': _TEXT,
+    'normalize': _BOOLEAN,
+    'network': _TEXT,
+    'depth': _integer(1),
+    'width': _integer(1),
+    'kernel_size': _integer(1),
+    'stride': _integer(1),
+    'padding': _integer(0),
+    'bias': _BOOLEAN,
+    'loss': _choice('MSE', 'CE', 'L1'),
+    'epochs': _integer(0),
+    'batch_size': _integer(1),
+    'lr': _number('a number above 0', lambda value: value > 0),
+    'milestones': ('a list of increasing epochs, as [60, 120, 160]', _milestones),
+    'lr_decay': _number('a number above 0', lambda value: value > 0),
+    'momentum': _number('a number from 0 to below 1', lambda value: 0 <= value < 1),
+    'weight_decay': _number('a number of at least 0', lambda value: value >= 0),
+    'early_stop_epoch': _integer(0),
+    'early_stop_accuracy': _number('a number from 0 to 1', lambda value: 0 <= value <= 1),
+    'seed': _integer(0),
+    'device': _TEXT,
+    'precision': _choice('auto', 'float32', 'tf32', 'bf16'),
+    'delta': _number('a number between 0 and 1', lambda value: 0 < value < 1),
+    'gamma': _number('a number above 0', lambda value: value > 0),
+    'eval_every': _integer(1),
+    'checkpoint_every': _integer(1),
+    'results_dir': _TEXT,
+}
+FOLDERS = ('data_dir', 'results_dir')
+NOT_SWEPT = (*FOLDERS, 'milestones')  # a list in one of these is not a sweep
+
+
+def _check(name, value):
+    """The knob's checked value, or the list of its checked values where it is swept. Raises BadInput."""
+    text, check = RULES[name]
+    if name in NOT_SWEPT or not isinstance(value, (list, tuple)):
+        if (checked := check(value)) is None:
+            raise BadInput(f'{name} = {value!r}: must be {text}')
+        return checked
+    if not value:
+        raise BadInput(f'{name} = []: an empty sweep; give at least one value, each {text}')
+    values = []
+    for entry in value:
+        if (checked := check(entry)) is None:
+            raise BadInput(f'{name} = {list(value)!r}: {entry!r} must be {text}')
+        if checked in values:
+            raise BadInput(f'{name} = {list(value)!r}: {entry!r} is listed twice')
+        values.append(checked)
+    return values
+
+
+def closest(name, names):
+    """' (did you mean X?)' where one of `names` is close to `name`, else ''."""
+    close = difflib.get_close_matches(name, names, 1)
+    return f' (did you mean {close[0]}?)' if close else ''
+
+
+def read_settings(path):
+    """The assignments of one settings file, as {knob: checked value}. Raises BadInput."""
+    if not os.path.isfile(path):
+        raise BadInput(f'{path}: no such settings file')
+    try:
+        values = runpy.run_path(str(path))
+    except (Exception, SystemExit) as error:
+        line = getattr(error, 'lineno', None) or error.__traceback__.tb_lineno
+        for frame in _frames(error.__traceback__):
+            if frame.tb_frame.f_code.co_filename == str(path):
+                line = frame.tb_lineno
+        raise BadInput(f'{path}, line {line}: {type(error).__name__}: {error}') from None
+    settings = {}
+    for name, value in values.items():
+        if name.startswith('__'):
+            continue
+        if name not in RULES:
+            raise BadInput(f'{path}: unknown setting {name}{closest(name, RULES)}')
+        try:
+            settings[name] = _check(name, value)
+        except BadInput as error:
+            raise BadInput(f'{path}: {error}') from None
+    return settings
+
+
+def _frames(traceback):
+    while traceback:
+        yield traceback
+        traceback = traceback.tb_next
+
+
+def load_settings(path=GLOBAL_SETTINGS, flags=None):
+    """One settings object per network of the sweep, in the order of the product.
+
+    Args:
+        path: settings file; what it does not set is taken from conf/global_settings.py.
+        flags: {knob: value} of the command line, which win.
+    Returns:
+        (sweep, runs): `sweep` is {knob: value}, lists where swept; `runs` is a list of namespaces with every knob as a
+        scalar and `name`, the run's folder: CONV-3-200, followed by the values of what else the sweep varies.
+    Raises:
+        BadInput: unknown or misspelled settings, wrong types and ranges.
+    """
+    sweep = read_settings(GLOBAL_SETTINGS)
+    if missing := [name for name in RULES if name not in sweep]:
+        raise BadInput(f'{GLOBAL_SETTINGS}: the setting {missing[0]} is missing; put its line back')
+    if Path(path).resolve() != GLOBAL_SETTINGS:
+        sweep |= read_settings(path)
+    sweep |= {name: _check(name, value) for name, value in (flags or {}).items()}
+
+    swept = {name: value if name not in NOT_SWEPT and isinstance(value, list) else [value] for name, value in sweep.items()}
+    varied = [name for name in swept if len(swept[name]) > 1 and name not in ('network', 'depth', 'width')]
+    runs = []
+    for values in itertools.product(*swept.values()):
+        run = SimpleNamespace(**dict(zip(swept, values)))
+        run.name = f'{run.network}-{run.depth}-{run.width}'
+        run.name += ''.join(f'-{name}{getattr(run, name)}'.replace('/', '_') for name in varied)
+        runs.append(run)
+    return sweep, runs
+
+
+def comments():
+    """{knob: the comment on its line in conf/global_settings.py}."""
+    source = GLOBAL_SETTINGS.read_text()
+    lines = source.splitlines()
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            line = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
+            found[node.targets[0].id] = line.partition('#')[2].strip()
+    return found
+
+
+def settings_text(sweep, header):
+    """A settings file that repeats this launch: `header` (lines) as comments, then a line per knob with its comment."""
+    about = comments()
+    lines = [f'# {line}' for line in header] + ['']
+    lines += [f'{name} = {sweep[name]!r}  # {about.get(name, "")}'.rstrip(' #') for name in RULES]
+    return '\n'.join(lines) + '\n'
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(message)
+
+
+class _Once(argparse.Action):
+    """Stores the flag's value; a flag given twice is refused, since one of the two would silently be lost."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if hasattr(namespace, self.dest):
+            parser.error(f'{option_string} is given twice')
+        if self.type is _literal and self.dest != 'milestones' and len(values) == 1:
+            values = values[0]
+        setattr(namespace, self.dest, values)
+
+
+def _literal(text):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def parse_command_line(argv=None):
+    """The command line as (options, flags): a namespace of what is not a knob, and {knob: value}. Raises BadInput."""
+    parser = _Parser(
+        prog='train.py',
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        description='Train the networks of a settings file and log, at every epoch, each generalization bound.',
+        epilog='Several values of a knob are a sweep: --depth 3 4 --width 200 600 trains four networks.',
+    )
+    add = parser.add_argument
+    add('--settings', metavar='FILE', action=_Once, help='settings file (default: conf/global_settings.py)')
+    add('--results-path', metavar='DIR', action=_Once, help='results folder to make, to resume or to plot')
+    add('--resume', action='store_true', help='go on from the checkpoints in --results-path')
+    add('--run', metavar='K', type=int, action=_Once, help='train only the K-th network of the sweep, counted from 1')
+    add('--prepare', action='store_true', help='check everything, make the results folder, print it and the number of networks')
+    add('--plot', action='store_true', help='draw figure.png of --results-path from what is logged so far')
+    knobs = parser.add_argument_group('knobs', 'the settings of conf/global_settings.py, each with its comment there')
+    about = comments() if GLOBAL_SETTINGS.is_file() else {}
+    for name in RULES:
+        flags = dict.fromkeys([f'--{name.replace("_", "-")}', f'--{name}'])
+        kind = str if name in FOLDERS else _literal
+        several = None if name in FOLDERS else '*' if name == 'milestones' else '+'
+        help_text = about.get(name, '').replace('%', '%%')
+        knobs.add_argument(*flags, dest=name, type=kind, nargs=several, metavar='X', action=_Once, help=help_text)
+
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        raise BadInput(f'unknown argument {unknown[0]}{closest(unknown[0], known)}; see python train.py --help')
+    given = vars(options)
+    flags = {name: given.pop(name) for name in RULES if name in given}
+    for name in FOLDERS:  # on the command line a folder is relative to where the command is given
+        if name in flags:
+            flags[name] = os.path.abspath(flags[name])
+    defaults = {'settings': None, 'results_path': None, 'resume': False, 'run': None, 'prepare': False, 'plot': False}
+    return SimpleNamespace(**(defaults | given)), flags

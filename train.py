@@ -1,0 +1,443 @@
+"""Train CONV-L-H networks and log, at every epoch, the errors, the generalization gap and each generalization bound.
+
+python train.py                                     the paper's run: CONV-3-200 on MNIST
+python train.py --settings conf/digits.py           the quick start, offline and in under a minute
+python train.py --depth 3 4 --width 200 600         a sweep of four networks
+python train.py --results-path results/7 --resume   go on with what was interrupted
+python train.py --results-path results/7 --plot     draw figure.png from what is logged so far
+"""
+
+import contextlib
+import datetime
+import functools
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import parametrize
+from tqdm import tqdm
+
+from conf import GLOBAL_SETTINGS, ROOT, BadInput, load_settings, parse_command_line, settings_text
+from models import get_network
+from utils import (
+    BOUNDS,
+    COLUMNS,
+    classification_margins,
+    evaluate_bounds,
+    load_checkpoint,
+    load_dataset,
+    locked,
+    margin_error,
+    measure_data,
+    metrics_text,
+    new_results_folder,
+    plot_figure,
+    save_checkpoint,
+    trace_layers,
+    write_file,
+)
+
+LOSSES = {'MSE': F.mse_loss, 'CE': F.cross_entropy, 'L1': F.l1_loss}  # of outputs and one-hot targets
+
+# Images per forward pass of an evaluation: on a CPU few enough that activations stay in its cache.
+EVAL_BATCH = {'cpu': 32, 'cuda': 1000}
+
+# What may change when a run is resumed, since the numbers do not depend on it.
+FREE = ('epochs', 'device', 'data_dir', 'results_dir', 'checkpoint_every')
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM. No Exception, so that nothing on its way takes it for a failure of its own."""
+
+
+class Diverged(Exception):
+    """The loss or a weight became NaN or infinite."""
+
+
+stop = SimpleNamespace(deferred=False, signal=None)
+
+
+def on_signal(number, frame):
+    """Ends the program here, or, while a network is being trained, at the next `check_stop`. A second one kills."""
+    signal.signal(number, signal.SIG_DFL)
+    stop.signal = number
+    if not stop.deferred:
+        raise Interrupted
+
+
+def check_stop():
+    if stop.signal:
+        raise Interrupted
+
+
+@contextlib.contextmanager
+def deferred_stop():
+    """Lets a signal wait for the next `check_stop`, where weights, optimizer and step count fit together."""
+    stop.deferred = True
+    try:
+        yield
+    finally:
+        stop.deferred = False
+    check_stop()
+
+
+def choose_device(name):
+    """The torch.device of the setting `device`; raises BadInput where this machine does not have it."""
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        device = None
+    if device is None or device.type not in EVAL_BATCH:
+        raise BadInput(f'device = {name!r}: not on this machine; use auto, cpu, cuda or cuda:N')
+    return device
+
+
+def choose_precision(name, device):
+    """Sets how float32 products are computed on CUDA, and returns whether training runs in bfloat16."""
+    if name == 'tf32' and device.type != 'cuda':
+        raise BadInput("precision = 'tf32': a CPU has no TF32; use auto, float32 or bf16")
+    fp32 = 'tf32' if device.type == 'cuda' and name in ('auto', 'tf32') else 'ieee'
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = fp32
+    return name == 'bf16'
+
+
+def learning_rate(settings, epoch):
+    """The learning rate of an epoch, counted from 1: times lr_decay after each milestone."""
+    return settings.lr * settings.lr_decay ** sum(epoch > milestone for milestone in settings.milestones)
+
+
+@torch.no_grad()
+def evaluate(net, images, labels, targets, loss):
+    """The mean loss and the margins (m,) of a network on a whole set."""
+    outputs = []
+    with parametrize.cached():
+        for batch in images.split(EVAL_BATCH[images.device.type]):
+            check_stop()
+            outputs.append(net(batch))
+    outputs = torch.cat(outputs).double()
+    return loss(outputs, targets.double()).item(), classification_margins(outputs, labels)
+
+
+def graphed(step, optimizer, batch_size, device):
+    """The training step as a CUDA graph, called as the step is.
+
+    The first steps are plain ones, to set up kernels, workspaces and momentum; so is that of an uneven last batch. A graph
+    holds the learning rate as a constant, so it is captured anew when that changes.
+    """
+    indices_of_graph = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    graph, graph_lr, plain_steps = None, None, 0
+
+    def call(indices):
+        nonlocal graph, graph_lr, plain_steps
+        if plain_steps < 3 or len(indices) < batch_size:
+            step(indices)
+            plain_steps += 1
+            return
+        lr = optimizer.param_groups[0]['lr']
+        if lr != graph_lr:
+            graph, graph_lr = torch.cuda.CUDAGraph(), lr
+            with torch.cuda.graph(graph):
+                step(indices_of_graph)
+        indices_of_graph.copy_(indices)
+        graph.replay()
+
+    return call
+
+
+def restore(path, settings, net, optimizer, state):
+    """Puts a checkpoint into the network, its optimizer and the state. Raises BadInput where it does not fit."""
+    checkpoint = load_checkpoint(path, next(net.parameters()).device)
+    try:
+        for name, value in vars(settings).items():
+            if name not in (*FREE, 'name') and checkpoint['settings'][name] != value:
+                raise BadInput(f'{path}: was trained with {name} = {checkpoint["settings"][name]!r}, not {value!r}')
+        net.load_state_dict(checkpoint['network'])
+        groups = optimizer.state_dict()['param_groups']
+        optimizer.load_state_dict({'state': checkpoint['momentum'], 'param_groups': groups})
+        for weight, entry in optimizer.state.items():
+            if entry['momentum_buffer'].shape != weight.shape:
+                raise ValueError
+        state.update({name: checkpoint['state'][name] for name in state})
+        if any(set(row) != set(COLUMNS) for row in state['rows']):
+            raise BadInput(f'{path}: was logged with other columns than BOUNDS gives now; launch it anew')
+    except BadInput:
+        raise
+    except Exception:  # the content may be anything
+        raise BadInput(f'{path}: not a checkpoint of {settings.name}; move it away to train this network anew') from None
+
+
+def early_stop(settings, rows):
+    """Whether the run does not learn: its training accuracy was too low at the last three evaluations."""
+    late = settings.early_stop_epoch and rows and rows[-1]['epoch'] >= settings.early_stop_epoch
+    return bool(late) and len(rows) > 3 and all(1 - row['train_error'] < settings.early_stop_accuracy for row in rows[-3:])
+
+
+def report(row):
+    """A row of metrics.csv in words short enough for a line; bounds as powers of 2, as on the figure's axis."""
+
+    def level(column):
+        name, value = column.removesuffix('_bound').replace('_', ' '), row[column]
+        return f'{name} 2^{math.log2(value):.1f}' if column.endswith('_bound') and 0 < value < math.inf else f'{name} {value:.3g}'
+
+    errors = f'train {row["train_error"]:.4f} test {row["test_error"]:.4f} gap {row["generalization_gap"]:+.4f}'
+    return f'{errors} | {" ".join(level(column) for column in BOUNDS)}'
+
+
+def train(settings, dataset, folder, device):
+    """Trains one network to its last epoch, from its checkpoint in `folder` where there is one, logging as it goes.
+
+    Raises:
+        BadInput: the checkpoint is missing, damaged or of other settings.
+        Interrupted: after a checkpoint was written.
+        Diverged: the last good checkpoint is kept.
+        OSError: the results cannot be written; the last checkpoint is kept.
+    """
+    bf16 = choose_precision(settings.precision, device)
+    torch.manual_seed(settings.seed)
+    net = get_network(settings, dataset.input_shape, dataset.num_classes).to(device, memory_format=torch.channels_last)
+    rates = {'lr': settings.lr, 'momentum': settings.momentum, 'weight_decay': settings.weight_decay}
+    optimizer = torch.optim.SGD(net.parameters(), **rates, fused=True)
+    loss, images = LOSSES[settings.loss], dataset.train_images
+    one_hot = torch.eye(dataset.num_classes, device=device)
+    train_targets, test_targets = one_hot[dataset.train_labels], one_hot[dataset.test_labels]
+    steps = -(-len(images) // settings.batch_size)
+
+    state = {'epoch': 0, 'step': 0, 'rows': [], 'train_seconds': 0.0}  # the epoch that is under way, and its steps done
+    checkpoint_path, metrics_path = folder / 'model.pt', folder / 'metrics.csv'
+    if checkpoint_path.exists():
+        restore(checkpoint_path, settings, net, optimizer, state)
+    elif metrics_path.exists() and metrics_path.read_text().count('\n') > 1:
+        raise BadInput(f'{checkpoint_path}: is missing; put it back, or move {folder} away to train this network anew')
+    write_file(metrics_path, (','.join(COLUMNS) + '\n' + metrics_text(state['rows'])).encode())
+    data = measure_data(net, images)
+    loss_sum = torch.zeros((), device=device)  # NaN from the first batch on whose loss is
+
+    def train_step(indices):
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            outputs = net(images[indices])
+        batch_loss = loss(outputs.float(), train_targets[indices])
+        batch_loss.backward()
+        optimizer.step()
+        loss_sum.add_(batch_loss.detach())
+
+    step = graphed(train_step, optimizer, settings.batch_size, device) if device.type == 'cuda' else train_step
+
+    def train_epoch(epoch):
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate(settings, epoch)
+        order = torch.from_numpy(np.random.default_rng((settings.seed, epoch)).permutation(len(images))).to(device)
+        start = time.perf_counter()
+        try:
+            for indices in order.split(settings.batch_size)[state['step'] :]:
+                check_stop()
+                step(indices)
+                state['step'] += 1
+                bar.update(1 / steps)
+            require_finite(loss_sum)  # waits for the device
+        finally:
+            state['train_seconds'] += time.perf_counter() - start
+
+    def evaluate_epoch(epoch):
+        start = time.perf_counter()
+        train_loss, margins = evaluate(net, images, dataset.train_labels, train_targets, loss)
+        test_loss, test_margins = evaluate(net, dataset.test_images, dataset.test_labels, test_targets, loss)
+        train_error, test_error = margin_error(margins, 0), margin_error(test_margins, 0)
+        require_finite(*net.parameters(), margins)
+        row = {'epoch': epoch, 'lr': learning_rate(settings, max(epoch, 1))}
+        row |= {'train_loss': train_loss, 'test_loss': test_loss, 'train_error': train_error, 'test_error': test_error}
+        row |= {'generalization_gap': test_error - train_error}
+        row |= {'train_margin_error': margin_error(margins, settings.gamma)}
+        row |= evaluate_bounds(net, data, margins, settings.delta, settings.gamma)
+        row |= {'train_seconds': state['train_seconds'], 'eval_seconds': time.perf_counter() - start}
+        state['train_seconds'] = 0.0
+        return row
+
+    def save():
+        require_finite(loss_sum, *net.parameters())
+        momentum = optimizer.state_dict()['state']
+        saved = {'settings': vars(settings), 'network': net.state_dict(), 'momentum': momentum, 'state': state}
+        save_checkpoint(checkpoint_path, saved)
+
+    shape = '{desc} {percentage:3.0f}%|{bar:20}| epoch {n:.2f}/{total} [{elapsed}<{remaining}]{postfix}'
+    begun = max(0.0, state['epoch'] - 1 + state['step'] / steps)
+    terminal = sys.stdout.isatty()
+    bar = tqdm(
+        desc=settings.name, total=settings.epochs, initial=begun, bar_format=shape, dynamic_ncols=True, disable=not terminal
+    )
+    with bar, deferred_stop():
+        try:
+            while (epoch := state['epoch']) <= settings.epochs and not early_stop(settings, state['rows']):
+                if epoch > 0:
+                    train_epoch(epoch)
+                row = None
+                if epoch % settings.eval_every == 0 or epoch == settings.epochs:
+                    row = evaluate_epoch(epoch)
+                    state['rows'].append(row)
+                state['epoch'], state['step'] = epoch + 1, 0
+                if epoch % settings.checkpoint_every == 0 or epoch == settings.epochs:
+                    save()
+                if row:
+                    with open(metrics_path, 'a') as file:
+                        file.write(metrics_text([row]))
+                    if terminal:
+                        bar.set_postfix_str(report(row))
+                    else:
+                        print(f'{settings.name} epoch {epoch}/{settings.epochs} lr {row["lr"]:g} {report(row)}', flush=True)
+        except Interrupted:
+            save()
+            raise
+
+
+def require_finite(*tensors):
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise Diverged
+
+
+def launch_header(device):
+    """What a launch's settings file says of where it came from, as lines."""
+
+    def git(*arguments):
+        command = subprocess.run(['git', '-C', ROOT, *arguments], capture_output=True, text=True)
+        return command.stdout.strip() if command.returncode == 0 else None
+
+    try:
+        commit = git('rev-parse', 'HEAD') or 'unknown'
+        commit += ' with uncommitted changes' if git('status', '--porcelain', '--untracked-files=no') else ''
+    except OSError:
+        commit = 'unknown, git is not installed'
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads'
+    return [
+        'The settings of this launch; python train.py --settings with this file repeats it.',
+        f'date: {datetime.datetime.now().astimezone().isoformat(timespec="seconds")}',
+        f'versions: Python {platform.python_version()}, torch {torch.__version__}',
+        f'device: {device}, {name}',
+        f'commit: {commit}',
+    ]
+
+
+@functools.lru_cache(maxsize=1)
+def get_dataset(name, data_dir, normalize, device):
+    return load_dataset(name, os.environ.get('DATA_DIR') or ROOT / data_dir, normalize, device)
+
+
+def get_inputs(settings):
+    """A run's device and its dataset, which is held on the device once for all runs in a row that share it."""
+    device = choose_device(settings.device)
+    return device, get_dataset(settings.dataset_name, settings.data_dir, settings.normalize, device)
+
+
+def check(settings):
+    """Raises BadInput for all that can be seen to be wrong before training: device, data, depth, and what no bound covers."""
+    device, dataset = get_inputs(settings)
+    choose_precision(settings.precision, device)
+    with torch.device('meta'):
+        net = get_network(settings, dataset.input_shape, dataset.num_classes)
+    trace_layers(net, dataset.input_shape)
+
+
+def train_all(runs, folder):
+    """Trains one network after the other and draws the figure after each. Returns 1 if one of them diverged, else 0."""
+    status = 0
+    for settings in runs:
+        device, dataset = get_inputs(settings)
+        print(
+            f'{folder / settings.name}: {dataset.name}, {len(dataset.train_images)} training and {len(dataset.test_images)} '
+            f'test images, on {device}',
+            flush=True,
+        )
+        (folder / settings.name).mkdir(exist_ok=True)
+        with locked(folder / settings.name / '.lock', wait=False) as free:
+            if not free:
+                raise BadInput(f'{folder / settings.name}: another process is training this network; let it end first')
+            try:
+                train(settings, dataset, folder / settings.name, device)
+            except Diverged:
+                mend = f'its last good checkpoint is kept; launch it anew with an lr below {settings.lr:g}'
+                print(f'train.py: error: {settings.name}: the loss became NaN or infinite; {mend}', file=sys.stderr)
+                status = 1
+        draw(folder)
+    return status
+
+
+def draw(folder):
+    try:
+        path = plot_figure(folder, [run.name for run in load_settings(folder / 'global_settings.py')[1]])
+        print(f'drew {path}' if path else f'{folder}: nothing is logged yet, so no figure was drawn')
+    except ImportError:
+        print('no figure was drawn, since matplotlib is not installed: pip install matplotlib')
+
+
+def run(options, flags):
+    """Does what the command line says. Returns the exit status."""
+    folder = options.folder
+    if options.resume or options.plot:
+        option = '--plot' if options.plot else '--resume'
+        if folder is None:
+            raise BadInput(f'{option} needs the folder: --results-path DIR')
+        if options.settings:
+            raise BadInput(f"{option} takes the folder's own settings; leave --settings out")
+        if not (folder / 'global_settings.py').is_file():
+            raise BadInput(f'{folder}: not a results folder, it has no global_settings.py')
+        if changed := [name for name in flags if name not in FREE]:
+            raise BadInput(f'{option} keeps the setting {changed[0]}; only {", ".join(FREE)} may change')
+        options.settings = folder / 'global_settings.py'
+    elif folder and folder.exists():
+        raise BadInput(f'{folder}: exists already; add --resume to go on with it, or name a new folder')
+    if options.plot:
+        draw(folder)
+        return 0
+
+    sweep, runs = load_settings(options.settings or GLOBAL_SETTINGS, flags)
+    if options.run is not None and not 1 <= options.run <= len(runs):
+        raise BadInput(f'--run {options.run}: the sweep has the networks 1 to {len(runs)}')
+    chosen = runs if options.run is None else [runs[options.run - 1]]
+    for settings in chosen:
+        check(settings)
+    if folder is None:
+        folder = options.folder = Path(os.path.relpath(new_results_folder(ROOT / sweep['results_dir'])))
+    elif not options.resume:
+        folder.mkdir(parents=True)
+    if flags or not options.resume:
+        write_file(folder / 'global_settings.py', settings_text(sweep, launch_header(choose_device(runs[0].device))).encode())
+    if options.prepare:
+        print(len(runs), folder)
+        return 0
+    return train_all(chosen, folder)
+
+
+def main(argv=None):
+    """Runs the command line. Returns 0, 1 where a run failed, 2 for bad input, 128 + signal where it was stopped."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    options = SimpleNamespace(folder=None)
+    try:
+        options, flags = parse_command_line(argv)
+        options.folder = Path(options.results_path) if options.results_path else None
+        return run(options, flags)
+    except BadInput as error:
+        print(f'train.py: error: {error}', file=sys.stderr)
+        return 2
+    except Interrupted:
+        resume = f'; go on with: python train.py --results-path {options.folder} --resume' if options.folder else ''
+        print(f'train.py: stopped by {signal.Signals(stop.signal).name}{resume}', file=sys.stderr)
+        return 128 + stop.signal
+    except OSError as error:
+        print(f'train.py: error: {error}; what was trained up to the last checkpoint is kept', file=sys.stderr)
+        return 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())
