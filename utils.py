@@ -293,7 +293,7 @@ def load_dataset(name, data_dir, normalize=False, device='cpu'):
             raise BadInput(f'{path}: holds no {part} images')
         if labels.max() >= num_classes:
             raise BadInput(f'{path}: label {labels.max()} is out of range; {name} has the labels 0 to {num_classes - 1}')
-        pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device).float().div_(largest)
+        pixels = torch.from_numpy(images.copy()).to(device).float().div_(largest)
         setattr(dataset, f'{part}_images', pixels.contiguous(memory_format=torch.channels_last))
         setattr(dataset, f'{part}_labels', torch.from_numpy(labels.astype(np.int64)).to(device))
     dataset.input_shape = tuple(dataset.train_images.shape[1:])

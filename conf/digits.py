@@ -2,5 +2,5 @@
 
 dataset_name = 'digits'
 width = 32
-epochs = 60
-milestones = [40, 50]
+epochs = 150
+milestones = [100, 130]
