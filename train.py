@@ -188,8 +188,9 @@ def report(row):
     """A row of metrics.csv in words short enough for a line; bounds as powers of 2, as on the figure's axis."""
 
     def level(column):
-        name, value = column.removesuffix('_bound').replace('_', ' '), row[column]
-        return f'{name} 2^{math.log2(value):.1f}' if column.endswith('_bound') and 0 < value < math.inf else f'{name} {value:.3g}'
+        value, is_bound = row[column], column.endswith('_bound')
+        text = f'2^{math.log2(value):.1f}' if is_bound and 0 < value < math.inf else f'{value:.3g}'
+        return f'{column.removesuffix("_bound").replace("_", " ")} {text}'
 
     errors = f'train {row["train_error"]:.4f} test {row["test_error"]:.4f} gap {row["generalization_gap"]:+.4f}'
     return f'{errors} | {" ".join(level(column) for column in BOUNDS)}'
