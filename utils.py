@@ -139,13 +139,15 @@ def read_cifar(archive, folder, members, label_bytes):
             # Read in one pass and by exact name, never unpacked, so that neither links nor `..` matter.
             wanted = {f'{folder}/{member}': member for member in members}
             total = 0
-            with tarfile.open(archive, 'r|gz') as tar:
+            with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode='r|') as tar:
                 for entry in tar:
                     total += entry.size
                     if total > MAX_BYTES:
                         raise BadInput('unpacks to more than this dataset has')
                     if entry.isreg() and (name := os.path.normpath(entry.name)) in wanted:
                         found[wanted[name]] = tar.extractfile(entry).read()
+                if len(stream.read(2**20)) == 2**20:  # to the end, where gzip checks its checksum
+                    raise BadInput('goes on after its last member')
         for member in members:
             if member not in found:
                 raise BadInput(f'has no {folder}/{member}')

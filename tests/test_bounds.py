@@ -113,8 +113,11 @@ def test_measures_by_hand(tiny):
     assert classification_margins(outputs, torch.tensor([1, 0])).tolist() == [16, -7]
 
 
-def test_bounds_by_hand(tiny):
+@pytest.mark.parametrize('scale', [1, 1e-9])  # with small filters the terms show that do not grow with the weights
+def test_bounds_by_hand(tiny, scale):
     net, images = tiny
+    with torch.no_grad():
+        net[0].weight.mul_(scale)
     margins = classification_margins(net(images), torch.tensor([1, 0]))
     row = evaluate_bounds(net, measure_data(net, images), margins, DELTA, GAMMA)
     sqrt, log = math.sqrt, math.log
@@ -122,15 +125,15 @@ def test_bounds_by_hand(tiny):
     def tail(r, delta=0.1):
         return 3 * sqrt(log(2 * (r + 2) ** 2 / delta) / 4)
 
-    rho, rho_T, rho_21 = sqrt(5 * 29), sqrt(20 * 29), 9 * sqrt(5)
-    s_1, s_2 = sqrt(5), sqrt((29 + sqrt(477)) / 2)
+    rho, rho_T, rho_21 = scale * sqrt(5 * 29), scale * sqrt(20 * 29), scale * 9 * sqrt(5)
+    s_1, s_2 = scale * sqrt(5), sqrt((29 + sqrt(477)) / 2)
     ours = 2 * sqrt(2) * (rho + 1) / (0.5 * 2) * (1 + sqrt(2 * (2 * log(2) + log(4) + log(2)))) * sqrt(4 * 9) + tail(rho)
     golowich = 2 * sqrt(2) * (rho_T + 1) / (0.5 * 2) * (1 + sqrt(2 * (2 * log(2) + log(2)))) * sqrt(15) + tail(rho_T)
     sedghi = 2 * sqrt(s_1 * s_2) * sqrt(24 / 2) + sqrt(log(10) / 2)
-    C_1, C_2 = 8 * sqrt(7.5) * s_2 * 3, 8 * sqrt(7.5) * s_1 * 9
+    C_1, C_2 = 8 * sqrt(7.5) * s_2 * 3 * scale, 8 * sqrt(7.5) * s_1 * 9
     R = 2 + 12 / sqrt(2) * sqrt(log(32)) * (math.ceil(C_1 ** (2 / 3)) + math.ceil(C_2 ** (2 / 3))) ** 1.5
     graf = 2 * R + 3 * sqrt(log(20) / 4)
-    q_1, q_2 = 2 * sqrt(10) * 5 * 3 * 2, 2 * sqrt(10) * s_1 * sqrt(29)
+    q_1, q_2 = 2 * sqrt(10) * 5 * 3 * scale * 2, 2 * sqrt(10) * s_1 * sqrt(29)
     Q = (q_1 ** (2 / 3) + q_2 ** (2 / 3)) ** 1.5
     R = 2 + 768 * Q / sqrt(2) * sqrt(math.log2(32 * max(q_1 * 8, q_2 * 2) * 4 + 7 * 8 * 2)) * log(2)
     ledent = 2 * R + 3 * sqrt(log(20) / 4)
@@ -376,6 +379,7 @@ def test_extreme_weights_give_a_number_or_inf(digits, scales):
     margins = torch.zeros(1437)
     row = evaluate_bounds(net, data, margins)
     assert not any(math.isnan(value) for value in row.values()), row
+    assert (row['rho'] == 0) == (0 in scales)
     with torch.no_grad():
         for _ in range(9):  # deep enough for the products to overflow
             net.insert(0, nn.ReLU())
