@@ -221,6 +221,8 @@ def train(settings, dataset, folder, device):
         restore(checkpoint_path, settings, net, optimizer, state)
     elif metrics_path.exists() and metrics_path.read_text().count('\n') > 1:
         raise BadInput(f'{checkpoint_path}: is missing; put it back, or move {folder} away to train this network anew')
+    if state['epoch'] > settings.epochs or early_stop(settings, state['rows']):
+        print(f'{settings.name}: finished already')
     write_file(metrics_path, (','.join(COLUMNS) + '\n' + metrics_text(state['rows'])).encode())
     data = measure_data(net, images)
     loss_sum = torch.zeros((), device=device)  # NaN from the first batch on whose loss is

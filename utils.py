@@ -16,6 +16,7 @@ import struct
 import tarfile
 import urllib.request
 import uuid
+import warnings
 import zlib
 from collections import namedtuple
 from pathlib import Path
@@ -763,7 +764,9 @@ def load_checkpoint(path, device):
     """The dictionary that `save_checkpoint` wrote, tensors on the device. Raises BadInput where it is damaged or newer."""
     mend = 'move it away to train this network anew'
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of a file that is no checkpoint; the refusal says so
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
     except PermissionError:
         raise BadInput(f'{path}: no permission to read it') from None
     except Exception:  # torch raises whatever a damaged or a hostile file leads it to

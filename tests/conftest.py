@@ -18,6 +18,7 @@ from utils import load_dataset, read_metrics  # noqa: E402
 
 torch.set_num_threads(1)
 DIGITS = ('--settings', str(ROOT / 'conf' / 'digits.py'))
+SMALL = ('--settings', str(ROOT / 'tests' / 'small.py'))
 TIMINGS = ('train_seconds', 'eval_seconds')
 
 

@@ -56,10 +56,11 @@ def add_member(tar, name, content, kind=tarfile.REGTYPE, target=''):
     tar.addfile(entry, io.BytesIO(content))
 
 
+CIFAR10_BATCHES = [f'data_batch_{i}.bin' for i in range(1, 6)] + ['test_batch.bin']
 CIFAR = {
-    'CIFAR10': ('cifar-10-binary.tar.gz', 'cifar-10-batches-bin', [*(f'data_batch_{i}.bin' for i in range(1, 6)), 'test_batch.bin']),
+    'CIFAR10': ('cifar-10-binary.tar.gz', 'cifar-10-batches-bin', CIFAR10_BATCHES),
     'CIFAR100': ('cifar-100-binary.tar.gz', 'cifar-100-binary', ['train.bin', 'test.bin']),
-}  # fmt: skip
+}
 
 
 def make_cifar(data_dir, name, unpacked=False):

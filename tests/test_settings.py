@@ -1,0 +1,173 @@
+"""Settings files and the command line: what they mean, and one clear line for each mistake."""
+
+import math
+
+import pytest
+from conftest import DIGITS, ROOT, run
+
+import train
+from conf import GLOBAL_SETTINGS, RULES, BadInput, comments, load_settings, settings_text
+
+
+def main(*arguments):
+    return train.main([str(argument) for argument in arguments])
+
+
+def refused(capsys, tmp_path, *arguments):
+    """The one line with which train.py refuses; it leaves no results folder behind."""
+    assert main(*arguments) == 2
+    stdout, stderr = capsys.readouterr()
+    assert stderr.startswith('train.py: error: ') and stderr.count('\n') == 1 and stdout == ''
+    assert not list(tmp_path.glob('results*'))
+    return stderr
+
+
+def test_the_papers_table():
+    sweep, runs = load_settings()
+    assert [run.name for run in runs] == ['CONV-3-200']
+    expected = {'dataset_name': 'MNIST', 'batch_size': 32, 'lr': 0.01, 'milestones': [60, 120, 160], 'lr_decay': 0.1}
+    expected |= {'momentum': 0.9, 'weight_decay': 3e-3, 'epochs': 500, 'loss': 'MSE', 'kernel_size': 2, 'bias': False}
+    assert {name: sweep[name] for name in expected} == expected
+    rates = [train.learning_rate(runs[0], epoch) for epoch in (1, 60, 61, 120, 121, 160, 161, 500)]
+    assert rates == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
+
+
+def test_every_knob_has_a_comment():
+    assert set(comments()) == set(RULES) and all(comments().values())
+
+
+def test_sweep_is_a_product_with_a_folder_each():
+    flags = {'depth': [3, 4], 'width': [8, 16], 'seed': [0, 1], 'weight_decay': [0.003, 0], 'lr': [0.1]}
+    _, runs = load_settings(flags=flags)
+    assert len(runs) == 16 == len({run.name for run in runs})
+    assert runs[0].name == 'CONV-3-8-weight_decay0.003-seed0' and runs[-1].name == 'CONV-4-16-weight_decay0.0-seed1'
+    assert (runs[-1].depth, runs[-1].width, runs[-1].seed, runs[-1].weight_decay, runs[-1].lr) == (4, 16, 1, 0, 0.1)
+
+
+def test_resolved_settings_repeat_the_launch(tmp_path):
+    sweep, runs = load_settings(ROOT / 'conf' / 'digits.py', {'depth': [2, 3], 'milestones': [], 'lr': 1})
+    path = tmp_path / 'global_settings.py'
+    path.write_text(settings_text(sweep, ['date: today']))
+    assert load_settings(path) == (sweep, runs)
+    assert path.read_text().startswith('# date: today\n') and '# L, the number of hidden convolutions' in path.read_text()
+
+
+def test_help_lists_every_knob_with_its_comment(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main('--help')
+    text = ' '.join(capsys.readouterr().out.split())
+    assert caught.value.code == 0
+    for name, comment in comments().items():
+        assert f'--{name.replace("_", "-")}' in text and ' '.join(comment.split()) in text
+
+
+WRONG_VALUES = {
+    'depth': ['0', '-1', '2.5', 'three', 'None', 'nan', 'True'],
+    'width': ['0', '1e3', '-8'],
+    'kernel_size': ['0', '2.0'],
+    'stride': ['0'],
+    'padding': ['-1'],
+    'batch_size': ['0', '32.0'],
+    'epochs': ['-1', 'inf'],
+    'lr': ['0', '-0.1', 'nan', 'inf', '1e999', 'fast'],
+    'lr_decay': ['0', 'nan'],
+    'momentum': ['1', '-0.1', 'nan'],
+    'weight_decay': ['-1', 'inf'],
+    'milestones': ['60 60', '120 60', '0', '1.5', 'x'],
+    'early_stop_epoch': ['-1', 'never'],
+    'early_stop_accuracy': ['2'],
+    'seed': ['-1', '0.5'],
+    'delta': ['0', '1', 'nan'],
+    'gamma': ['0', '-1', 'inf'],
+    'eval_every': ['0'],
+    'checkpoint_every': ['0'],
+    'normalize': ['yes', '1', '0'],
+    'bias': ['no'],
+    'dataset_name': ['mnist', 'ImageNet', '3'],
+    'network': ['RESNET', '3'],
+    'loss': ['mse', 'hinge'],
+    'precision': ['fp16', '32'],
+    'device': ['gpu', 'cuda:99', 'meta', '3'],
+}
+
+
+@pytest.mark.parametrize('name', WRONG_VALUES)
+def test_wrong_values_are_named(capsys, tmp_path, name):
+    for value in WRONG_VALUES[name]:
+        line = refused(capsys, tmp_path, *DIGITS, '--results-dir', tmp_path / 'results', f'--{name}', *value.split())
+        assert name in line, value
+        if name != 'milestones':
+            line = refused(capsys, tmp_path, *DIGITS, '--results-dir', tmp_path / 'results', f'--{name}', value, '1')
+            assert name in line, value
+
+
+COMMANDS = {
+    'misspelled flag': (['--widht', '8'], 'unknown argument --widht (did you mean --width?)'),
+    'flag without value': (['--depth'], '--depth'),
+    'flag given twice': (['--depth', '3', '--depth', '4'], '--depth is given twice'),
+    'flag given twice in both spellings': (['--batch-size', '3', '--batch_size', '4'], '--batch_size is given twice'),
+    'listed twice': (['--seed', '0', '1', '0'], '0 is listed twice'),
+    'no such file': (['--settings', 'gone.py'], 'gone.py: no such settings file'),
+    'resume without folder': (['--resume'], '--results-path DIR'),
+    'plot without folder': (['--plot'], '--results-path DIR'),
+    'resume of nothing': (['--resume', '--results-path', 'gone'], 'gone: not a results folder'),
+    'plot of nothing': (['--plot', '--results-path', 'gone'], 'gone: not a results folder'),
+    'a network beyond the sweep': ([*DIGITS, '--run', '2'], '--run 2: the sweep has the networks 1 to 1'),
+    'network zero': ([*DIGITS, '--run', '0'], '--run 0'),
+    'no number': ([*DIGITS, '--run', 'x'], '--run'),
+    'too deep': ([*DIGITS, '--depth', '3', '8'], 'an image of 8x8 allows at most 7 convolutions'),
+    'too deep with stride': ([*DIGITS, '--stride', '2', '--depth', '4'], 'allows at most 3 convolutions'),
+    'bias': ([*DIGITS, '--bias', 'True'], '0 (ParametrizedConv2d) has a bias'),
+    'tf32 on a CPU': ([*DIGITS, '--precision', 'tf32', '--device', 'cpu'], 'tf32'),
+}
+
+
+@pytest.mark.parametrize('case', COMMANDS)
+def test_wrong_command_lines(capsys, tmp_path, case):
+    arguments, message = COMMANDS[case]
+    assert message in refused(capsys, tmp_path, *arguments, '--results-dir', tmp_path / 'results')
+
+
+FILES = {
+    'misspelled': ('widht = 3', 'unknown setting widht (did you mean width?)'),
+    'unknown': ('import math\nwidth = 3', 'unknown setting math'),
+    'syntax': ('width = 3\nwidth == = 3', 'line 2: SyntaxError'),
+    'exception': ('width = 3\n\nwidth = 1 / 0', 'line 3: ZeroDivisionError'),
+    'exit': ('exit(3)', 'line 1: SystemExit'),
+    'type': ('width = "8"', "width = '8': must be an integer of at least 1"),
+    'nan': ('lr = float("nan")', 'lr = nan: must be a number above 0'),
+    'empty sweep': ('depth = []', 'depth = []: an empty sweep'),
+    'twice': ('depth = [3, 4, 3]', '3 is listed twice'),
+    'nested': ('depth = [[3, 4]]', 'depth'),
+    'swept folder': ('data_dir = ["a", "b"]', 'data_dir'),
+    'binary': ('width = 3\0', 'settings.py'),
+    'huge': ('lr = 10**400', 'lr'),
+}
+
+
+@pytest.mark.parametrize('case', FILES)
+def test_wrong_settings_files(capsys, tmp_path, case):
+    content, message = FILES[case]
+    path = tmp_path / 'settings.py'
+    path.write_text(content)
+    line = refused(capsys, tmp_path, '--settings', path, '--results-dir', tmp_path / 'results')
+    assert message in line and str(path) in line
+
+
+def test_a_line_missing_in_the_global_settings(tmp_path, monkeypatch):
+    path = tmp_path / 'global_settings.py'
+    path.write_text(GLOBAL_SETTINGS.read_text().replace('\nwidth = 200', '\n'))
+    monkeypatch.setattr('conf.GLOBAL_SETTINGS', path)
+    with pytest.raises(BadInput, match='the setting width is missing'):
+        load_settings(path)
+
+
+def test_refusal_in_a_process_of_its_own(tmp_path):
+    status, stdout, stderr = run('--depth', '3', '--widht', '8', '--results-dir', tmp_path / 'results')
+    assert (status, stdout, stderr.count('\n')) == (2, '', 1) and 'did you mean --width?' in stderr
+    assert not (tmp_path / 'results').exists()
+
+
+def test_values_are_checked_as_what_they_will_be_used_as():
+    assert load_settings(flags={'lr': 1})[1][0].lr == 1.0 and type(load_settings(flags={'lr': 1})[0]['lr']) is float
+    assert math.isclose(load_settings(flags={'weight_decay': 0})[1][0].weight_decay, 0)
