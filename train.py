@@ -67,8 +67,11 @@ stop = SimpleNamespace(deferred=False, signal=None)
 
 
 def on_signal(number, frame):
-    """Ends the program here, or, while a network is being trained, at the next `check_stop`. A second one kills."""
-    signal.signal(number, signal.SIG_DFL)
+    """Ends the program here, or, while a network is being trained, at the next `check_stop`.
+
+    A second SIGINT kills. A second SIGTERM does not: batch systems send it to a script and to its children alike.
+    """
+    signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
     stop.signal = number
     if not stop.deferred:
         raise Interrupted
@@ -128,6 +131,21 @@ def evaluate(net, images, labels, targets, loss):
             outputs.append(net(batch))
     outputs = torch.cat(outputs).double()
     return loss(outputs, targets.double()).item(), classification_margins(outputs, labels)
+
+
+def make_step(net, optimizer, loss, images, targets, loss_sum, bf16):
+    """The training step: a function of the indices (B,) of a batch's samples that adds the batch's loss to loss_sum."""
+
+    def step(indices):
+        optimizer.zero_grad()
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            outputs = net(images.index_select(0, indices))
+        batch_loss = loss(outputs.float(), targets.index_select(0, indices))
+        batch_loss.backward()
+        optimizer.step()
+        loss_sum.add_(batch_loss.detach())
+
+    return step
 
 
 def graphed(step, optimizer, batch_size, device):
@@ -227,15 +245,7 @@ def train(settings, dataset, folder, device):
     data = measure_data(net, images)
     loss_sum = torch.zeros((), device=device)  # NaN from the first batch on whose loss is
 
-    def train_step(indices):
-        optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            outputs = net(images[indices])
-        batch_loss = loss(outputs.float(), train_targets[indices])
-        batch_loss.backward()
-        optimizer.step()
-        loss_sum.add_(batch_loss.detach())
-
+    train_step = make_step(net, optimizer, loss, images, train_targets, loss_sum, bf16)
     step = graphed(train_step, optimizer, settings.batch_size, device) if device.type == 'cuda' else train_step
 
     def train_epoch(epoch):
@@ -406,6 +416,8 @@ def run(options, flags):
     sweep, runs = load_settings(options.settings or GLOBAL_SETTINGS, flags)
     if options.run is not None and not 1 <= options.run <= len(runs):
         raise BadInput(f'--run {options.run}: the sweep has the networks 1 to {len(runs)}')
+    if options.prepare and options.run is not None:
+        raise BadInput('--prepare makes the folder of a whole sweep; leave --run out')
     chosen = runs if options.run is None else [runs[options.run - 1]]
     for settings in chosen:
         check(settings)

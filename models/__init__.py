@@ -1,9 +1,9 @@
 """The networks. Adding one is one file here and one entry in NETWORKS."""
 
 from conf import BadInput, closest
-from models.convnet_wn import convnet_wn
+from models.convnet_wn import convnet
 
-NETWORKS = {'CONV': convnet_wn}  # the setting `network` -> function of (settings, input_shape, num_classes)
+NETWORKS = {'CONV': convnet}  # the setting `network` -> function of (settings, input_shape, num_classes)
 
 
 def get_network(settings, input_shape, num_classes):

@@ -26,7 +26,7 @@ def weight_norm(layer):
     return layer
 
 
-def convnet_wn(settings, input_shape, num_classes):
+def convnet(settings, input_shape, num_classes):
     """CONV-`depth`-`width` as an nn.Sequential, with PyTorch's default initialization.
 
     Args:
