@@ -38,7 +38,7 @@ from utils import (
     locked,
     margin_error,
     measure_data,
-    metrics_text,
+    metrics_line,
     new_results_folder,
     plot_figure,
     save_checkpoint,
@@ -187,19 +187,20 @@ def restore(path, settings, net, optimizer, state):
         for weight, entry in optimizer.state.items():
             if entry['momentum_buffer'].shape != weight.shape:
                 raise ValueError
-        state.update({name: checkpoint['state'][name] for name in state})
-        if any(set(row) != set(COLUMNS) for row in state['rows']):
+        if checkpoint['state']['columns'] != COLUMNS:
             raise BadInput(f'{path}: was logged with other columns than BOUNDS gives now; launch it anew')
+        state.update({name: checkpoint['state'][name] for name in state})
     except BadInput:
         raise
     except Exception:  # the content may be anything
         raise BadInput(f'{path}: not a checkpoint of {settings.name}; move it away to train this network anew') from None
 
 
-def early_stop(settings, rows):
-    """Whether the run does not learn: its training accuracy was too low at the last three evaluations."""
-    late = settings.early_stop_epoch and rows and rows[-1]['epoch'] >= settings.early_stop_epoch
-    return bool(late) and len(rows) > 3 and all(1 - row['train_error'] < settings.early_stop_accuracy for row in rows[-3:])
+def ended(settings, state):
+    """Whether the last epoch is done, or the run does not learn: too low a training accuracy at the last three evaluations."""
+    hopeless = [1 - error < settings.early_stop_accuracy for error in state['recent_errors']]
+    late = settings.early_stop_epoch and state['epoch'] > settings.early_stop_epoch
+    return state['epoch'] > settings.epochs or bool(late and len(hopeless) == 3 and all(hopeless))
 
 
 def report(row):
@@ -233,15 +234,16 @@ def train(settings, dataset, folder, device):
     train_targets, test_targets = one_hot[dataset.train_labels], one_hot[dataset.test_labels]
     steps = -(-len(images) // settings.batch_size)
 
-    state = {'epoch': 0, 'step': 0, 'rows': [], 'train_seconds': 0.0}  # the epoch that is under way, and its steps done
+    # The epoch that is under way, its steps done, and what is logged so far.
+    state = {'epoch': 0, 'step': 0, 'train_seconds': 0.0, 'recent_errors': [], 'columns': COLUMNS, 'lines': []}
     checkpoint_path, metrics_path = folder / 'model.pt', folder / 'metrics.csv'
     if checkpoint_path.exists():
         restore(checkpoint_path, settings, net, optimizer, state)
     elif metrics_path.exists() and metrics_path.read_text().count('\n') > 1:
         raise BadInput(f'{checkpoint_path}: is missing; put it back, or move {folder} away to train this network anew')
-    if state['epoch'] > settings.epochs or early_stop(settings, state['rows']):
+    if ended(settings, state):
         print(f'{settings.name}: finished already')
-    write_file(metrics_path, (','.join(COLUMNS) + '\n' + metrics_text(state['rows'])).encode())
+    write_file(metrics_path, (','.join(COLUMNS) + '\n' + ''.join(state['lines'])).encode())
     data = measure_data(net, images)
     loss_sum = torch.zeros((), device=device)  # NaN from the first batch on whose loss is
 
@@ -276,6 +278,7 @@ def train(settings, dataset, folder, device):
         row |= evaluate_bounds(net, data, margins, settings.delta, settings.gamma)
         row |= {'train_seconds': state['train_seconds'], 'eval_seconds': time.perf_counter() - start}
         state['train_seconds'] = 0.0
+        state['recent_errors'] = [*state['recent_errors'], train_error][-3:] if epoch else []
         return row
 
     def save():
@@ -292,19 +295,20 @@ def train(settings, dataset, folder, device):
     )
     with bar, deferred_stop():
         try:
-            while (epoch := state['epoch']) <= settings.epochs and not early_stop(settings, state['rows']):
+            while not ended(settings, state):
+                epoch = state['epoch']
                 if epoch > 0:
                     train_epoch(epoch)
                 row = None
                 if epoch % settings.eval_every == 0 or epoch == settings.epochs:
                     row = evaluate_epoch(epoch)
-                    state['rows'].append(row)
+                    state['lines'].append(metrics_line(row))
                 state['epoch'], state['step'] = epoch + 1, 0
                 if epoch % settings.checkpoint_every == 0 or epoch == settings.epochs:
                     save()
                 if row:
                     with open(metrics_path, 'a') as file:
-                        file.write(metrics_text([row]))
+                        file.write(state['lines'][-1])
                     if terminal:
                         bar.set_postfix_str(report(row))
                     else:

@@ -777,9 +777,9 @@ def load_checkpoint(path, device):
     return checkpoint
 
 
-def metrics_text(rows):
-    """The rows, {column: value} each, as lines of metrics.csv; floats read back exactly."""
-    return ''.join(','.join(repr(row[column]) for column in COLUMNS) + '\n' for row in rows)
+def metrics_line(row):
+    """A row, {column: value}, as a line of metrics.csv; floats read back exactly."""
+    return ','.join(repr(row[column]) for column in COLUMNS) + '\n'
 
 
 def read_metrics(path):

@@ -139,7 +139,9 @@ def benchmark(settings, device, repeats):
     print(f'  convolution {rate:10.2f} of the rate of a 2048 x 2048 matrix product, {4e-9 * 2**32 / matrix_s:.0f} GFLOP/s')
     print(f'  bounds      {bounds_s:10.3f} s an epoch, {100 * bounds_s / epoch:.1f} % of it')
     print(f'  epoch       {epoch:10.1f} s with errors on {TRAIN} + {TEST} images and every bound')
-    print(f'  memory      {memory:10.0f} MiB at the peak{"" if device.type == "cuda" else " of this process so far"}', flush=True)
+    print(
+        f'  memory      {memory:10.0f} MiB at the peak{"" if device.type == "cuda" else " of this process so far"}', flush=True
+    )
 
 
 def start_up():
@@ -172,7 +174,9 @@ def main():
     device = train.choose_device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads'
     print(f'torch {torch.__version__}, {device}, {name}, precision {options.precision}, medians of {options.repeats}')
-    print(f'start-up to the first step, its evaluation of epoch 0 included: {statistics.median(start_up() for _ in range(3)):.1f} s')
+    print(
+        f'start-up to the first step, its evaluation of epoch 0 included: {statistics.median(start_up() for _ in range(3)):.1f} s'
+    )
     flags = {'depth': options.depth, 'width': options.widths, 'precision': options.precision}
     for settings in load_settings(flags=flags)[1]:
         benchmark(settings, device, options.repeats)

@@ -57,7 +57,9 @@ def main(folder, name):
     show('m: 50,000', our_bound, network, changed(data, m=50000))
     log_here = network.D * np.log(2) + np.log(network.deg[:-1]).sum() + np.log(network.c[-1])
     log_there = network.D * np.log(2 * network.deg[:-1].max()) + np.log(network.c[-1])
-    print(f'{"log factor: D log(2 max deg)":60} {(1 + (2 * log_there) ** 0.5) / (1 + (2 * log_here) ** 0.5):8.3f} times our_bound')
+    print(
+        f'{"log factor: D log(2 max deg)":60} {(1 + (2 * log_there) ** 0.5) / (1 + (2 * log_here) ** 0.5):8.3f} times our_bound'
+    )
 
     weights = [layer.module.weight.detach().double().flatten(1) for layer in trace_layers(net, raw.input_shape)]
     reshaped = np.array([torch.linalg.matrix_norm(weight, 2).item() for weight in weights])

@@ -19,7 +19,9 @@ needs_slurm = pytest.mark.skipif(bool(MISSING) or os.getuid() != 0, reason='take
 
 def shell(command, *arguments, cwd=None, **environment):
     """A command's output, where it succeeds."""
-    done = subprocess.run([command, *map(str, arguments)], cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [command, *map(str, arguments)], cwd=cwd, env=os.environ | environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -72,7 +74,10 @@ PartitionName=debug Nodes={host} Default=YES MaxTime=INFINITE State=UP
     path = os.environ['PATH']
     os.environ |= {'SLURM_CONF': str(folder / 'slurm.conf'), 'PATH': f'{path}:/usr/sbin'}
     munge = ['munged', '--foreground', '--force', '--num-threads=2']
-    munge += [f'--{name}={folder}/munge.{name.partition("-")[0]}' for name in ('socket', 'key-file', 'pid-file', 'log-file', 'seed-file')]
+    munge += [
+        f'--{name}={folder}/munge.{name.partition("-")[0]}'
+        for name in ('socket', 'key-file', 'pid-file', 'log-file', 'seed-file')
+    ]
     daemons = []
     try:
         for command in (munge, ['slurmctld', '-D'], ['slurmd', '-D']):

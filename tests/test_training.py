@@ -304,7 +304,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     assert status == 1 and stderr.count('\n') == 1 and 'the loss became NaN or infinite' in stderr and 'lr' in stderr
     kept = load_checkpoint(folder / 'CONV-3-4-lr1000000000.0' / 'model.pt', 'cpu')
     assert all(weight.isfinite().all() for weight in kept['network'].values())
-    assert len(kept['state']['rows']) == rows(folder, 'CONV-3-4-lr1000000000.0') == 1
+    assert len(kept['state']['lines']) == rows(folder, 'CONV-3-4-lr1000000000.0') == 1
     assert rows(folder, 'CONV-3-4-lr0.01') == 7  # the rest of the sweep is trained all the same
 
 
