@@ -39,32 +39,27 @@ MAX_BYTES = 2**29  # no file of these datasets holds more; a damaged one cannot 
 _MNIST = ('train-images-idx3-ubyte', 'train-labels-idx1-ubyte', 't10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte')
 _CIFAR10_BATCHES = [f'data_batch_{i}.bin' for i in range(1, 6)]
 
-# file -> (where it is downloaded from, its MD5)
+
+def _idx_downloads(folder, *md5s):
+    return {f'{file}.gz': (f'{folder}/{file}.gz', md5) for file, md5 in zip(_MNIST, md5s)}
+
+
+# dataset -> {file: (where it is downloaded from, its MD5)}
 DOWNLOADS = {
-    'MNIST': {
-        f'{file}.gz': (f'https://ossci-datasets.s3.amazonaws.com/mnist/{file}.gz', md5)
-        for file, md5 in zip(
-            _MNIST,
-            (
-                'f68b3c2dcbeaaa9fbdd348bbdeb94873',
-                'd53e105ee54ea40749a09fcbcd1e9432',
-                '9fb629c4189551a2d022fa330f9573f3',
-                'ec29112dd5afa0611ce80d1b7f02629c',
-            ),
-        )
-    },
-    'FashionMNIST': {
-        f'{file}.gz': (f'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/{file}.gz', md5)
-        for file, md5 in zip(
-            _MNIST,
-            (
-                '8d4fb7e6c68d591d4c3dfef9ec88bf0d',
-                '25c81989df183df01b3e8a0aad5dffbe',
-                'bef4ecab320f06d8554ea6380940ec79',
-                'bb300cfdad3c16e7a12a480ee83cd310',
-            ),
-        )
-    },
+    'MNIST': _idx_downloads(
+        'https://ossci-datasets.s3.amazonaws.com/mnist',
+        'f68b3c2dcbeaaa9fbdd348bbdeb94873',
+        'd53e105ee54ea40749a09fcbcd1e9432',
+        '9fb629c4189551a2d022fa330f9573f3',
+        'ec29112dd5afa0611ce80d1b7f02629c',
+    ),
+    'FashionMNIST': _idx_downloads(
+        'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com',
+        '8d4fb7e6c68d591d4c3dfef9ec88bf0d',
+        '25c81989df183df01b3e8a0aad5dffbe',
+        'bef4ecab320f06d8554ea6380940ec79',
+        'bb300cfdad3c16e7a12a480ee83cd310',
+    ),
     'CIFAR10': {
         'cifar-10-binary.tar.gz': (
             'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',

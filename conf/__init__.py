@@ -222,9 +222,8 @@ def parse_command_line(argv=None):
     add('--resume', action='store_true', help='go on from the checkpoints in --results-path')
     add('--run', metavar='K', type=int, action=_Once, help='train only the K-th network of the sweep, counted from 1')
     either = parser.add_mutually_exclusive_group()
-    either.add_argument(
-        '--prepare', action='store_true', help='check everything, make the results folder, print it and the number of networks'
-    )
+    prepare = 'check everything, make the results folder, print the number of networks and the folder, train nothing'
+    either.add_argument('--prepare', action='store_true', help=prepare)
     either.add_argument('--plot', action='store_true', help='draw figure.png of --results-path from what is logged so far')
     knobs = parser.add_argument_group('knobs', 'the settings of conf/global_settings.py, each with its comment there')
     about = comments() if GLOBAL_SETTINGS.is_file() else {}

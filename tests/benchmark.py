@@ -6,11 +6,13 @@ MNIST's size and number; speed does not depend on what is on them.
 """
 
 import argparse
+import itertools
 import math
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -83,7 +85,7 @@ def benchmark(settings, device, repeats):
     optimizer = torch.optim.SGD(net.parameters(), **rates, fused=True)
     plain_step = train.make_step(net, optimizer, F.mse_loss, images, targets, torch.zeros((), device=device), bf16)
     step = train.graphed(plain_step, optimizer, batch, device) if device.type == 'cuda' else plain_step
-    batches = iter(torch.randperm(TRAIN, device=device).repeat(1000).split(batch))
+    batches = itertools.cycle(torch.randperm(TRAIN, device=device).split(batch))
 
     bare = bare_network(net)
     bare_optimizer = torch.optim.SGD(bare.parameters(), **rates, fused=True)
@@ -98,10 +100,12 @@ def benchmark(settings, device, repeats):
 
     few = slice(0, 100 * chunk)  # what an evaluation does at its end, once, is in these 100 batches
 
+    fixed_chunk = images[:chunk].clone()
+
     @torch.no_grad()
-    def bare_evaluation(fixed=images[:chunk].clone()):
+    def bare_evaluation():
         for _ in range(100):
-            bare(fixed)
+            bare(fixed_chunk)
 
     def evaluation():
         train.evaluate(net, images[few], labels[few], targets[few], F.mse_loss)
@@ -126,22 +130,24 @@ def benchmark(settings, device, repeats):
 
     steps = -(-TRAIN // batch)
     epoch = steps * step_s + (TRAIN + TEST) * eval_s + bounds_s
-    rate = conv_flop / conv_s / (2 * 2048**3 / matrix_s)
+    matrix_rate = 2 * 2048**3 / matrix_s
     if device.type == 'cuda':
-        memory = torch.cuda.max_memory_allocated() / 2**20
+        memory, where = torch.cuda.max_memory_allocated() / 2**20, 'of the device'
     else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f'CONV-{settings.depth}-{settings.width}')
-    print(f'  training    {batch / step_s:10.0f} samples/s {batch * training / step_s / 1e9:9.1f} GFLOP/s'
-          f'   {step_s / bare_s:5.2f} times the bare step of {bare_s * 1e3:.3f} ms')  # fmt: skip
-    print(f'  evaluation  {1 / eval_s:10.0f} samples/s {forward / eval_s / 1e9:9.1f} GFLOP/s'
-          f'   {eval_s / bare_eval_s:5.2f} times the bare evaluation')  # fmt: skip
-    print(f'  convolution {rate:10.2f} of the rate of a 2048 x 2048 matrix product, {4e-9 * 2**32 / matrix_s:.0f} GFLOP/s')
-    print(f'  bounds      {bounds_s:10.3f} s an epoch, {100 * bounds_s / epoch:.1f} % of it')
-    print(f'  epoch       {epoch:10.1f} s with errors on {TRAIN} + {TEST} images and every bound')
-    print(
-        f'  memory      {memory:10.0f} MiB at the peak{"" if device.type == "cuda" else " of this process so far"}', flush=True
-    )
+        memory, where = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 'of this process so far'
+    for line in (
+        f'CONV-{settings.depth}-{settings.width}',
+        f'  training    {batch / step_s:10.0f} samples/s {batch * training / step_s / 1e9:9.1f} GFLOP/s'
+        f'   {step_s / bare_s:5.2f} times the bare step of {bare_s * 1e3:.3f} ms',
+        f'  evaluation  {1 / eval_s:10.0f} samples/s {forward / eval_s / 1e9:9.1f} GFLOP/s'
+        f'   {eval_s / bare_eval_s:5.2f} times the bare evaluation',
+        f'  convolution {conv_flop / conv_s / matrix_rate:10.2f} of the rate of a 2048 x 2048 matrix product, '
+        f'{matrix_rate / 1e9:.0f} GFLOP/s',
+        f'  bounds      {bounds_s:10.3f} s an epoch, {100 * bounds_s / epoch:.1f} % of it',
+        f'  epoch       {epoch:10.1f} s with errors on {TRAIN} + {TEST} images and every bound',
+        f'  memory      {memory:10.0f} MiB at the peak {where}',
+    ):
+        print(line, flush=True)
 
 
 def start_up():
@@ -155,8 +161,6 @@ def first_step(*arguments):
 train.make_step = lambda *arguments: first_step
 sys.exit(train.main({['--settings', str(ROOT / 'conf' / 'digits.py'), '--results-path']!r} + [sys.argv[1]]))
 """
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         subprocess.run([sys.executable, '-c', code, f'{folder}/run'], stdout=subprocess.DEVNULL, check=True)
@@ -175,7 +179,7 @@ def main():
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads'
     print(f'torch {torch.__version__}, {device}, {name}, precision {options.precision}, medians of {options.repeats}')
     print(
-        f'start-up to the first step, its evaluation of epoch 0 included: {statistics.median(start_up() for _ in range(3)):.1f} s'
+        f'start-up to the first step, evaluation of epoch 0 included: {statistics.median(start_up() for _ in range(3)):.1f} s'
     )
     flags = {'depth': options.depth, 'width': options.widths, 'precision': options.precision}
     for settings in load_settings(flags=flags)[1]:

@@ -1,4 +1,4 @@
-"""Kills and stops the digits run at random moments, resumes it until it is done, and compares: a longer campaign than the tests.
+"""A longer campaign than the tests: kills the digits run at random moments, resumes it until it is done, and compares.
 
     python tests/campaign.py [--runs 30] [--signal KILL] [--seed 0] [--epochs 30] [--width 8]
 

@@ -20,8 +20,8 @@ import torch  # noqa: E402
 from conf import load_settings  # noqa: E402
 from models import get_network  # noqa: E402
 from utils import (  # noqa: E402
-    graf_bound,
     golowich_bound,
+    graf_bound,
     load_checkpoint,
     load_dataset,
     measure_data,
