@@ -313,6 +313,7 @@ def load_dataset(name, data_dir, normalize=False, device='cpu'):
 Layer = namedtuple('Layer', 'name module shape stride padding dilation taps')
 
 RELUS = (torch.relu, F.relu, 'relu', 'relu_')
+FLATTENS = (torch.flatten, 'flatten')
 
 
 class _Tracer(fx.Tracer):
@@ -331,18 +332,30 @@ def trace_layers(net, input_shape):
     Raises:
         BadInput: the network has a bias, a skip connection or a module that the theory does not cover; it is named.
     """
+    if len(input_shape) != 3:
+        raise BadInput(f'input_shape = {tuple(input_shape)}: must be (channels, height, width)')
     try:
         graph = _Tracer().trace(net)
     except Exception as error:  # whatever the network's own code raises when it is run on symbols
         raise BadInput(f'{type(net).__name__}: its forward pass cannot be traced ({error})') from None
     (channels, *size), flat, layers, rectified = input_shape, False, [], True
     *nodes, output = graph.nodes
+    if output.args != (nodes[-1],) or _has_hooks(net):
+        raise BadInput(f"{type(net).__name__}: its output is not the last layer's, or it has forward hooks; neither is covered")
     for node, following in zip(nodes, (*nodes[1:], output)):
         module = net.get_submodule(node.target) if node.op == 'call_module' else None
-        what = f'{type(net).__name__}: {node.target if module is None else f"{node.target} ({type(module).__name__})"}'
+        function = node.target if node.op in ('call_function', 'call_method') else None
+        name = getattr(node.target, '__name__', node.target)
+        what = f'{type(net).__name__}: {name}{f" ({type(module).__name__})" if module else ""}'
         if list(node.users) != [following] or following.all_input_nodes != [node]:
-            raise BadInput(f'{what}: its output does not go to the next layer alone; skip connections are not covered')
+            raise BadInput(
+                f'{what}: its output does not go to the next layer and there alone; skip connections are not covered'
+            )
+        if module and _has_hooks(module):
+            raise BadInput(f'{what} has forward hooks, which can change what it computes; remove them')
         if isinstance(module, (nn.Conv2d, nn.Linear)):
+            if getattr(module.forward, '__func__', None) not in (nn.Conv2d.forward, nn.Linear.forward):
+                raise BadInput(f'{what} has a forward pass of its own, which is not covered')
             if module.bias is not None:
                 raise BadInput(f'{what} has a bias; the theorems are about bias-free networks')
             if not rectified:
@@ -356,14 +369,14 @@ def trace_layers(net, input_shape):
             if not flat or module.in_features != channels * math.prod(size):
                 raise BadInput(f'{what}: expected a linear layer on the flattened map of {channels * math.prod(size)} numbers')
             shape, stride, padding, dilation = (module.out_features, channels, *size), (1, 1), (0, 0), (1, 1)
-        elif isinstance(module, nn.ReLU) or (node.op != 'call_module' and node.target in RELUS):
+        elif isinstance(module, nn.ReLU) or function in RELUS:
+            if not layers:
+                raise BadInput(f'{what} comes before the first layer; give the network rectified images instead')
             rectified = True
             continue
-        elif isinstance(module, nn.Flatten) or node.target in (torch.flatten, 'flatten'):
-            start = module.start_dim if module else dict(enumerate(node.args), **node.kwargs)
-            end = module.end_dim if module else start.get(2, start.get('end_dim', -1))
-            start = start if module else start.get(1, start.get('start_dim', 0))
-            if (start, end) != (1, -1):
+        elif isinstance(module, nn.Flatten) or function in FLATTENS:
+            dims = (module.start_dim, module.end_dim) if module else _flatten_dims(*node.args, **node.kwargs)
+            if dims not in ((1, -1), (1, 3)):
                 raise BadInput(f'{what}: flattens other than the dimensions 1 to -1')
             flat = True
             continue
@@ -374,11 +387,21 @@ def trace_layers(net, input_shape):
         taps = [_taps(*axis) for axis in zip(size, shape[2:], stride, padding, dilation)]
         if shape[1] != channels or not all(axis.shape[1] for axis in taps):
             raise BadInput(f'{what}: does not fit its input of {channels} channels of {size[0]}x{size[1]}')
+        if not all(axis.any() for axis in taps):
+            raise BadInput(f'{what}: reads nothing but its padding')
         layers.append(Layer(node.target, module, tuple(shape), stride, padding, dilation, taps))
         channels, size = shape[0], [axis.shape[1] for axis in taps]
     if not layers or not isinstance(layers[-1].module, nn.Linear) or rectified:
         raise BadInput(f'{type(net).__name__}: its last layer is not a linear classifier')
     return layers
+
+
+def _has_hooks(module):
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _flatten_dims(x, start_dim=0, end_dim=-1):
+    return start_dim, end_dim
 
 
 def _taps(size, kernel, stride, padding, dilation):
@@ -388,14 +411,14 @@ def _taps(size, kernel, stride, padding, dilation):
     return (out * stride - padding + tap * dilation)[..., None] == np.arange(size)
 
 
-def operator_norm(weight, in_size, stride=1, padding=0, dilation=1, tolerance=1e-4):
+def operator_norm(weight, in_size, stride=1, padding=0, dilation=1, tolerance=1e-5):
     """Spectral norm of the linear map x -> conv2d(x, weight) on zero-padded maps of its real size.
 
     Lanczos iteration on the convolution followed by its transpose, with full reorthogonalization: the same two
     convolutions a step as power iteration, and hundreds of times fewer steps where the largest singular values lie
     close together, as those of a convolution do. Starts from a fixed random vector, so the value depends on the weight
-    alone. It ends when the residual of the largest Ritz value of A'A is below `tolerance` times that value, so some
-    squared singular value lies within that; the Ritz value itself errs by the residual's square.
+    alone. It ends when the residual of the largest Ritz value of A'A is below `tolerance` times that value: some squared
+    singular value then lies within that, and after the first steps of a random start it is the largest.
 
     Args:
         weight: (out_channels, in_channels, kh, kw) float64, with entries far from overflow in squares.
@@ -417,22 +440,26 @@ def operator_norm(weight, in_size, stride=1, padding=0, dilation=1, tolerance=1e
         for _ in range(2):  # once is not enough
             image = image - (basis[: step + 1] @ image) @ basis[: step + 1]
         betas.append(image.norm())
-        if step % 8 == 7 or step < 8 or step == size - 1:
+        if step % 8 == 7 or step == size - 1 or betas[-1] <= 1e-12 * alphas[0]:
             off = torch.stack(betas)
             ritz = torch.diag(torch.stack(alphas)) + torch.diag(off[:-1], 1) + torch.diag(off[:-1], -1)
             values, vectors = torch.linalg.eigh(ritz.cpu())
             largest, residual = values[-1].item(), off[-1].item() * abs(vectors[-1, -1].item())
-            if residual <= tolerance * largest or largest <= 0:
+            if (residual <= tolerance * largest and step >= 15) or betas[-1] <= 1e-12 * alphas[0]:
                 break
         vector = image / betas[-1]
     return math.sqrt(max(largest, 0.0))
 
 
-@np.errstate(over='ignore', under='ignore')
+@np.errstate(over='ignore')
 def product(*factors):
-    """Product of numbers and arrays, 0 where a factor is 0 even beside an infinite one: a dead layer makes f zero."""
+    """Product of nonnegative numbers and arrays, by their logarithms, so that no partial product over- or underflows.
+
+    It is inf only if the product itself is too large for a float, and 0 only if a factor is, even beside an infinite one: a
+    dead layer makes f zero.
+    """
     factors = np.concatenate([np.ravel(factor) for factor in factors])
-    return factors.prod() if factors.all() else 0.0
+    return max(np.exp(np.log(factors).sum()), np.finfo(float).tiny) if factors.all() else 0.0
 
 
 @torch.no_grad()
@@ -462,35 +489,34 @@ def measure_network(net, input_shape, margins=None):
     layers = trace_layers(net, input_shape)
     for layer in layers:
         weight = layer.module.weight.detach().double().view(layer.shape)
-        frobenius = weight.norm().item()
-        if not math.isfinite(frobenius):
+        scale = weight.abs().max().item()  # taken out, so that no square over- or underflows
+        if not math.isfinite(scale):
             raise BadInput(f'{type(net).__name__}: the weights of {layer.name} contain NaN or infinity')
+        weight = weight / (scale or 1.0)
         rows, columns = layer.taps
         counts = np.outer(rows.sum((1, 2)), columns.sum((1, 2)))  # output positions at which a tap reads the input
-        tap_norms = weight.square().sum((0, 1)).cpu().numpy()
+        tap_squares = weight.square().sum((0, 1)).cpu().numpy()
         filters = weight.flatten(1)
-        unit = weight / (frobenius or 1.0)  # keeps the squares in operator_norm away from overflow and underflow
-        if frobenius == 0:
+        if scale == 0:
             spectral = 0.0
         elif isinstance(layer.module, nn.Linear):
-            gram = unit.flatten(1)
-            gram = gram @ gram.T if len(gram) <= gram.shape[1] else gram.T @ gram
+            gram = filters @ filters.T if len(filters) <= filters.shape[1] else filters.T @ filters
             spectral = math.sqrt(torch.linalg.eigvalsh(gram)[-1].item())
         else:
             in_size = (rows.shape[2], columns.shape[2])
-            spectral = operator_norm(unit, in_size, layer.stride, layer.padding, layer.dilation)
-        table['F'].append(frobenius)
-        table['T'].append(math.sqrt((tap_norms * counts).sum()))
-        table['s'].append(frobenius * spectral)
-        table['a'].append(filters.norm(dim=1).sum().item())
-        table['b'].append(weight.norm(dim=1).sum().item())
+            spectral = operator_norm(weight, in_size, layer.stride, layer.padding, layer.dilation)
+        table['F'].append(scale * weight.norm().item())
+        table['T'].append(scale * math.sqrt((tap_squares * counts).sum()))
+        table['s'].append(scale * spectral)
+        table['a'].append(scale * filters.norm(dim=1).sum().item())
+        table['b'].append(scale * weight.norm(dim=1).sum().item())
         table['deg'].append(rows.sum((0, 2)).max() * columns.sum((0, 2)).max())
         table['p'].append(rows.shape[1] * columns.shape[1])
         table['c'].append(layer.shape[0])
         table['W'].append(weight.numel())
     network = SimpleNamespace(**{symbol: np.array(values, dtype=float) for symbol, values in table.items()})
     network.a[-1] = network.F[-1]
-    network.r = filters.norm(dim=1).max().item()
+    network.r = scale * filters.norm(dim=1).max().item()
     network.rho, network.lip, network.D = product(network.F), product(network.s), len(layers)
     network.margins = margins
     return network
@@ -544,7 +570,7 @@ def classification_margins(outputs, labels):
 
 def margin_error(margins, gamma):
     """err_S^gamma, the fraction of margins of at most gamma; err_S^0 is the 0-1 error, ties counting as errors."""
-    return (margins <= gamma).double().mean().item()
+    return (~(margins > gamma)).double().mean().item()  # NaN is an error too
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -566,7 +592,7 @@ def our_bound(network, data, delta, gamma):
     log_paths = network.D * np.log(2) + np.log(network.deg[:-1]).sum() + np.log(network.c[-1])
     energy = np.sqrt(product(network.deg[:-1], data.E_max))
     complexity = (1 + np.sqrt(2 * log_paths)) * energy / data.m
-    return 2 * np.sqrt(2) * (network.rho + 1) / gamma * complexity + tail(network.rho, data.m, delta)
+    return product(2 * np.sqrt(2) * (network.rho + 1) / gamma, complexity) + tail(network.rho, data.m, delta)
 
 
 def golowich_bound(network, data, delta, gamma):
@@ -577,7 +603,7 @@ def golowich_bound(network, data, delta, gamma):
     rho = product(network.T)
     log_paths = network.D * np.log(2) + np.log(network.c[-1])
     complexity = (1 + np.sqrt(2 * log_paths)) * np.sqrt(data.E_tot) / data.m
-    return 2 * np.sqrt(2) * (rho + 1) / gamma * complexity + tail(rho, data.m, delta)
+    return product(2 * np.sqrt(2) * (rho + 1) / gamma, complexity) + tail(rho, data.m, delta)
 
 
 def ledent_bound(network, data, delta, gamma):
@@ -622,7 +648,7 @@ def sedghi_bound(network, data, delta, gamma):
     are taken from zero after the layers are rescaled to equal operator norms, which leaves the function unchanged. The
     theorem is about a loss that is Lipschitz in the outputs, and gamma does not enter.
     """
-    beta = network.D * network.lip ** (1 / network.D)
+    beta = network.D * product(network.s ** (1 / network.D))
     return beta * np.sqrt(network.W.sum() / data.m) + np.sqrt(np.log(1 / delta) / data.m)
 
 
@@ -636,7 +662,7 @@ def corrected_bound(network, data, delta, gamma):
     log_paths = np.log(network.c[-1]) + (network.D - 1) * np.log(2) + np.log(network.deg).sum()
     energy = np.sqrt(product(network.deg[:-1], data.E_max))
     complexity = (1 + np.sqrt(2 * log_paths)) * energy / data.m
-    return 4 * (rho + 1) / gamma * complexity + tail(rho, data.m, delta)
+    return product(4 * (rho + 1) / gamma, complexity) + tail(rho, data.m, delta)
 
 
 MARGINS = 2.0 ** np.arange(-4, 2.5, 0.5)  # the fixed grid of margins over which the certificate takes its union
@@ -686,8 +712,10 @@ def evaluate_bounds(net, data, margins, delta=0.001, gamma=1.0):
         {column: float} with rho = prod F, prod_ratio = prod s / F (0 for a dead layer), norm_ratio, and each bound, which
         is inf where it is too large for a float.
     Raises:
-        BadInput: the network is not covered by the theorems, or its weights contain NaN.
+        BadInput: the network is not covered by the theorems, its weights contain NaN, or the margins are of another set.
     """
+    if len(margins) != data.m:
+        raise BadInput(f'{len(margins)} margins for {data.m} training samples; take both from the same set')
     network = measure_network(net, data.input_shape, margins)
     with np.errstate(over='ignore', under='ignore'):
         ratios = network.s / np.where(network.F == 0, 1, network.F)

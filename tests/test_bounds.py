@@ -65,6 +65,20 @@ def test_operator_norm_is_exact_where_singular_values_crowd(channels, size, seed
     assert torch.linalg.matrix_norm(weight.flatten(1), 2).item() < 0.99 * exact
 
 
+@pytest.mark.parametrize('seed', [109, 188, 365])
+def test_operator_norm_where_the_two_largest_nearly_agree(seed):
+    torch.manual_seed(seed)
+    weight = torch.randn(3, 5, 2, 2, dtype=torch.float64)
+    exact = torch.linalg.svdvals(dense_matrix(weight, (5, 11, 11), 1, 0, 1))[0].item()
+    assert operator_norm(weight, (11, 11)) == pytest.approx(exact, rel=1e-4)
+
+
+def test_operator_norm_of_nearly_an_isometry():
+    weight = torch.full((1000,), 0.999**0.5, dtype=torch.float64)
+    weight[0] = 1
+    assert operator_norm(torch.diag(weight)[:, :, None, None], (1, 1)) == pytest.approx(1, rel=1e-4)
+
+
 def test_operator_norm_of_equal_singular_values():
     assert operator_norm(torch.ones(1, 1, 1, 1, dtype=torch.float64), (6, 6)) == pytest.approx(1, rel=1e-12)
 
@@ -329,10 +343,23 @@ class Skip(nn.Module):
         return self.fc((x + self.conv(x)).relu().flatten(1))
 
 
+class Scaled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 def conv(*arguments, **options):
     return nn.Conv2d(*arguments, bias=False, **options)
 
 
+class Pair(Functional):
+    def forward(self, x):
+        return super().forward(x), 1
+
+
+HOOKED, PATCHED = nn.Sequential(conv(1, 2, 2)), nn.Sequential(conv(1, 2, 2))
+HOOKED[0].register_forward_hook(lambda module, inputs, output: 100 * output)
+PATCHED[0].forward = lambda x: 0 * x
 BIASED = nn.Conv2d(1, 2, 2)
 REFUSED = {
     'biased': (
@@ -347,6 +374,13 @@ REFUSED = {
     'circular': (nn.Sequential(conv(1, 2, 3, padding=1, padding_mode='circular')), '0 (Conv2d): only ungrouped'),
     'no relu': (nn.Sequential(conv(1, 2, 2), conv(2, 2, 2)), '1 (Conv2d) follows a layer without a ReLU'),
     'no classifier': (nn.Sequential(conv(1, 2, 2), nn.ReLU()), 'last layer is not a linear classifier'),
+    'hook': (HOOKED, '0 (Conv2d) has forward hooks'),
+    'old weight norm': (nn.Sequential(torch.nn.utils.spectral_norm(conv(1, 2, 2))), 'has forward hooks'),
+    'patched': (PATCHED, '0 (Conv2d) has a forward pass of its own'),
+    'two outputs': (Pair(), 'its output is not the last layer'),
+    'only padding': (nn.Sequential(conv(1, 2, 1, stride=20, padding=5)), '0 (Conv2d): reads nothing but its padding'),
+    'own forward': (nn.Sequential(Scaled(1, 2, 2, bias=False)), '0 (Scaled) has a forward pass of its own'),
+    'relu first': (nn.Sequential(nn.ReLU(), conv(1, 2, 2)), '0 (ReLU) comes before the first layer'),
     'relu last': (nn.Sequential(nn.Flatten(), nn.Linear(64, 10, bias=False), nn.ReLU()), 'last layer'),
     'unflattened': (nn.Sequential(nn.Linear(8, 10, bias=False)), '0 (Linear): expected a linear layer on the flattened'),
     'channels': (nn.Sequential(conv(3, 2, 2), nn.ReLU()), '0 (Conv2d): does not fit its input of 1 channels'),
@@ -359,6 +393,58 @@ def test_what_the_theory_does_not_cover_is_refused_by_name(case):
     with pytest.raises(BadInput) as caught:
         measure_network(net, (1, 8, 8))
     assert message in str(caught.value) and '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('module', [nn.Flatten(), nn.Identity()])
+def test_a_module_named_flatten(module):
+    net = Functional()
+    net.flatten = module
+    net.forward = lambda x: net.last(net.hidden(net.flatten(net.first(x).relu()).flatten(1, 3)).relu())
+    assert len(utils.trace_layers(net, (1, 8, 8))) == 3
+
+
+def test_wrong_arguments_are_named(tiny):
+    net, images = tiny
+    with pytest.raises(BadInput, match='input_shape'):
+        measure_network(net, (1, 9))
+    with pytest.raises(BadInput, match='3 margins for 2 training samples'):
+        evaluate_bounds(net, measure_data(net, images), torch.zeros(3))
+    assert margin_error(torch.tensor([math.nan, math.inf, 1.0]), 0) == pytest.approx(1 / 3)
+
+
+def chain(*weights):
+    """1x1 convolutions with these weights and a classifier of ones, on 8x8 images of one channel."""
+    layers = [layer for _ in weights for layer in (conv(1, 1, 1), nn.ReLU())]
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 10, bias=False)).double()
+    with torch.no_grad():
+        for layer, weight in zip(net[::2], weights):
+            layer.weight.fill_(weight)
+        net[-1].weight.fill_(1)
+    return net
+
+
+@pytest.mark.filterwarnings('error')
+def test_no_partial_product_over_or_underflows(digits):
+    def row(images, *weights):
+        net = chain(*weights)
+        return evaluate_bounds(net, measure_data(net, images), torch.zeros(1437))
+
+    images = digits.train_images.double()
+    expected = row(images, *[1.0] * 24)
+    for weights in ([1e30] * 12 + [1e-30] * 12, [1e160, 1e-160] * 12):
+        for column, value in row(images, *weights).items():
+            assert value == pytest.approx(expected[column], rel=1e-4), column
+    lip = math.sqrt(640)  # of the classifier of ones
+    huge, tiny = row(images, *[1e30] * 12), row(images, *[1e-30] * 12)
+    rest = math.sqrt(math.log(1000) / 1437)
+    assert huge['our_bound'] == huge['golowich_bound'] == huge['corrected_bound'] == math.inf
+    assert huge['sedghi_bound'] == pytest.approx(13 * 1e30 ** (12 / 13) * lip ** (1 / 13)
+                                                 * math.sqrt(652 / 1437) + rest, rel=1e-6)  # fmt: skip
+    harmonic = sum(1 / i for i in range(1, 1437))
+    covering = 12 * harmonic / math.sqrt(1437) * math.sqrt(math.log(1280)) * 13**1.5  # each of 13 layers counts as 1
+    graf = 2 * (4 / 1437 + covering) + 3 * math.sqrt(math.log(2000) / (2 * 1437))
+    assert tiny['graf_bound'] == pytest.approx(graf, rel=1e-6)
+    assert not any(math.isnan(value) for value in row(0 * images, *[1e30] * 12).values())
 
 
 def test_nan_weights_are_an_error(tiny):
