@@ -13,6 +13,8 @@ import functools
 import math
 import os
 import platform
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -71,7 +73,8 @@ def on_signal(number, frame):
 
     A second SIGINT kills. A second SIGTERM does not: batch systems send it to a script and to its children alike.
     """
-    signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     stop.signal = number
     if not stop.deferred:
         raise Interrupted
@@ -97,13 +100,12 @@ def choose_device(name):
     """The torch.device of the setting `device`; raises BadInput where this machine does not have it."""
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        device = None
-    if device is None or device.type not in EVAL_BATCH:
+    match = re.fullmatch(r'cpu|cuda(?::(\d+))?', name)
+    if not match or (name != 'cpu' and int(match[1] or 0) >= torch.cuda.device_count()):
         raise BadInput(f'device = {name!r}: not on this machine; use auto, cpu, cuda or cuda:N')
+    device = torch.device(name)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)  # graphs are captured on the current device
     return device
 
 
@@ -155,12 +157,15 @@ def graphed(step, optimizer, batch_size, device):
     holds the learning rate as a constant, so it is captured anew when that changes.
     """
     indices_of_graph = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    graph, graph_lr, plain_steps = None, None, 0
+    graph, graph_lr, plain_steps, side = None, None, 0, torch.cuda.Stream()
 
     def call(indices):
         nonlocal graph, graph_lr, plain_steps
         if plain_steps < 3 or len(indices) < batch_size:
-            step(indices)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # as the capture does: gradients are accumulated on the stream they came from
+                step(indices)
+            torch.cuda.current_stream().wait_stream(side)
             plain_steps += 1
             return
         lr = optimizer.param_groups[0]['lr']
@@ -174,7 +179,7 @@ def graphed(step, optimizer, batch_size, device):
     return call
 
 
-def restore(path, settings, net, optimizer, state):
+def restore(path, settings, net, optimizer, state, steps):
     """Puts a checkpoint into the network, its optimizer and the state. Raises BadInput where it does not fit."""
     checkpoint = load_checkpoint(path, next(net.parameters()).device)
     try:
@@ -184,12 +189,24 @@ def restore(path, settings, net, optimizer, state):
         net.load_state_dict(checkpoint['network'])
         groups = optimizer.state_dict()['param_groups']
         optimizer.load_state_dict({'state': checkpoint['momentum'], 'param_groups': groups})
-        for weight, entry in optimizer.state.items():
-            if entry['momentum_buffer'].shape != weight.shape:
-                raise ValueError
-        if checkpoint['state']['columns'] != COLUMNS:
+        saved = checkpoint['state']
+        if saved['columns'] != COLUMNS:
             raise BadInput(f'{path}: was logged with other columns than BOUNDS gives now; launch it anew')
-        state.update({name: checkpoint['state'][name] for name in state})
+        trained = saved['epoch'] > 1 or saved['step'] > 0
+        sound = (
+            all(weight.isfinite().all() for weight in net.parameters()),
+            all(entry['momentum_buffer'].shape == weight.shape for weight, entry in optimizer.state.items()),
+            len(optimizer.state) == (len(list(net.parameters())) if trained else 0),
+            type(saved['epoch']) is int and saved['epoch'] >= 0,
+            type(saved['step']) is int and 0 <= saved['step'] <= steps,
+            type(saved['train_seconds']) is float,
+            len(saved['lines']) > 0 or saved['epoch'] == 0,
+            all(len([float(number) for number in line.split(',')]) == len(COLUMNS) for line in saved['lines']),
+            all(type(error) is float for error in saved['recent_errors']),
+        )
+        if not all(sound):
+            raise ValueError
+        state.update({name: saved[name] for name in state})
     except BadInput:
         raise
     except Exception:  # the content may be anything
@@ -238,8 +255,8 @@ def train(settings, dataset, folder, device):
     state = {'epoch': 0, 'step': 0, 'train_seconds': 0.0, 'recent_errors': [], 'columns': COLUMNS, 'lines': []}
     checkpoint_path, metrics_path = folder / 'model.pt', folder / 'metrics.csv'
     if checkpoint_path.exists():
-        restore(checkpoint_path, settings, net, optimizer, state)
-    elif metrics_path.exists() and metrics_path.read_text().count('\n') > 1:
+        restore(checkpoint_path, settings, net, optimizer, state, steps)
+    elif metrics_path.exists() and metrics_path.read_bytes().count(b'\n') > 1:
         raise BadInput(f'{checkpoint_path}: is missing; put it back, or move {folder} away to train this network anew')
     if ended(settings, state):
         print(f'{settings.name}: finished already')
@@ -304,7 +321,7 @@ def train(settings, dataset, folder, device):
                     row = evaluate_epoch(epoch)
                     state['lines'].append(metrics_line(row))
                 state['epoch'], state['step'] = epoch + 1, 0
-                if epoch % settings.checkpoint_every == 0 or epoch == settings.epochs:
+                if epoch % settings.checkpoint_every == 0 or ended(settings, state):
                     save()
                 if row:
                     with open(metrics_path, 'a') as file:
@@ -347,7 +364,9 @@ def launch_header(device):
 
 @functools.lru_cache(maxsize=1)
 def get_dataset(name, data_dir, normalize, device):
-    return load_dataset(name, os.environ.get('DATA_DIR') or ROOT / data_dir, normalize, device)
+    if (there := os.environ.get('DATA_DIR')) and not os.path.isdir(there):
+        raise BadInput(f'DATA_DIR = {there}: no such folder; make it, or unset the environment variable')
+    return load_dataset(name, there or ROOT / data_dir, normalize, device)
 
 
 def get_inputs(settings):
@@ -366,7 +385,7 @@ def check(settings):
 
 
 def train_all(runs, folder):
-    """Trains one network after the other and draws the figure after each. Returns 1 if one of them diverged, else 0."""
+    """Trains one network after the other, then draws the figure. Returns 1 if one of them diverged, else 0."""
     status = 0
     for settings in runs:
         device, dataset = get_inputs(settings)
@@ -385,77 +404,118 @@ def train_all(runs, folder):
                 mend = f'its last good checkpoint is kept; launch it anew with an lr below {settings.lr:g}'
                 print(f'train.py: error: {settings.name}: the loss became NaN or infinite; {mend}', file=sys.stderr)
                 status = 1
-        draw(folder)
+        check_stop()
+    draw(folder)
     return status
 
 
 def draw(folder):
+    """Draws figure.png, or says why not: what was trained does not depend on it."""
     try:
         path = plot_figure(folder, [run.name for run in load_settings(folder / 'global_settings.py')[1]])
         print(f'drew {path}' if path else f'{folder}: nothing is logged yet, so no figure was drawn')
     except ImportError:
         print('no figure was drawn, since matplotlib is not installed: pip install matplotlib')
+    except (OSError, BadInput):
+        raise
+    except Exception as error:  # whatever matplotlib makes of its own settings
+        print(f'no figure was drawn: {type(error).__name__}: {error}')
+
+
+def check_options(options, flags):
+    """Raises BadInput where the options do not fit together or the folder does not fit them."""
+    folder, option = options.folder, '--plot' if options.plot else '--resume'
+    if options.prepare and options.run is not None:
+        raise BadInput('--prepare makes the folder of a whole sweep; leave --run out')
+    if not (options.resume or options.plot):
+        if folder and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            known = (folder / 'global_settings.py').exists()
+            raise BadInput(
+                f'{folder}: exists already; {"add --resume to go on with it, or " if known else ""}name a new folder'
+            )
+        return
+    if folder is None:
+        raise BadInput(f'{option} needs the folder: --results-path DIR')
+    if options.settings is not None:
+        raise BadInput(f"{option} takes the folder's own settings; leave --settings out")
+    if not (folder / 'global_settings.py').is_file():
+        raise BadInput(f'{folder}: not a results folder, it has no global_settings.py; launch without {option}')
+    if flags and (options.plot or options.run is not None):
+        raise BadInput(f'{next(iter(flags))}: a setting cannot change with {"--plot" if options.plot else "--run"}')
+    if changed := [name for name in flags if name not in FREE]:
+        raise BadInput(f'--resume keeps the setting {changed[0]}; only {", ".join(FREE)} may change')
+
+
+def check_resume(folder, flags, runs):
+    """Raises BadInput where the flags of a resume would change which runs there are, or what they have done."""
+    before = load_settings(folder / 'global_settings.py')[1]
+    if [run.name for run in runs] != [run.name for run in before]:
+        raise BadInput(f'--resume keeps the runs of the sweep; give one value of {", ".join(flags)}')
+    if any(run.epochs < own.epochs for run, own in zip(runs, before)):
+        raise BadInput(f'epochs = {runs[0].epochs}: a resumed run can only be made longer than {before[0].epochs}')
+    for run in runs:
+        if (folder / run.name).is_dir():
+            with locked(folder / run.name / '.lock', wait=False) as free:
+                if not free:
+                    raise BadInput(f'{folder / run.name}: another process is training this network; let it end first')
 
 
 def run(options, flags):
     """Does what the command line says. Returns the exit status."""
-    folder = options.folder
-    if options.resume or options.plot:
-        option = '--plot' if options.plot else '--resume'
-        if folder is None:
-            raise BadInput(f'{option} needs the folder: --results-path DIR')
-        if options.settings:
-            raise BadInput(f"{option} takes the folder's own settings; leave --settings out")
-        if not (folder / 'global_settings.py').is_file():
-            raise BadInput(f'{folder}: not a results folder, it has no global_settings.py')
-        if changed := [name for name in flags if name not in FREE]:
-            raise BadInput(f'{option} keeps the setting {changed[0]}; only {", ".join(FREE)} may change')
-        options.settings = folder / 'global_settings.py'
-    elif folder and folder.exists():
-        raise BadInput(f'{folder}: exists already; add --resume to go on with it, or name a new folder')
+    check_options(options, flags)
     if options.plot:
-        draw(folder)
+        draw(options.folder)
         return 0
-
-    sweep, runs = load_settings(options.settings or GLOBAL_SETTINGS, flags)
+    own = options.folder / 'global_settings.py' if options.resume else GLOBAL_SETTINGS
+    sweep, runs = load_settings(own if options.settings is None else options.settings, flags)
     if options.run is not None and not 1 <= options.run <= len(runs):
         raise BadInput(f'--run {options.run}: the sweep has the networks 1 to {len(runs)}')
-    if options.prepare and options.run is not None:
-        raise BadInput('--prepare makes the folder of a whole sweep; leave --run out')
     chosen = runs if options.run is None else [runs[options.run - 1]]
     for settings in chosen:
         check(settings)
-    if folder is None:
-        folder = options.folder = Path(os.path.relpath(new_results_folder(ROOT / sweep['results_dir'])))
-    elif not options.resume:
-        folder.mkdir(parents=True)
-    if flags or not options.resume:
-        write_file(folder / 'global_settings.py', settings_text(sweep, launch_header(choose_device(runs[0].device))).encode())
+    try:
+        if options.resume and flags:
+            check_resume(options.folder, flags, runs)
+        elif options.folder is None:
+            options.folder = Path(os.path.relpath(new_results_folder(ROOT / sweep['results_dir'])))
+        elif not options.resume:
+            options.folder.mkdir(parents=True, exist_ok=True)
+        if flags or not options.resume:
+            text = settings_text(sweep, launch_header(choose_device(runs[0].device)))
+            write_file(options.folder / 'global_settings.py', text.encode())
+    except OSError as error:
+        raise BadInput(f'the results folder cannot be written: {error}; name another one') from None
     if options.prepare:
-        print(len(runs), folder)
+        print(len(runs), options.folder)
         return 0
-    return train_all(chosen, folder)
+    return train_all(chosen, options.folder)
 
 
 def main(argv=None):
     """Runs the command line. Returns 0, 1 where a run failed, 2 for bad input, 128 + signal where it was stopped."""
+    stop.deferred, stop.signal = False, None
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
-    options = SimpleNamespace(folder=None)
+    options, go_on = None, ''
     try:
         options, flags = parse_command_line(argv)
-        options.folder = Path(options.results_path) if options.results_path else None
+        options.folder = None if options.results_path is None else Path(options.results_path)
         return run(options, flags)
     except BadInput as error:
-        print(f'train.py: error: {error}', file=sys.stderr)
-        return 2
+        status, message = 2, f'error: {error}'
     except Interrupted:
-        resume = f'; go on with: python train.py --results-path {options.folder} --resume' if options.folder else ''
-        print(f'train.py: stopped by {signal.Signals(stop.signal).name}{resume}', file=sys.stderr)
-        return 128 + stop.signal
+        status, message = 128 + stop.signal, f'stopped by {signal.Signals(stop.signal).name}'
     except OSError as error:
-        print(f'train.py: error: {error}; what was trained up to the last checkpoint is kept', file=sys.stderr)
-        return 1
+        status, message = 1, f'error: {error}'
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        status, message = 1, f'error: not enough memory ({error}); choose a smaller network or batch_size'
+    if status != 2 and options and not options.plot and options.folder and (options.folder / 'global_settings.py').exists():
+        only = '' if options.run is None else f' --run {options.run}'
+        go_on = f'; go on with: python train.py --results-path {shlex.quote(str(options.folder))} --resume{only}'
+    print(f'train.py: {" ".join(message.splitlines())}{go_on}', file=sys.stderr)
+    return status
 
 
 if __name__ == '__main__':

@@ -60,7 +60,7 @@ if [ ! -f "$(dirname "$script")/train.py" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
     arguments=" $*"
     [ $# -eq 0 ] || script=${script%"$arguments"}
 fi
-repo=$(cd "$(dirname "$script")" && pwd) || exit
+repo=$(CDPATH="" cd -- "$(dirname "$script")" && pwd) || exit
 script=$repo/$(basename "$script")
 
 python=$(command -v python3 || command -v python)
@@ -81,8 +81,9 @@ fi
 
 # Everything is checked, and data that is missing is downloaded, before there is a job.
 prepared=$("$python" "$repo/train.py" --prepare "$@") || exit
+prepared=$(printf "%s\n" "$prepared" | tail -n 1) # a settings file may have printed something before
 count=${prepared%% *}
-folder=$(cd "${prepared#* }" && pwd) || exit
+folder=$(CDPATH="" cd -- "${prepared#* }" && pwd) || exit
 
 limit=$(sed -n 's/^#SBATCH --array=[^%]*\(%[0-9]*\).*/\1/p' "$script" | tail -n 1)
 case ${SBATCH_ARRAY_INX:-} in *%*) limit=%${SBATCH_ARRAY_INX##*%} ;; esac

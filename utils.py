@@ -9,6 +9,7 @@ import csv
 import fcntl
 import gzip
 import hashlib
+import http.client
 import io
 import math
 import os
@@ -185,7 +186,9 @@ def _locate(dataset, data_dir, folders, names, file):
     path = Path(data_dir, folders[0], file)
     try:
         download(*DOWNLOADS[dataset][file], path)
-    except OSError as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(error, BadInput):
+            raise
         without = 'python train.py --settings conf/digits.py runs without it'
         raise BadInput(
             f'{dataset}: {file} is missing and could not be downloaded ({error}); put it into {path.parent}, or {without}'
@@ -807,12 +810,15 @@ def metrics_line(row):
 
 def read_metrics(path):
     """metrics.csv as {column: float array}; the unfinished last line of a run that is being written is left out."""
-    text = Path(path).read_text()
-    rows = list(csv.DictReader(text[: text.rfind('\n') + 1].splitlines()))
     try:
-        return {column: np.array([float(row[column]) for row in rows]) for column in (rows[0] if rows else COLUMNS)}
+        text = Path(path).read_text()
+        rows = list(csv.DictReader(text[: text.rfind('\n') + 1].splitlines()))
+        table = {column: np.array([float(row[column]) for row in rows]) for column in (rows[0] if rows else COLUMNS)}
+        if not {'epoch', 'train_error', 'test_error', 'generalization_gap'} <= set(table):
+            raise ValueError
     except (TypeError, ValueError):
-        raise BadInput(f'{path}: not a table of numbers; --resume writes it again from the checkpoint') from None
+        raise BadInput(f'{path}: not a table of metrics; --resume writes it again from the checkpoint') from None
+    return table
 
 
 def plot_figure(folder, names):

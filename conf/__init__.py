@@ -6,8 +6,9 @@ import difflib
 import itertools
 import os
 import runpy
+import traceback
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 GLOBAL_SETTINGS = ROOT / 'conf' / 'global_settings.py'
@@ -17,8 +18,9 @@ class BadInput(ValueError):
     """A mistake in what the user gave; its text is one line that names the thing and the mend."""
 
 
-def _integer(low):
-    return f'an integer of at least {low}', lambda value: value if type(value) is int and value >= low else None
+def _integer(low, high=2**31 - 1):
+    text = f'an integer of at least {low}' + (' and below 2**31' if high < 2**31 else ' and below 2**63')
+    return text, lambda value: value if type(value) is int and low <= value <= high else None
 
 
 def _number(text, test):
@@ -30,7 +32,7 @@ def _number(text, test):
 
 
 def _choice(*values):
-    return 'one of ' + ', '.join(values), lambda value: value if value in values else None
+    return 'one of ' + ', '.join(values), lambda value: value if type(value) is str and value in values else None
 
 
 def _milestones(value):
@@ -41,7 +43,7 @@ def _milestones(value):
 
 
 _BOOLEAN = ('True or False', lambda value: value if type(value) is bool else None)
-_TEXT = ('a non-empty text', lambda value: value if type(value) is str and value and '\0' not in value else None)
+_TEXT = ('a printable text', lambda value: value if type(value) is str and value and value.isprintable() else None)
 
 # Each knob's rule: what it must be, and a function from a value to the value as it is used, or None where it is refused.
 RULES = {
@@ -65,10 +67,10 @@ RULES = {
     'weight_decay': _number('a number of at least 0', lambda value: value >= 0),
     'early_stop_epoch': _integer(0),
     'early_stop_accuracy': _number('a number from 0 to 1', lambda value: 0 <= value <= 1),
-    'seed': _integer(0),
+    'seed': _integer(0, 2**63 - 1),
     'device': _TEXT,
     'precision': _choice('auto', 'float32', 'tf32', 'bf16'),
-    'delta': _number('a number between 0 and 1', lambda value: 0 < value < 1),
+    'delta': _number('a number between 0 and 1', lambda value: 1e-300 < value < 1),
     'gamma': _number('a number above 0', lambda value: value > 0),
     'eval_every': _integer(1),
     'checkpoint_every': _integer(1),
@@ -109,29 +111,22 @@ def read_settings(path):
         raise BadInput(f'{path}: no such settings file')
     try:
         values = runpy.run_path(str(path))
-    except (Exception, SystemExit) as error:
-        line = getattr(error, 'lineno', None) or error.__traceback__.tb_lineno
-        for frame in _frames(error.__traceback__):
-            if frame.tb_frame.f_code.co_filename == str(path):
-                line = frame.tb_lineno
-        raise BadInput(f'{path}, line {line}: {type(error).__name__}: {error}') from None
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)] or [getattr(error, 'lineno', None)]
+        where = f'{path}, line {lines[-1]}' if lines[-1] else path
+        raise BadInput(f'{where}: {type(error).__name__}: {error}') from None
     settings = {}
     for name, value in values.items():
-        if name.startswith('__'):
+        if name.startswith('_') or isinstance(value, ModuleType):
             continue
         if name not in RULES:
-            raise BadInput(f'{path}: unknown setting {name}{closest(name, RULES)}')
+            raise BadInput(f'{path}: unknown setting {name}{closest(name, RULES)}; a name of your own starts with _')
         try:
             settings[name] = _check(name, value)
         except BadInput as error:
             raise BadInput(f'{path}: {error}') from None
     return settings
-
-
-def _frames(traceback):
-    while traceback:
-        yield traceback
-        traceback = traceback.tb_next
 
 
 def load_settings(path=GLOBAL_SETTINGS, flags=None):
@@ -165,11 +160,15 @@ def load_settings(path=GLOBAL_SETTINGS, flags=None):
 
 
 def comments():
-    """{knob: the comment on its line in conf/global_settings.py}."""
-    source = GLOBAL_SETTINGS.read_text()
+    """{knob: the comment on its line in conf/global_settings.py}; nothing where that file cannot be parsed."""
+    try:
+        source = GLOBAL_SETTINGS.read_text()
+        body = ast.parse(source).body
+    except (OSError, ValueError, SyntaxError):
+        return {}
     lines = source.splitlines()
     found = {}
-    for node in ast.parse(source).body:
+    for node in body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             line = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
             found[node.targets[0].id] = line.partition('#')[2].strip()
@@ -195,7 +194,7 @@ class _Once(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         if hasattr(namespace, self.dest):
             parser.error(f'{option_string} is given twice')
-        if self.type is _literal and self.dest != 'milestones' and len(values) == 1:
+        if self.type is _literal and len(values) == 1 and (self.dest != 'milestones' or isinstance(values[0], list)):
             values = values[0]
         setattr(namespace, self.dest, values)
 
@@ -226,7 +225,7 @@ def parse_command_line(argv=None):
     either.add_argument('--prepare', action='store_true', help=prepare)
     either.add_argument('--plot', action='store_true', help='draw figure.png of --results-path from what is logged so far')
     knobs = parser.add_argument_group('knobs', 'the settings of conf/global_settings.py, each with its comment there')
-    about = comments() if GLOBAL_SETTINGS.is_file() else {}
+    about = comments()
     for name in RULES:
         flags = dict.fromkeys([f'--{name.replace("_", "-")}', f'--{name}'])
         kind = str if name in FOLDERS else _literal

@@ -6,7 +6,7 @@ import pytest
 from conftest import DIGITS, ROOT, run
 
 import train
-from conf import GLOBAL_SETTINGS, RULES, BadInput, comments, load_settings, settings_text
+from conf import GLOBAL_SETTINGS, RULES, BadInput, comments, load_settings, parse_command_line, settings_text
 
 
 def main(*arguments):
@@ -65,7 +65,7 @@ WRONG_VALUES = {
     'depth': ['0', '-1', '2.5', 'three', 'None', 'nan', 'True'],
     'width': ['0', '1e3', '-8'],
     'kernel_size': ['0', '2.0'],
-    'stride': ['0'],
+    'stride': ['0', str(10**40)],
     'padding': ['-1'],
     'batch_size': ['0', '32.0'],
     'epochs': ['-1', 'inf'],
@@ -76,8 +76,8 @@ WRONG_VALUES = {
     'milestones': ['60 60', '120 60', '0', '1.5', 'x'],
     'early_stop_epoch': ['-1', 'never'],
     'early_stop_accuracy': ['2'],
-    'seed': ['-1', '0.5'],
-    'delta': ['0', '1', 'nan'],
+    'seed': ['-1', '0.5', '18446744073709551616'],
+    'delta': ['0', '1', 'nan', '5e-324'],
     'gamma': ['0', '-1', 'inf'],
     'eval_every': ['0'],
     'checkpoint_every': ['0'],
@@ -87,7 +87,7 @@ WRONG_VALUES = {
     'network': ['RESNET', '3'],
     'loss': ['mse', 'hinge'],
     'precision': ['fp16', '32'],
-    'device': ['gpu', 'cuda:99', 'meta', '3'],
+    'device': ['gpu', 'cuda:99', 'meta', '3', 'cpu:1', 'hpu', 'mkldnn'],
 }
 
 
@@ -107,6 +107,7 @@ COMMANDS = {
     'flag given twice': (['--depth', '3', '--depth', '4'], '--depth is given twice'),
     'flag given twice in both spellings': (['--batch-size', '3', '--batch_size', '4'], '--batch_size is given twice'),
     'listed twice': (['--seed', '0', '1', '0'], '0 is listed twice'),
+    'settings of nothing': (['--settings', ''], ': no such settings file'),
     'no such file': (['--settings', 'gone.py'], 'gone.py: no such settings file'),
     'resume without folder': (['--resume'], '--results-path DIR'),
     'plot without folder': (['--plot'], '--results-path DIR'),
@@ -130,7 +131,12 @@ def test_wrong_command_lines(capsys, tmp_path, case):
 
 FILES = {
     'misspelled': ('widht = 3', 'unknown setting widht (did you mean width?)'),
-    'unknown': ('import math\nwidth = 3', 'unknown setting math'),
+    'unknown': ('helper = 3', 'unknown setting helper; a name of your own starts with _'),
+    'interrupt': ('raise KeyboardInterrupt', 'line 1: KeyboardInterrupt'),
+    'two lines': ('raise ValueError("a\\nb")', 'ValueError: a b'),
+    'array': ('import numpy\ndataset_name = numpy.array(["MNIST"])', 'dataset_name'),
+    'subclass': ('import numpy\ndataset_name = numpy.str_("digits")', 'dataset_name'),
+    'surrogate': (r'results_dir = "\ud800"', 'results_dir'),
     'syntax': ('width = 3\nwidth == = 3', 'line 2: SyntaxError'),
     'exception': ('width = 3\n\nwidth = 1 / 0', 'line 3: ZeroDivisionError'),
     'exit': ('exit(3)', 'line 1: SystemExit'),
@@ -152,6 +158,32 @@ def test_wrong_settings_files(capsys, tmp_path, case):
     path.write_text(content)
     line = refused(capsys, tmp_path, '--settings', path, '--results-dir', tmp_path / 'results')
     assert message in line and str(path) in line
+
+
+def test_settings_files_may_compute(tmp_path):
+    path = tmp_path / 'settings.py'
+    path.write_text('import math\n_base = 2\nlr = math.sqrt(_base)\nwidth = [_base**k for k in range(3)]\n')
+    _, runs = load_settings(path)
+    assert [run.width for run in runs] == [1, 2, 4] and runs[0].lr == math.sqrt(2)
+
+
+def test_lists_may_be_given_as_in_the_file(tmp_path):
+    _, flags = parse_command_line(['--milestones', '[60, 120]', '--width', '[8,16]', '--depth', '2', '3'])
+    assert flags == {'milestones': [60, 120], 'width': [8, 16], 'depth': [2, 3]}
+
+
+@pytest.mark.parametrize('content', ['width == 3', 'width = 200'])
+def test_a_damaged_global_settings_file_is_named(tmp_path, monkeypatch, capsys, content):
+    path = tmp_path / 'global_settings.py'
+    path.write_text(content)
+    monkeypatch.setattr('conf.GLOBAL_SETTINGS', path)
+    assert str(path) in refused(capsys, tmp_path, *DIGITS, '--results-dir', tmp_path / 'results')
+
+
+def test_data_dir_of_the_environment_must_exist(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv('DATA_DIR', str(tmp_path / 'gone'))
+    assert 'DATA_DIR' in refused(capsys, tmp_path, '--results-dir', tmp_path / 'results')
+    assert not (tmp_path / 'gone').exists()
 
 
 def test_a_line_missing_in_the_global_settings(tmp_path, monkeypatch):

@@ -263,6 +263,14 @@ def damaged(folder):
     yield lambda: save_checkpoint(path, checkpoint | {'state': {}}), 'not a checkpoint of CONV-3-4'
     yield lambda: save_checkpoint(path, checkpoint | {'momentum': {0: {'momentum_buffer': torch.ones(3)}}}), 'not a checkpoint'
     yield lambda: save_checkpoint(path, checkpoint | {'settings': checkpoint['settings'] | {'lr': 1.0}}), 'lr = 1.0, not 0.01'
+    state = checkpoint['state']
+    for wrong in ({'epoch': '3'}, {'epoch': -2}, {'step': 10**9}, {'step': None}, {'lines': []}, {'lines': ['1,2']},
+                  {'lines': [3]}, {'train_seconds': 'x'}, {'recent_errors': [None]}):  # fmt: skip
+        yield lambda wrong=wrong: save_checkpoint(path, checkpoint | {'state': state | wrong}), 'not a checkpoint'
+    yield lambda: save_checkpoint(path, checkpoint | {'momentum': {}}), 'not a checkpoint'
+    nan = {name: weight * float('nan') for name, weight in checkpoint['network'].items()}
+    yield lambda: save_checkpoint(path, checkpoint | {'network': nan}), 'not a checkpoint'
+    yield lambda: save_checkpoint(path, checkpoint | {'state': state | {'columns': COLUMNS[1:]}}), 'other columns'
     yield wide, 'not a checkpoint of CONV-3-4'
     yield path.unlink, 'is missing'
 
@@ -283,6 +291,40 @@ def test_wrong_checkpoints_are_refused(tmp_path, uninterrupted, capsys):
 def test_resume_with_other_settings_is_refused(uninterrupted, flag):
     status, _, stderr = run('--results-path', uninterrupted, '--resume', *flag)
     assert status == 2 and stderr.count('\n') == 1 and flag[0][2:].replace('-', '_') in stderr
+
+
+@pytest.mark.parametrize(
+    'flags, message',
+    [(('--epochs', '7', '8'), 'keeps the runs of the sweep'), (('--epochs', '2'), 'can only be made longer than 6'),
+     (('--epochs', '8', '--run', '1'), 'cannot change with --run')],
+)  # fmt: skip
+def test_resume_that_would_change_what_was_done_is_refused(tmp_path, uninterrupted, capsys, flags, message):
+    folder = tmp_path / 'run'
+    shutil.copytree(uninterrupted, folder)
+    assert train.main(['--results-path', str(folder), '--resume', *flags]) == 2
+    _, stderr = capsys.readouterr()
+    assert message in stderr and stderr.count('\n') == 1
+    assert (folder / 'global_settings.py').read_text() == (uninterrupted / 'global_settings.py').read_text()
+
+
+@pytest.mark.parametrize('damage', [b'\xff\xfe', b'epoch,lr\n1,2\n', b'a,b\nx,y\n'])
+def test_plot_of_a_damaged_table_names_it(tmp_path, uninterrupted, capsys, damage):
+    folder = tmp_path / 'run'
+    shutil.copytree(uninterrupted, folder)
+    (folder / 'CONV-3-4' / 'metrics.csv').write_bytes(damage)
+    assert train.main(['--results-path', str(folder), '--plot']) == 2
+    _, stderr = capsys.readouterr()
+    assert 'metrics.csv' in stderr and stderr.count('\n') == 1
+
+
+def test_launch_into_an_empty_folder(tmp_path):
+    launch(tmp_path, '--epochs', '1')
+    assert rows(tmp_path) == 2
+
+
+def test_a_figure_that_fails_loses_nothing(tmp_path):
+    stdout = launch(tmp_path / 'run', '--epochs', '1', env=os.environ | {'MPLBACKEND': 'bogus'})
+    assert 'no figure was drawn' in stdout and rows(tmp_path / 'run') == 2
 
 
 def test_resume_with_an_edited_settings_file_is_refused(tmp_path, uninterrupted):
@@ -328,10 +370,22 @@ def test_periods(tmp_path, uninterrupted):
 
 
 def test_early_stopping(tmp_path, capsys):
-    flags = ['--lr', '1e-9', '--early-stop-epoch', '4', '--early-stop-accuracy', '0.5', '--results-path', tmp_path / 'run']
+    flags = [
+        '--lr',
+        '1e-9',
+        '--early-stop-epoch',
+        '4',
+        '--early-stop-accuracy',
+        '0.5',
+        '--checkpoint-every',
+        '100',
+        '--results-path',
+        tmp_path / 'run',
+    ]
     launch(tmp_path / 'run', *flags[:-2])
     assert metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')['epoch'].tolist() == [0, 1, 2, 3, 4]
-    resume(tmp_path / 'run')
+    assert load_checkpoint(tmp_path / 'run' / 'CONV-3-4' / 'model.pt', 'cpu')['state']['epoch'] == 5
+    assert 'finished already' in resume(tmp_path / 'run')
     assert rows(tmp_path / 'run') == 5
 
 
@@ -375,14 +429,13 @@ def test_deleted_results_folder(tmp_path):
     (tmp_path / 'run').rename(tmp_path / 'elsewhere')
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1 and stderr.count('\n') == 1 and 'No such file or directory' in stderr
-    process = start('--results-path', tmp_path / 'elsewhere', '--resume', '--epochs', '3')
-    assert process.wait(60) == 0
+    assert load_checkpoint(tmp_path / 'elsewhere' / 'CONV-3-4' / 'model.pt', 'cpu')['state']['epoch'] > 2
 
 
 def test_results_folder_that_cannot_be_written(tmp_path):
     (tmp_path / 'file').write_text('')
     status, _, stderr = run(*SMALL, '--results-dir', tmp_path / 'file')
-    assert status == 1 and stderr.count('\n') == 1 and str(tmp_path / 'file') in stderr
+    assert status == 2 and stderr.count('\n') == 1 and str(tmp_path / 'file') in stderr
 
 
 def test_progress_bar_on_a_terminal(tmp_path):
