@@ -42,8 +42,10 @@ task() {
     done
     # 143: stopped by our SIGTERM, with a checkpoint. Anything else ended by itself, and stays ended.
     if [ -n "$time_is_up" ] && [ "$status" -eq 143 ]; then
-        # The job id alone would requeue the whole array where this is its first task.
-        scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+        # The job id alone would requeue the whole array where this is its first task. Then Slurm ends this script: an exit
+        # status of its own could reach Slurm after the restart and be taken for that of the new run.
+        trap - TERM
+        scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" && sleep 60
     fi
     exit "$status"
 }
