@@ -215,12 +215,12 @@ def test_resume_to_more_epochs(tmp_path, uninterrupted):
     assert load_settings(tmp_path / 'run' / 'global_settings.py')[0]['epochs'] == 6
 
 
-def test_two_launches_at_once_get_a_folder_each(tmp_path, uninterrupted):
-    processes = [start(*SMALL, '--results-dir', tmp_path) for _ in range(3)]
+def test_launches_at_once_get_a_folder_each(tmp_path, uninterrupted):
+    processes = [start(*SMALL, '--results-dir', tmp_path) for _ in range(8)]
     for process in processes:
         assert process.communicate(timeout=120)[1] == '' and process.returncode == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['1', '2', '3']
-    assert all(same(tmp_path / number, uninterrupted) for number in '123')
+    assert sorted(path.name for path in tmp_path.iterdir()) == list('12345678')
+    assert all(same(tmp_path / number, uninterrupted) for number in '12345678')
 
 
 def test_two_resumes_of_one_run_do_not_both_write(tmp_path, uninterrupted):
