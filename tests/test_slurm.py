@@ -185,13 +185,13 @@ def test_a_requeued_task_goes_on(slurm, tmp_path):
 def test_a_task_whose_time_is_up_goes_on(slurm, tmp_path):
     """A limit of one minute, of which the signal leaves a few seconds: Slurm may send it up to a minute early."""
     limits = {'SBATCH_TIMELIMIT': '1', 'SBATCH_SIGNAL': 'B:USR1@45'}
-    job, folder, _ = submit('--epochs', '400', '--results-dir', tmp_path, **limits)
+    job, folder, _ = submit('--epochs', '800', '--results-dir', tmp_path, **limits)
     wait_until(lambda: state(job)['Restarts'] != '0')
-    assert 0 < logged(folder) < 401
+    assert 0 < logged(folder) < 801
     start_again(job, 'TimeLimit=10')
     assert wait_for_array(job) == ['COMPLETED']
     assert 'stopped by SIGTERM' in (folder / 'slurm-1.log').read_text()
-    other = whole(tmp_path, '--epochs', '400')
+    other = whole(tmp_path, '--epochs', '800')
     assert numbers(folder / 'CONV-3-4' / 'metrics.csv') == numbers(other / 'CONV-3-4' / 'metrics.csv')
 
 
