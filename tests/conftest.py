@@ -25,7 +25,8 @@ TIMINGS = ('train_seconds', 'eval_seconds')
 def start(*arguments, **options):
     """train.py in a process of its own, its output caught."""
     command = [sys.executable, str(ROOT / 'train.py'), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    caught = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
+    return subprocess.Popen(command, text=True, **(caught | options))
 
 
 def run(*arguments, timeout=300, **options):
