@@ -384,6 +384,15 @@ def check(settings):
     trace_layers(net, dataset.input_shape)
 
 
+@contextlib.contextmanager
+def locked_run(folder):
+    """Keeps other processes from training the network of this folder. Raises BadInput where one does."""
+    with locked(folder / '.lock', wait=False) as free:
+        if not free:
+            raise BadInput(f'{folder}: another process is training this network; let it end first')
+        yield
+
+
 def train_all(runs, folder):
     """Trains one network after the other, then draws the figure. Returns 1 if one of them diverged, else 0."""
     status = 0
@@ -395,9 +404,7 @@ def train_all(runs, folder):
             flush=True,
         )
         (folder / settings.name).mkdir(exist_ok=True)
-        with locked(folder / settings.name / '.lock', wait=False) as free:
-            if not free:
-                raise BadInput(f'{folder / settings.name}: another process is training this network; let it end first')
+        with locked_run(folder / settings.name):
             try:
                 train(settings, dataset, folder / settings.name, device)
             except Diverged:
@@ -455,9 +462,8 @@ def check_resume(folder, flags, runs):
         raise BadInput(f'epochs = {runs[0].epochs}: a resumed run can only be made longer than {before[0].epochs}')
     for run in runs:
         if (folder / run.name).is_dir():
-            with locked(folder / run.name / '.lock', wait=False) as free:
-                if not free:
-                    raise BadInput(f'{folder / run.name}: another process is training this network; let it end first')
+            with locked_run(folder / run.name):
+                pass
 
 
 def run(options, flags):

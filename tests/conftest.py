@@ -14,7 +14,7 @@ os.environ['OMP_NUM_THREADS'] = '1'  # the networks of the tests are too small t
 import torch  # noqa: E402
 
 from conf import load_settings  # noqa: E402
-from utils import load_dataset, read_metrics  # noqa: E402
+from utils import load_dataset  # noqa: E402
 
 torch.set_num_threads(1)
 DIGITS = ('--settings', str(ROOT / 'conf' / 'digits.py'))
@@ -41,10 +41,6 @@ def numbers(path):
     lines = [line.split(',') for line in Path(path).read_text().splitlines()]
     kept = [index for index, column in enumerate(lines[0]) if column not in TIMINGS]
     return [[line[index] for index in kept] for line in lines]
-
-
-def metrics(path):
-    return read_metrics(path)
 
 
 def settings_of(**flags):

@@ -12,7 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import DIGITS, metrics, start
+from conftest import DIGITS, start
+
+from utils import read_metrics
 
 
 def resident(pid):
@@ -38,7 +40,7 @@ def main():
                 time.sleep(0.02)
             memory[reached] = resident(process.pid)
         _, stderr = process.communicate()
-        table = metrics(path)
+        table = read_metrics(path)
     seconds = table['train_seconds'] + table['eval_seconds']
     first, last = (statistics.median(part) for part in (seconds[10:210], seconds[-200:]))
     (_, early), (_, late) = memory.items()

@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL, metrics, numbers, run
+from conftest import ROOT, SMALL, numbers, run
+
+from utils import read_metrics
 
 SLURM = ('sbatch', 'scontrol', 'squeue', 'slurmctld', 'slurmd', 'munged')
 MISSING = [program for program in SLURM if not shutil.which(program, path=f'{os.environ["PATH"]}:/usr/sbin')]
@@ -202,7 +204,7 @@ def test_a_failing_task_is_not_requeued(slurm, tmp_path):
     failed = state(job, 2)
     assert (failed['ExitCode'], failed['Restarts']) == ('1:0', '0')
     assert 'became NaN' in (folder / 'slurm-2.log').read_text()
-    assert len(metrics(folder / 'CONV-3-4-lr0.01' / 'metrics.csv')['epoch']) == 7
+    assert len(read_metrics(folder / 'CONV-3-4-lr0.01' / 'metrics.csv')['epoch']) == 7
 
 
 @needs_slurm

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, metrics, numbers, run, settings_of, start
+from conftest import ROOT, SMALL, numbers, run, settings_of, start
 
 import train
 from conf import load_settings
-from utils import COLUMNS, load_checkpoint, save_checkpoint
+from utils import COLUMNS, load_checkpoint, read_metrics, save_checkpoint
 
 
 def launch(folder, *arguments, **options):
@@ -68,7 +68,7 @@ def test_quick_start(tmp_path):
     left = {str(path.relative_to(folder)) for path in folder.rglob('*') if not path.name.startswith('.')}
     files = {'CONV-3-32/metrics.csv', 'CONV-3-32/model.pt', 'figure.png', 'global_settings.py'}
     assert left == files | {'CONV-3-32'}
-    table = metrics(folder / 'CONV-3-32' / 'metrics.csv')
+    table = read_metrics(folder / 'CONV-3-32' / 'metrics.csv')
     assert list(table) == COLUMNS
     assert table['epoch'].tolist() == list(range(151))
     assert table['test_error'][-1] < 0.10 < 0.8 < table['test_error'][0]
@@ -104,7 +104,7 @@ def test_metrics_are_those_of_the_network_that_is_left(uninterrupted, digits):
         'lr': 0.01,
     }
     expected |= evaluate_bounds(net, measure_data(net, digits.train_images), margins)
-    table = metrics(uninterrupted / 'CONV-3-4' / 'metrics.csv')
+    table = read_metrics(uninterrupted / 'CONV-3-4' / 'metrics.csv')
     for column, value in expected.items():
         assert table[column][-1] == pytest.approx(value, rel=1e-5), column
 
@@ -133,7 +133,7 @@ def test_training_is_sgd_on_the_loss_with_weight_normalization(tmp_path, digits)
             optimizer.step()
     with torch.no_grad():
         loss = ((net(digits.train_images) - torch.eye(10)[digits.train_labels]) ** 2).mean().item()
-    assert metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')['train_loss'][-1] == pytest.approx(loss, rel=1e-4)
+    assert read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')['train_loss'][-1] == pytest.approx(loss, rel=1e-4)
 
 
 def test_sweep_leaves_four_runs_and_one_figure(tmp_path):
@@ -355,7 +355,7 @@ def test_torn_last_line_of_metrics(tmp_path, uninterrupted):
     launch(folder, '--epochs', '3')
     path = folder / 'CONV-3-4' / 'metrics.csv'
     path.write_text(path.read_text() + '4,0.01,0.0')
-    assert len(metrics(path)['epoch']) == 4
+    assert len(read_metrics(path)['epoch']) == 4
     assert run('--results-path', folder, '--plot')[0] == 0
     resume(folder, '--epochs', '6')
     assert same(folder, uninterrupted)
@@ -364,7 +364,7 @@ def test_torn_last_line_of_metrics(tmp_path, uninterrupted):
 def test_periods(tmp_path, uninterrupted):
     folder = tmp_path / 'run'
     launch(folder, '--epochs', '5', '--eval-every', '2', '--checkpoint-every', '3')
-    table, every = (metrics(path / 'CONV-3-4' / 'metrics.csv') for path in (folder, uninterrupted))
+    table, every = (read_metrics(path / 'CONV-3-4' / 'metrics.csv') for path in (folder, uninterrupted))
     assert table['epoch'].tolist() == [0, 2, 4, 5]
     assert table['our_bound'].tolist() == every['our_bound'][[0, 2, 4, 5]].tolist()
 
@@ -383,7 +383,7 @@ def test_early_stopping(tmp_path, capsys):
         tmp_path / 'run',
     ]
     launch(tmp_path / 'run', *flags[:-2])
-    assert metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')['epoch'].tolist() == [0, 1, 2, 3, 4]
+    assert read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')['epoch'].tolist() == [0, 1, 2, 3, 4]
     assert load_checkpoint(tmp_path / 'run' / 'CONV-3-4' / 'model.pt', 'cpu')['state']['epoch'] == 5
     assert 'finished already' in resume(tmp_path / 'run')
     assert rows(tmp_path / 'run') == 5
@@ -392,7 +392,7 @@ def test_early_stopping(tmp_path, capsys):
 @pytest.mark.parametrize('flags', [('--loss', 'CE'), ('--loss', 'L1'), ('--normalize', 'True'), ('--precision', 'bf16')])
 def test_other_settings_learn_too(tmp_path, flags):
     launch(tmp_path / 'run', '--epochs', '20', '--width', '8', '--lr', '0.05', *flags)
-    table = metrics(tmp_path / 'run' / 'CONV-3-8' / 'metrics.csv')
+    table = read_metrics(tmp_path / 'run' / 'CONV-3-8' / 'metrics.csv')
     assert table['train_loss'][-1] < 0.95 * table['train_loss'][0]
     assert 'L1' in flags or table['train_error'][-1] < 0.5  # the mean absolute error is content with zeros for a long time
 
@@ -481,4 +481,4 @@ def test_paper_run_learns_mnist(tmp_path, mnist):
     flags = ('--width', '4', '--epochs', '1', '--results-path', tmp_path / 'run')
     status, stdout, stderr = run(*flags, env=environment, cwd=ROOT, timeout=600)
     assert (status, stderr) == (0, '') and 'MNIST, 60000 training and 10000 test images' in stdout
-    assert metrics(Path(tmp_path, 'run', 'CONV-3-4', 'metrics.csv'))['test_error'][-1] < 0.12
+    assert read_metrics(Path(tmp_path, 'run', 'CONV-3-4', 'metrics.csv'))['test_error'][-1] < 0.12
