@@ -1,8 +1,8 @@
 """Measures the speed of training, evaluation and bounds: python tests/benchmark.py [--widths 16 32] [--depth 3] ...
 
 Against a bare loop in the same process: the same network without weight normalization, logging or data handling, in the
-best memory format, on one fixed batch. Medians of several repeats, in which the two sides alternate. Images are random, of
-MNIST's size and number; speed does not depend on what is on them.
+best memory format and with the same allocator settings, on one fixed batch. Medians of several repeats, in which the two
+sides alternate. Images are random, of MNIST's size and number; speed does not depend on what is on them.
 """
 
 import argparse
@@ -175,6 +175,7 @@ def main():
     parser.add_argument('--device', default='auto')
     parser.add_argument('--precision', default='auto')
     options = parser.parse_args()
+    train.keep_freed_memory()
     device = train.choose_device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads'
     print(f'torch {torch.__version__}, {device}, {name}, precision {options.precision}, medians of {options.repeats}')
