@@ -1,5 +1,6 @@
 """What a user relies on when a network is trained, through the program as a user starts it."""
 
+import ctypes
 import fcntl
 import os
 import pickle
@@ -430,6 +431,34 @@ def test_deleted_results_folder(tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1 and stderr.count('\n') == 1 and 'No such file or directory' in stderr
     assert load_checkpoint(tmp_path / 'elsewhere' / 'CONV-3-4' / 'model.pt', 'cpu')['state']['epoch'] >= 2
+
+
+def obey_permissions():
+    """Takes from a process of root, on its start, the capability to write what is read-only."""
+    PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
+    ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE)
+
+
+def test_folder_that_becomes_read_only(tmp_path, uninterrupted):
+    folder = tmp_path / 'run'
+    process = start(*SMALL, '--results-path', folder, preexec_fn=obey_permissions)
+    wait_for(lambda: rows(folder) >= 2, process)
+    (folder / 'CONV-3-4').chmod(0o555)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and stderr.count('\n') == 1 and 'Permission denied' in stderr and '--resume' in stderr
+    assert load_checkpoint(folder / 'CONV-3-4' / 'model.pt', 'cpu')['state']['epoch'] >= 1
+    status, _, stderr = run('--results-path', folder, '--resume', preexec_fn=obey_permissions)
+    assert status == 1 and stderr.count('\n') == 1 and 'Permission denied' in stderr
+    (folder / 'CONV-3-4').chmod(0o755)
+    resume(folder)
+    assert same(folder, uninterrupted)
+
+
+@pytest.mark.parametrize('place', ['--results-path', '--results-dir'])
+def test_launch_into_a_read_only_folder(tmp_path, place):
+    tmp_path.chmod(0o555)
+    status, _, stderr = run(*SMALL, place, tmp_path / 'new', preexec_fn=obey_permissions)
+    assert status == 2 and stderr.count('\n') == 1 and str(tmp_path / 'new') in stderr and 'Permission denied' in stderr
 
 
 def test_results_folder_that_cannot_be_written(tmp_path):
