@@ -269,10 +269,10 @@ def train(settings, dataset, folder, device):
     checkpoint_path, metrics_path = folder / 'model.pt', folder / 'metrics.csv'
     if checkpoint_path.exists():
         restore(checkpoint_path, settings, net, optimizer, state, steps)
+        place = f'goes on in epoch {state["epoch"]} after {state["step"]} of its {steps} steps'
+        print(f'{settings.name}: {"finished already" if ended(settings, state) else place}', flush=True)
     elif metrics_path.exists() and metrics_path.read_bytes().count(b'\n') > 1:
         raise BadInput(f'{checkpoint_path}: is missing; put it back, or move {folder} away to train this network anew')
-    if ended(settings, state):
-        print(f'{settings.name}: finished already')
     write_file(metrics_path, (','.join(COLUMNS) + '\n' + ''.join(state['lines'])).encode())
     data = measure_data(net, images)
     loss_sum = torch.zeros((), device=device)  # NaN from the first batch on whose loss is
@@ -390,6 +390,8 @@ def get_inputs(settings):
 
 def check(settings):
     """Raises BadInput for all that can be seen to be wrong before training: device, data, depth, and what no bound covers."""
+    if settings.bias:
+        raise BadInput('bias = True: the theorems are about bias-free networks; set it to False')
     device, dataset = get_inputs(settings)
     choose_precision(settings.precision, device)
     with torch.device('meta'):
@@ -422,7 +424,7 @@ def train_all(runs, folder):
             try:
                 train(settings, dataset, folder / settings.name, device)
             except Diverged:
-                mend = f'its last good checkpoint is kept; launch it anew with an lr below {settings.lr:g}'
+                mend = f'its last good checkpoint is kept; launch it anew with an lr smaller than {settings.lr:g}'
                 print(f'train.py: error: {settings.name}: the loss became NaN or infinite; {mend}', file=sys.stderr)
                 status = 1
         check_stop()
@@ -460,9 +462,13 @@ def check_options(options, flags):
     if options.settings is not None:
         raise BadInput(f"{option} takes the folder's own settings; leave --settings out")
     if not (folder / 'global_settings.py').is_file():
-        raise BadInput(f'{folder}: not a results folder, it has no global_settings.py; launch without {option}')
+        mend = f'name {folder.parent}' if (folder.parent / 'global_settings.py').is_file() else f'launch without {option}'
+        raise BadInput(f'{folder}: not a results folder, it has no global_settings.py; {mend}')
+    if options.plot and options.run is not None:
+        raise BadInput('--plot draws every network of the folder; leave --run out')
     if flags and (options.plot or options.run is not None):
-        raise BadInput(f'{next(iter(flags))}: a setting cannot change with {"--plot" if options.plot else "--run"}')
+        where = '--plot' if options.plot else '--run; give it to a --resume of the whole sweep'
+        raise BadInput(f'{next(iter(flags))}: a setting cannot change with {where}')
     if changed := [name for name in flags if name not in FREE]:
         raise BadInput(f'--resume keeps the setting {changed[0]}; only {", ".join(FREE)} may change')
 

@@ -833,6 +833,7 @@ def plot_figure(folder, names):
         ImportError: matplotlib is not installed.
     """
     import matplotlib.figure  # the object interface alone: no display and no global state
+    import matplotlib.ticker
 
     folder = Path(folder)
     with locked(folder / '.figure.lock', wait=True):  # whoever draws last has read last
@@ -841,18 +842,19 @@ def plot_figure(folder, names):
         tables = {name: table for name, table in tables.items() if len(table['epoch'])}
         if not tables:
             return None
-        columns = min(len(tables), 4)
+        columns = len(tables) if len(tables) <= 3 else math.ceil(math.sqrt(len(tables)))
         rows = -(-len(tables) // columns)
         figure = matplotlib.figure.Figure(figsize=(4.2 * columns + 2.6, 3.6 * rows), layout='constrained')
         panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
         for panel, (name, table) in zip(panels, tables.items()):
             _plot_panel(panel, name, table)
+            panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(base=2**5))  # 2^0 has a tick
         for panel in panels[len(tables) :]:
             panel.remove()
         for row in range(rows):
             panels[row * columns].set_ylabel('value')
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc='outside right center', frameon=False)
+        curves = sorted(panels[0].get_lines(), key=lambda line: -np.nan_to_num(line.get_ydata()[-1]))  # as they end
+        figure.legend(handles=curves, loc='outside right center', frameon=False)
         buffer = io.BytesIO()
         figure.savefig(buffer, format='png', dpi=130)
         write_file(folder / 'figure.png', buffer.getbuffer())
@@ -868,7 +870,7 @@ def _plot_panel(panel, name, table):
         if column.endswith('_bound') and column in table:
             draw(table[column], bound.__doc__.partition(':')[0], color=f'C{index}')
     draw(table['train_error'], 'Train error', color='black')
-    draw(table['test_error'], 'Test error', color='black', linestyle='--')
+    draw(table['test_error'], 'Test error', color='C9', linestyle='--')
     if 'certified_error' in table:
         draw(table['certified_error'], 'Certified error', color='C6', linestyle='--')
     draw(np.abs(table['generalization_gap']), 'Generalization gap (absolute)', color='gray', linestyle=':')

@@ -146,7 +146,7 @@ def test_sweep_leaves_four_runs_and_one_figure(tmp_path):
     assert {path.name for path in (tmp_path / '1').iterdir() if path.is_dir()} == set(names)
     assert all(rows(tmp_path / '1', name) == 6 for name in names)
     height, width, _ = image.imread(tmp_path / '1' / 'figure.png').shape
-    assert width > 3.5 * height  # four panels in a row
+    assert (height, width) == (2 * 468, 2 * 546 + 338)  # pixels of four panels in two rows and of the legend
 
     (tmp_path / '1' / 'figure.png').unlink()
     shutil.rmtree(tmp_path / '1' / names[3])
@@ -184,7 +184,7 @@ def test_resume_after_a_signal_mid_epoch(tmp_path, uninterrupted, number):
     assert process.returncode == 128 + number
     assert stderr == f'train.py: stopped by {number.name}; go on with: python train.py --results-path {folder} --resume\n'
     assert rows(folder) < 7
-    resume(folder)
+    assert re.search(r'CONV-3-4: goes on in epoch [3-6] after \d+ of its \d+ steps\n', resume(folder))
     assert same(folder, uninterrupted)
     assert 'finished already' in resume(folder)
     assert same(folder, uninterrupted)
@@ -306,6 +306,16 @@ def test_resume_that_would_change_what_was_done_is_refused(tmp_path, uninterrupt
     _, stderr = capsys.readouterr()
     assert message in stderr and stderr.count('\n') == 1
     assert (folder / 'global_settings.py').read_text() == (uninterrupted / 'global_settings.py').read_text()
+
+
+@pytest.mark.parametrize(
+    'path, arguments, message',
+    [('CONV-3-4', ['--plot'], 'has no global_settings.py; name '), ('', ['--plot', '--run', '1'], 'leave --run out')],
+)
+def test_plot_of_something_else_is_refused(uninterrupted, capsys, path, arguments, message):
+    assert train.main(['--results-path', str(uninterrupted / path), *arguments]) == 2
+    _, stderr = capsys.readouterr()
+    assert message in stderr and stderr.count('\n') == 1
 
 
 @pytest.mark.parametrize('damage', [b'\xff\xfe', b'epoch,lr\n1,2\n', b'a,b\nx,y\n'])
