@@ -833,7 +833,6 @@ def plot_figure(folder, names):
         ImportError: matplotlib is not installed.
     """
     import matplotlib.figure  # the object interface alone: no display and no global state
-    import matplotlib.ticker
 
     folder = Path(folder)
     with locked(folder / '.figure.lock', wait=True):  # whoever draws last has read last
@@ -848,7 +847,6 @@ def plot_figure(folder, names):
         panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
         for panel, (name, table) in zip(panels, tables.items()):
             _plot_panel(panel, name, table)
-            panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(base=2**5))  # 2^0 has a tick
         for panel in panels[len(tables) :]:
             panel.remove()
         for row in range(rows):
@@ -875,6 +873,7 @@ def _plot_panel(panel, name, table):
         draw(table['certified_error'], 'Certified error', color='C6', linestyle='--')
     draw(np.abs(table['generalization_gap']), 'Generalization gap (absolute)', color='gray', linestyle=':')
     panel.set_yscale('log', base=2)
+    panel.yaxis.get_major_locator().set_params(base=2**5)  # ticks at 2^0 and every fifth power from there
     panel.set_title(name)
     panel.set_xlabel('epoch')
     panel.grid(alpha=0.3)

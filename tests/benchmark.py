@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
+from torch.nn.utils import parametrize  # noqa: E402
 
 import train  # noqa: E402
 from conf import load_settings  # noqa: E402
@@ -56,20 +56,14 @@ def alternate(calls, device, repeats, budget=0.4):
     return [statistics.median(column) for column in zip(*times)]
 
 
-def bare_network(net):
-    """The network with its effective weights as plain parameters."""
-    layers = []
+def bare_network(settings, device):
+    """The network with its initial effective weights as plain parameters."""
+    torch.manual_seed(0)
+    net = get_network(settings, SHAPE, CLASSES)
     for module in net:
-        if isinstance(module, nn.Conv2d):
-            plain = nn.Conv2d(module.in_channels, module.out_channels, module.kernel_size, bias=False)
-            plain.weight.data = module.weight.detach().clone()
-            module = plain
-        elif isinstance(module, nn.Linear):
-            plain = nn.Linear(module.in_features, module.out_features, bias=False)
-            plain.weight.data = module.weight.detach().clone()
-            module = plain
-        layers.append(module)
-    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, 'weight')
+    return net.to(device, memory_format=torch.channels_last)
 
 
 def benchmark(settings, device, repeats):
@@ -87,7 +81,7 @@ def benchmark(settings, device, repeats):
     step = train.graphed(plain_step, optimizer, batch, device) if device.type == 'cuda' else plain_step
     batches = itertools.cycle(torch.randperm(TRAIN, device=device).split(batch))
 
-    bare = bare_network(net)
+    bare = bare_network(settings, device)
     bare_optimizer = torch.optim.SGD(bare.parameters(), **rates, fused=True)
     fixed, fixed_targets = images[:batch].clone(), targets[:batch].clone()
 
@@ -111,22 +105,21 @@ def benchmark(settings, device, repeats):
         train.evaluate(net, images[few], labels[few], targets[few], F.mse_loss)
 
     layers = trace_layers(net, SHAPE)
-    forward = sum(2 * math.prod(layer.shape) * math.prod(axis.shape[1] for axis in layer.taps) for layer in layers)
-    first = 2 * math.prod(layers[0].shape) * math.prod(axis.shape[1] for axis in layers[0].taps)
-    training = 3 * forward - first  # no gradient of the images
+    flops = [2 * math.prod(layer.shape) * math.prod(axis.shape[1] for axis in layer.taps) for layer in layers]
+    forward = sum(flops)
+    training = 3 * forward - flops[0]  # no gradient of the images
 
     step_s, bare_s = alternate([lambda: step(next(batches)), bare_step], device, repeats)
     eval_s, bare_eval_s = (value / (100 * chunk) for value in alternate([evaluation, bare_evaluation], device, repeats, 0.1))
     data, margins = measure_data(net, images), torch.rand(TRAIN, device=device)
     (bounds_s,) = alternate([lambda: evaluate_bounds(net, data, margins)], device, min(repeats, 3), 0)
 
-    layer = bare[2] if settings.depth > 1 else bare[0]
-    features = bare[:2](fixed).detach() if settings.depth > 1 else fixed
-    kept = trace_layers(net, SHAPE)[1 if settings.depth > 1 else 0]
-    conv_flop = 2 * batch * math.prod(kept.shape) * math.prod(axis.shape[1] for axis in kept.taps)
+    index = min(1, settings.depth - 1)  # the second convolution, where there is one
+    convolution, features = bare[2 * index], bare[: 2 * index](fixed).detach()
+    conv_flop = batch * flops[index]
     matrix = torch.rand(2048, 2048, device=device)
     with torch.no_grad():
-        conv_s, matrix_s = alternate([lambda: layer(features), lambda: matrix @ matrix], device, repeats)
+        conv_s, matrix_s = alternate([lambda: convolution(features), lambda: matrix @ matrix], device, repeats)
 
     steps = -(-TRAIN // batch)
     epoch = steps * step_s + (TRAIN + TEST) * eval_s + bounds_s

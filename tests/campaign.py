@@ -15,16 +15,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import DIGITS, numbers, run, start
+from conftest import DIGITS, run, same, start
 
 
 def campaign(folder, runs, number, chance, flags):
     """Runs `runs` interrupted runs and returns how many of them failed."""
-    status, _, stderr = run(*DIGITS, *flags, '--results-path', folder / 'whole')
-    assert (status, stderr) == (0, ''), stderr
     begin = time.monotonic()
-    run(*DIGITS, *flags, '--results-path', folder / 'timed')
+    status, _, stderr = run(*DIGITS, *flags, '--results-path', folder / 'whole')
     seconds = time.monotonic() - begin
+    assert (status, stderr) == (0, ''), stderr
     name = next(path.name for path in (folder / 'whole').iterdir() if path.is_dir())
     failures = 0
     for index in range(runs):
@@ -46,7 +45,7 @@ def campaign(folder, runs, number, chance, flags):
                 complaint = stderr
             if path.exists() and not (path / 'global_settings.py').exists():
                 path.rmdir()  # ended between making the folder and writing its first file
-        if not complaint and numbers(path / name / 'metrics.csv') != numbers(folder / 'whole' / name / 'metrics.csv'):
+        if not complaint and not same(path, folder / 'whole', name):
             complaint = f'metrics.csv differs; kept in {path}'
         if not complaint and number != signal.SIGKILL and slowest > 2:
             complaint = f'took {slowest:.1f} s to end'

@@ -43,6 +43,17 @@ def numbers(path):
     return [[line[index] for index in kept] for line in lines]
 
 
+def same(folder, other, name='CONV-3-4'):
+    """Whether a network has the same metrics in two results folders, timings aside."""
+    return numbers(folder / name / 'metrics.csv') == numbers(other / name / 'metrics.csv')
+
+
+def rows(folder, name='CONV-3-4'):
+    """The rows of a network's metrics.csv so far; -1 where there is none yet."""
+    path = folder / name / 'metrics.csv'
+    return path.read_text().count('\n') - 1 if path.exists() else -1
+
+
 def settings_of(**flags):
     """The settings of a single network: the defaults and these."""
     return load_settings(flags=flags)[1][0]

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL, numbers, run
+from conftest import ROOT, SMALL, rows, run, same
 
 from utils import read_metrics
 
@@ -134,11 +134,6 @@ def wait_for_array(job, tasks=1):
     return [state(job, task)['JobState'] for task in range(1, tasks + 1)]
 
 
-def logged(folder, name='CONV-3-4'):
-    path = folder / name / 'metrics.csv'
-    return path.read_text().count('\n') - 1 if path.exists() else 0
-
-
 def whole(tmp_path, *arguments):
     """The same sweep, uninterrupted and without Slurm."""
     status, _, stderr = run(*SMALL, *arguments, '--results-path', tmp_path / 'whole')
@@ -164,7 +159,7 @@ def test_an_array_of_four_leaves_one_figure(slurm, tmp_path):
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {'CONV-2-4', 'CONV-2-5', 'CONV-3-4', 'CONV-3-5'}
     other = whole(tmp_path, *arguments[:-2])
     for name in ('CONV-2-4', 'CONV-2-5', 'CONV-3-4', 'CONV-3-5'):
-        assert numbers(folder / name / 'metrics.csv') == numbers(other / name / 'metrics.csv')
+        assert same(folder, other, name)
     assert (folder / 'figure.png').read_bytes() == (other / 'figure.png').read_bytes()
     assert all(f'CONV-{name}' in (folder / f'slurm-{task}.log').read_text() for task, name in ((1, '2-4'), (4, '3-5')))
 
@@ -172,15 +167,15 @@ def test_an_array_of_four_leaves_one_figure(slurm, tmp_path):
 @needs_slurm
 def test_a_requeued_task_goes_on(slurm, tmp_path):
     job, folder, _ = submit('--epochs', '100', '--width', '4', '5', '--results-dir', tmp_path, SBATCH_ARRAY_INX='1%1')
-    for rows in (5, 20):
-        wait_until(lambda rows=rows: logged(folder) >= rows)
+    for count in (5, 20):
+        wait_until(lambda count=count: rows(folder) >= count)
         shell('scontrol', 'requeue', f'{job}_1')
         start_again(job)
     assert wait_for_array(job, 2) == ['COMPLETED'] * 2
     assert [state(job, task)['Restarts'] for task in (1, 2)] == ['2', '0']
     assert 'stopped by SIGTERM' in (folder / 'slurm-1.log').read_text()
     other = whole(tmp_path, '--epochs', '100')
-    assert numbers(folder / 'CONV-3-4' / 'metrics.csv') == numbers(other / 'CONV-3-4' / 'metrics.csv')
+    assert same(folder, other)
 
 
 @needs_slurm
@@ -189,12 +184,12 @@ def test_a_task_whose_time_is_up_goes_on(slurm, tmp_path):
     limits = {'SBATCH_TIMELIMIT': '1', 'SBATCH_SIGNAL': 'B:USR1@45'}
     job, folder, _ = submit('--epochs', '800', '--results-dir', tmp_path, **limits)
     wait_until(lambda: state(job)['Restarts'] != '0')
-    assert 0 < logged(folder) < 801
+    assert 0 < rows(folder) < 801
     start_again(job, 'TimeLimit=10')
     assert wait_for_array(job) == ['COMPLETED']
     assert 'stopped by SIGTERM' in (folder / 'slurm-1.log').read_text()
     other = whole(tmp_path, '--epochs', '800')
-    assert numbers(folder / 'CONV-3-4' / 'metrics.csv') == numbers(other / 'CONV-3-4' / 'metrics.csv')
+    assert same(folder, other)
 
 
 @needs_slurm
@@ -210,14 +205,14 @@ def test_a_failing_task_is_not_requeued(slurm, tmp_path):
 @needs_slurm
 def test_a_cancelled_task_stays_cancelled_and_a_new_job_goes_on(slurm, tmp_path):
     job, folder, _ = submit('--epochs', '60', '--results-dir', tmp_path)
-    wait_until(lambda: logged(folder) >= 5)
+    wait_until(lambda: rows(folder) >= 5)
     shell('scancel', job)
     assert wait_for_array(job) == ['CANCELLED']
     time.sleep(3)
     assert state(job)['JobState'] == 'CANCELLED' and 'stopped by SIGTERM' in (folder / 'slurm-1.log').read_text()
     output = shell('sh', ROOT / 'train.sh', '--results-path', folder, '--resume', VIRTUAL_ENV=sys.prefix)
     assert wait_for_array(re.search(r'^job (\d+)', output)[1]) == ['COMPLETED']
-    assert logged(folder) == 61
+    assert rows(folder) == 61
 
 
 @needs_slurm
@@ -244,7 +239,7 @@ def test_sbatch_does_the_same(slurm, tmp_path, arguments):
     job = re.search(r'^job (\d+)', (tmp_path / 'elsewhere' / 'out').read_text(), re.M)[1]
     count = max(1, len(arguments) - 1)
     assert wait_for_array(job, count) == ['COMPLETED'] * count
-    assert logged(repo / 'results' / '1') == 7 and (repo / 'results' / '1' / 'figure.png').exists()
+    assert rows(repo / 'results' / '1') == 7 and (repo / 'results' / '1' / 'figure.png').exists()
 
 
 def test_without_slurm_it_trains_here(tmp_path):
@@ -255,7 +250,7 @@ def test_without_slurm_it_trains_here(tmp_path):
         (programs / name).symlink_to(shutil.which(name))
     environment = {'PATH': str(programs), 'VIRTUAL_ENV': sys.prefix}
     output = shell('sh', ROOT / 'train.sh', *SMALL, '--width', '4', '5', '--results-path', 'out', cwd=tmp_path, **environment)
-    assert 'CONV-3-5 epoch 6/6' in output and logged(tmp_path / 'out') == logged(tmp_path / 'out', 'CONV-3-5') == 7
+    assert 'CONV-3-5 epoch 6/6' in output and rows(tmp_path / 'out') == rows(tmp_path / 'out', 'CONV-3-5') == 7
 
 
 @pytest.mark.skipif(not shutil.which('shellcheck') or not shutil.which('dash'), reason='shellcheck or dash is not installed')

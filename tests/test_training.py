@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, numbers, run, settings_of, start
+from conftest import ROOT, SMALL, numbers, rows, run, same, settings_of, start
 
 import train
 from conf import load_settings
@@ -46,20 +46,11 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-def same(folder, other, name='CONV-3-4'):
-    return numbers(folder / name / 'metrics.csv') == numbers(other / name / 'metrics.csv')
-
-
 def wait_for(condition, process, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.002)
-
-
-def rows(folder, name='CONV-3-4'):
-    path = folder / name / 'metrics.csv'
-    return path.read_text().count('\n') - 1 if path.exists() else -1
 
 
 def test_quick_start(tmp_path):
@@ -380,20 +371,9 @@ def test_periods(tmp_path, uninterrupted):
     assert table['our_bound'].tolist() == every['our_bound'][[0, 2, 4, 5]].tolist()
 
 
-def test_early_stopping(tmp_path, capsys):
-    flags = [
-        '--lr',
-        '1e-9',
-        '--early-stop-epoch',
-        '4',
-        '--early-stop-accuracy',
-        '0.5',
-        '--checkpoint-every',
-        '100',
-        '--results-path',
-        tmp_path / 'run',
-    ]
-    launch(tmp_path / 'run', *flags[:-2])
+def test_early_stopping(tmp_path):
+    flags = ('--early-stop-epoch', '4', '--early-stop-accuracy', '0.5', '--checkpoint-every', '100')
+    launch(tmp_path / 'run', '--lr', '1e-9', *flags)
     assert read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')['epoch'].tolist() == [0, 1, 2, 3, 4]
     assert load_checkpoint(tmp_path / 'run' / 'CONV-3-4' / 'model.pt', 'cpu')['state']['epoch'] == 5
     assert 'finished already' in resume(tmp_path / 'run')
@@ -515,7 +495,7 @@ def test_works_from_any_folder(tmp_path):
 
 
 def test_paper_run_learns_mnist(tmp_path, mnist):
-    """Width 4 and a tenth of an epoch's usual count of networks: enough to see the real files go through the program."""
+    """Width 4 and one epoch: enough to see the real files go through the program."""
     environment = {name: value for name, value in os.environ.items() if name != 'OMP_NUM_THREADS'}
     flags = ('--width', '4', '--epochs', '1', '--results-path', tmp_path / 'run')
     status, stdout, stderr = run(*flags, env=environment, cwd=ROOT, timeout=600)
