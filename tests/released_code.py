@@ -1,70 +1,72 @@
 """How much the deviations of the paper's released code change the bounds of a trained network.
 
-    python tests/released_code.py results/7 CONV-3-32
+    python tests/released_code.py results/7/CONV-3-32
 
-reads the settings and the checkpoint of that run and prints, line by line, the factors of the README's table.
+reads the settings and the checkpoint of that run and prints, line by line, the factors of docs/released_code.md.
 """
 
 import copy
 import sys
-from pathlib import Path
 
 import conftest  # noqa: F401, for the path to the project
 import numpy as np
 import torch
 
-from conf import load_settings
-from models import get_network
-from train import get_dataset
-from utils import (
-    golowich_bound,
-    graf_bound,
-    load_checkpoint,
-    measure_data,
-    measure_network,
-    our_bound,
-    sedghi_bound,
-    trace_layers,
-)
+from datasets import load_dataset
+from measures.geometry import trace_layers
+from measures.norms import measure_data, measure_network
+from records import load_network
+from utils import golowich_bound, graf_bound, our_bound, sedghi_bound
 
 
-def main(folder, name):
-    settings = next(run for run in load_settings(Path(folder, 'global_settings.py'))[1] if run.name == name)
-    where = settings.dataset_name, settings.data_dir
-    raw, standardized = (get_dataset(*where, normalize, 'cpu') for normalize in (False, True))
-    net = get_network(settings, raw.input_shape, raw.num_classes)
-    net.load_state_dict(load_checkpoint(Path(folder, name, 'model.pt'), 'cpu')['network'])
+def changed(table, **values):
+    table = copy.copy(table)
+    vars(table).update(values)
+    return table
+
+
+def main(path):
+    net, settings = load_network(path)
+    raw, standardized = (load_dataset(settings.dataset_name, settings.data_dir, normalize) for normalize in (False, True))
     network = measure_network(net, raw.input_shape)
     data, standardized_data = measure_data(net, raw.train_images), measure_data(net, standardized.train_images)
-    rest = (settings.delta, settings.gamma)
 
-    def changed(table, **values):
-        table = copy.copy(table)
-        vars(table).update(values)
-        return table
+    def value(bound, network, data):
+        return bound(network, data, settings.delta, settings.gamma)
 
-    def show(what, bound, network_there, data_there):
-        factor = bound(network_there, data_there, *rest) / bound(network, data, *rest)
-        print(f'{what:60} {factor:8.3f} times {bound.__name__}')
+    def show(what, factor, quantity):
+        print(f'{what:60} {factor:8.3f} times {quantity}')
 
-    print(f'{folder}/{name}')
-    show('inputs: standardized', our_bound, network, standardized_data)
-    show('inputs: standardized', golowich_bound, network, standardized_data)
-    show('m: 50,000', our_bound, network, changed(data, m=50000))
+    def compare(what, bound, network_there, data_there):
+        show(what, value(bound, network_there, data_there) / value(bound, network, data), bound.__name__)
+
+    print(path)
+    compare('inputs: standardized', our_bound, network, standardized_data)
+    compare('inputs: standardized', golowich_bound, network, standardized_data)
+    for bound in (our_bound, golowich_bound, sedghi_bound):
+        compare('m: 50,000', bound, network, changed(data, m=50000))
     log_here = network.D * np.log(2) + np.log(network.deg[:-1]).sum() + np.log(network.c[-1])
     log_there = network.D * np.log(2 * network.deg[:-1].max()) + np.log(network.c[-1])
-    print(
-        f'{"log factor: D log(2 max deg)":60} {(1 + (2 * log_there) ** 0.5) / (1 + (2 * log_here) ** 0.5):8.3f} times our_bound'
-    )
+    show('log factor: D log(2 max deg)', (1 + (2 * log_there) ** 0.5) / (1 + (2 * log_here) ** 0.5), 'our_bound')
 
     weights = [layer.module.weight.detach().double().flatten(1) for layer in trace_layers(net, raw.input_shape)]
     reshaped = np.array([torch.linalg.matrix_norm(weight, 2).item() for weight in weights])
     print(f'{"operator norms over those of the reshaped kernels":60} {np.round(network.s / reshaped, 3)}')
-    show('s: of the reshaped kernels', sedghi_bound, changed(network, s=reshaped), data)
-    show('s: of the reshaped kernels', graf_bound, changed(network, s=reshaped), data)
-    largest = raw.train_images.flatten(1).norm(dim=1).max().item()
-    show('Graf: largest input norm for sqrt(E_tot / m)', graf_bound, network, changed(data, E_tot=data.m * largest**2))
-    print(f'{"Graf: log(2W) for its square root":60} {np.log(2 * network.W.max()) ** 0.5:8.3f} times graf_bound, nearly')
+    compare('s: of the reshaped kernels', sedghi_bound, changed(network, s=reshaped), data)
+    compare('s: of the reshaped kernels', graf_bound, changed(network, s=reshaped), data)
+    largest = changed(data, E_tot=data.m * data.B**2)
+    compare('Graf: largest input norm for sqrt(E_tot / m)', graf_bound, network, largest)
+    log_2W = np.log(2 * network.W.max()) ** 0.5
+    show('Graf: log(2W) for its square root', log_2W, 'graf_bound, nearly')
+    cut = changed(network, R=network.b)
+    compare('Graf: the classifier cut into positions', graf_bound, cut, data)
+    four, m = changed(network, s=reshaped), 50000
+    energy = m * data.B**2
+    for what, network_there in (('the four', four), ('all five, the classifier cut', changed(four, R=network.b))):
+        there = value(graf_bound, network_there, changed(data, m=m, E_tot=energy))
+        show(f'Graf: {what}', there * log_2W / value(graf_bound, network, data), 'graf_bound, nearly')
+    level = np.log2(value(graf_bound, network, data))
+    print(f'graf_bound: 2^{level:.2f}, with the classifier cut 2^{np.log2(value(graf_bound, cut, data)):.2f}')
 
 
 if __name__ == '__main__':

@@ -1,0 +1,185 @@
+"""The layers of a network as linear maps on their real input, found by tracing one forward pass; what is not covered."""
+
+import math
+import operator
+from collections import namedtuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from conf import BadInput
+
+# One weight layer seen as a convolution; a linear layer is one whose kernel covers the whole map. `taps` holds, for the
+# vertical and the horizontal axis, the boolean array (kernel, outputs, inputs) that says which tap of which output
+# position reads which input position; a tap that lies in the padding reads none.
+Layer = namedtuple('Layer', 'name module shape stride padding dilation taps')
+
+RELUS = (torch.relu, F.relu, 'relu', 'relu_')
+FLATTENS = (torch.flatten, 'flatten')
+_SIZES = ('size', 'shape', getattr, operator.getitem)  # what a traced x.size(0) or x.shape[0] consists of
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module, name):
+        return isinstance(module, (nn.Conv2d, nn.Linear)) or super().is_leaf_module(module, name)
+
+
+def trace(net):
+    """The forward pass of a network as a list of (fx.Node, module or None, what it is in words), the output's node last.
+
+    A view or reshape to (N, -1) is traced as a flattening. The third entry names the node in a message of a refusal.
+
+    Raises:
+        BadInput: it cannot be traced, or what a module computes is not what its type says; it is named.
+    """
+    kind = type(net).__name__
+    for name, module in net.named_modules():
+        what = f'{name} ({type(module).__name__})' if name else kind
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise BadInput(f'{what} is a wrapper: pass the network in it, its .module')
+        if hasattr(module, '_orig_mod'):
+            raise BadInput(f'{what} is a compiled network: pass the one that was given to torch.compile, its ._orig_mod')
+        if isinstance(module, torch.jit.ScriptModule):
+            raise BadInput(f'{what} is a jit module: pass the nn.Module that it was made from')
+        if any(type(hook).__module__.startswith('torch.nn.utils') for hook in module._forward_pre_hooks.values()):
+            mend = 'pass it after remove_weight_norm, prune.remove, ..., or use torch.nn.utils.parametrizations'
+            raise BadInput(f'{what} has forward hooks of torch.nn.utils, which compute its weights: {mend}')
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise BadInput(f'{what} has forward hooks, which can change what it computes; remove them')
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            passes = (nn.Conv2d.forward, nn.Linear.forward), (nn.Conv2d._conv_forward, None)
+            own = (getattr(getattr(module, method, None), '__func__', None) for method in ('forward', '_conv_forward'))
+            if any(function not in known for function, known in zip(own, passes)):
+                raise BadInput(f'{what} has a forward pass of its own, which is not covered')
+        elif 'forward' in vars(module) and _Tracer().is_leaf_module(module, name):
+            raise BadInput(f'{what} has a forward pass of its own, which is not covered')
+    training = [module for module in net.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False  # what is measured is the network in evaluation mode
+        graph = _Tracer().trace(net)
+    except Exception as error:  # whatever the network's own code raises when it is run on symbols
+        reason = str(error).partition('\n')[0]
+        raise BadInput(f'{kind}: its forward pass cannot be traced ({reason})') from None
+    finally:
+        for module in training:
+            module.training = True
+    for node in reversed(graph.nodes):  # each after its users
+        if node.target in ('view', 'reshape', torch.reshape) and _is_batch_by_rest(*node.args[1:]):
+            node.op, node.target, node.args = 'call_method', 'flatten', (node.args[0], 1)
+        elif node.op != 'call_module' and node.target in _SIZES and not node.users:
+            graph.erase_node(node)
+    traced = []
+    for node in graph.nodes:
+        module = net.get_submodule(node.target) if node.op == 'call_module' else None
+        name = getattr(node.target, '__name__', node.target)
+        traced.append((node, module, f'{kind}: {name}{f" ({type(module).__name__})" if module else ""}'))
+    return traced
+
+
+def _is_batch_by_rest(*shape):
+    """Whether a traced shape is (number of samples, -1)."""
+    shape = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+    if len(shape) != 2 or shape[1] != -1 or not isinstance(shape[0], fx.Node):
+        return False
+    size = shape[0]
+    if size.target is operator.getitem and size.args[1] == 0:
+        size = size.args[0]
+        return (size.target == 'size' and len(size.args) == 1) or (size.target is getattr and size.args[1] == 'shape')
+    return size.target == 'size' and size.args[1:] == (0,)
+
+
+def flattens(node, module):
+    """The dimensions (first, last) that a traced node flattens, or None where it does something else."""
+    if isinstance(module, nn.Flatten):
+        return module.start_dim, module.end_dim
+    return _flatten_dims(*node.args, **node.kwargs) if node.op != 'call_module' and node.target in FLATTENS else None
+
+
+def rectifies(node, module):
+    """Whether a traced node is a ReLU."""
+    return isinstance(module, nn.ReLU) or (node.op != 'call_module' and node.target in RELUS)
+
+
+def trace_layers(net, input_shape):
+    """The weight layers of a bias-free ReLU network, found by tracing one forward pass.
+
+    Args:
+        net: any nn.Module whose forward pass is a chain of (Conv2d, ReLU) or (Linear, ReLU), a flattening, and a last Linear.
+        input_shape: (channels, height, width) of an image.
+    Returns:
+        A list of Layer, in the order of the forward pass.
+    Raises:
+        BadInput: the network has a bias, a skip connection or a module that the theory does not cover; it is named.
+    """
+    if len(input_shape) != 3:
+        raise BadInput(f'input_shape = {tuple(input_shape)}: must be (channels, height, width)')
+    (channels, *size), flat, layers, rectified = input_shape, False, [], True
+    *traced, (output, _, _) = trace(net)
+    if output.args != (traced[-1][0],):
+        raise BadInput(f"{type(net).__name__}: its output is not the last layer's, which is not covered")
+    followers = [node for node, _, _ in traced[1:]] + [output]
+    for (node, module, what), following in zip(traced, followers):
+        if list(node.users) != [following] or following.all_input_nodes != [node]:
+            raise BadInput(
+                f'{what}: its output does not go to the next layer and there alone; skip connections are not covered'
+            )
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            if module.bias is not None:
+                raise BadInput(f'{what} has a bias; the theorems are about bias-free networks')
+            if not rectified:
+                raise BadInput(f'{what} follows a layer without a ReLU between them')
+            rectified = False
+        if isinstance(module, nn.Conv2d):
+            if flat or module.groups != 1 or module.padding_mode != 'zeros' or isinstance(module.padding, str):
+                raise BadInput(f'{what}: only ungrouped convolutions of maps, padded with a number of zeros, are covered')
+            shape, stride, padding, dilation = module.weight.shape, module.stride, module.padding, module.dilation
+        elif isinstance(module, nn.Linear):
+            if not flat or module.in_features != channels * math.prod(size):
+                raise BadInput(f'{what}: expected a linear layer on the flattened map of {channels * math.prod(size)} numbers')
+            shape, stride, padding, dilation = (module.out_features, channels, *size), (1, 1), (0, 0), (1, 1)
+        elif rectifies(node, module):
+            if not layers:
+                raise BadInput(f'{what} comes before the first layer; give the network rectified images instead')
+            rectified = True
+            continue
+        elif dims := flattens(node, module):
+            if dims not in ((1, -1), (1, 3)):
+                raise BadInput(f'{what}: flattens other than the dimensions 1 to -1')
+            flat = True
+            continue
+        elif node.op == 'placeholder' or isinstance(module, nn.Identity):
+            continue
+        else:
+            raise BadInput(f'{what}: not covered; the theorems are about Conv2d, ReLU, Flatten and Linear')
+        taps = [_taps(*axis) for axis in zip(size, shape[2:], stride, padding, dilation)]
+        if shape[1] != channels or not all(axis.shape[1] for axis in taps):
+            raise BadInput(f'{what}: does not fit its input of {channels} channels of {size[0]}x{size[1]}')
+        if not all(axis.any() for axis in taps):
+            raise BadInput(f'{what}: reads nothing but its padding')
+        layers.append(Layer(node.target, module, tuple(shape), stride, padding, dilation, taps))
+        channels, size = shape[0], [axis.shape[1] for axis in taps]
+    if not layers or not isinstance(layers[-1].module, nn.Linear) or rectified:
+        raise BadInput(f'{type(net).__name__}: its last layer is not a linear classifier')
+    return layers
+
+
+def not_covered(net, input_shape):
+    """Why the theorems about bias-free chains do not cover a network, in one line that names the module; None if they do."""
+    try:
+        trace_layers(net, input_shape)
+    except BadInput as error:
+        return str(error)
+
+
+def _flatten_dims(x, start_dim=0, end_dim=-1):
+    return start_dim, end_dim
+
+
+def _taps(size, kernel, stride, padding, dilation):
+    """Which tap of which output position reads which input position along one axis: (kernel, outputs, inputs)."""
+    outputs = max(0, (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1)
+    tap, out = np.ogrid[:kernel, :outputs]
+    return (out * stride - padding + tap * dilation)[..., None] == np.arange(size)

@@ -1,0 +1,283 @@
+"""Norms of each layer of a network, energies of the training data, and margins: the tables that bounds are formulas of."""
+
+import contextlib
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from conf import BadInput
+from measures.geometry import not_covered, trace_layers
+from measures.paths import measure_paths
+
+
+def operator_norm(weight, in_size, stride=1, padding=0, dilation=1, tolerance=1e-5):
+    """Spectral norm of the linear map x -> conv2d(x, weight) on zero-padded maps of its real size.
+
+    Lanczos iteration on the convolution followed by its transpose, A'A, with full reorthogonalization: the same two
+    convolutions a step as power iteration, and hundreds of times fewer steps where the largest singular values lie
+    close together, as those of a convolution do. It ends when the residual of the largest Ritz value is below `tolerance`
+    times that value: some squared singular value then lies within that. That it is the largest one is a matter of the start:
+    there are two, random and fixed, so that the value depends on the weight alone, and a further one wherever the iteration
+    breaks down because the map annihilates what is left of a start. `dft_norm` is an upper bound.
+
+    Args:
+        weight: (out_channels, in_channels, kh, kw) float64, with entries far from overflow in squares.
+        in_size: (height, width) of the input map.
+    """
+    shape = (1, weight.shape[1], *in_size)
+    generator = torch.Generator().manual_seed(0)
+
+    def start():
+        vector = torch.randn(math.prod(shape), generator=generator, dtype=torch.float64).to(weight.device)
+        return vector / vector.norm()
+
+    def square(vector):
+        image = F.conv2d(vector.view(shape), weight, None, stride, padding, dilation)
+        return torch.nn.grad.conv2d_input(shape, weight, image, stride, padding, dilation).flatten()
+
+    starts = [start(), start()]
+    nothing = 1e-10 * max((square(vector) @ vector).item() for vector in starts)
+    return math.sqrt(max(0.0, *(_lanczos(square, vector, start, nothing, tolerance) for vector in starts)))
+
+
+def _lanczos(square, vector, start, nothing, tolerance):
+    """The largest eigenvalue of a positive semidefinite map `square`; what is shorter than `nothing` is taken for rounding."""
+    size = len(vector)
+    basis = vector.new_empty(min(size, 64), size)
+    alphas, betas = [], []
+
+    def orthogonal(image):
+        for _ in range(2):  # once is not enough
+            image = image - (basis[: step + 1] @ image) @ basis[: step + 1]
+        return image
+
+    for step in range(size):
+        if step == len(basis):
+            basis = torch.cat([basis, torch.empty_like(basis)])
+        basis[step] = vector
+        image = square(vector)
+        alphas.append(image @ vector)
+        image = orthogonal(image)
+        norm = image.norm()
+        betas.append(norm if norm > nothing else torch.zeros_like(norm))
+        if step % 8 == 7 or step == size - 1:
+            off = torch.stack(betas)
+            ritz = torch.diag(torch.stack(alphas)) + torch.diag(off[:-1], 1) + torch.diag(off[:-1], -1)
+            values, vectors = torch.linalg.eigh(ritz.cpu())
+            largest, residual = values[-1].item(), off[-1].item() * abs(vectors[-1, -1].item())
+            if residual <= tolerance * largest and step >= 15:
+                break
+        if not betas[-1] and step < size - 1:
+            image = orthogonal(start())
+            norm = image.norm()
+        vector = image / norm
+    return largest
+
+
+def dft_norm(weight, in_size, padding=0, dilation=1):
+    """An upper bound on the spectral norm of x -> conv2d(x, weight) on zero-padded maps, whatever its stride.
+
+    The padded, strided convolution is a part of the rows and columns of the circular one on the padded map, which the
+    discrete Fourier transform makes block diagonal: the bound is the largest spectral norm of a block, an (out_channels,
+    in_channels) matrix for each frequency (Sedghi, Gupta, Long 2019). Exact up to the rounding of float64.
+
+    Args:
+        weight: (out_channels, in_channels, kh, kw).
+        in_size: (height, width) of the input map.
+        padding, dilation: a number, or one for each axis.
+    """
+    weight = weight.detach().double()
+    scale = weight.abs().max().item()  # taken out, so that no square over- or underflows
+    if scale == 0:
+        return 0.0
+    phases = []  # per axis, (frequencies, taps)
+    for axis, (size, taps) in enumerate(zip(in_size, weight.shape[2:])):
+        pad, step = ((value, value)[axis] if isinstance(value, int) else value[axis] for value in (padding, dilation))
+        size = max(size + 2 * pad, step * (taps - 1) + 1)
+        count = size if axis == 0 else size // 2 + 1  # the others are complex conjugates, as the weights are real
+        turns = torch.arange(count, dtype=torch.float64)[:, None] * torch.arange(taps) * step % size / size
+        phases.append(torch.polar(torch.ones_like(turns), -2 * math.pi * turns).to(weight.device))
+    rows, columns = phases
+    phases = (rows[:, None, :, None] * columns[None, :, None, :]).flatten(0, 1).flatten(1)
+    taps = (weight / scale).flatten(2).movedim(2, 0).flatten(1).to(phases.dtype)
+    largest = 0.0
+    for chunk in phases.split(max(1, 2**22 // taps.shape[1])):
+        blocks = (chunk @ taps).view(-1, *weight.shape[:2])
+        blocks = blocks if blocks.shape[1] <= blocks.shape[2] else blocks.mH
+        largest = max(largest, torch.linalg.eigvalsh(blocks @ blocks.mH)[:, -1].max().item())
+    return scale * math.sqrt(largest)
+
+
+@np.errstate(over='ignore')
+def product(*factors):
+    """Product of nonnegative numbers and arrays, by their logarithms, so that no partial product over- or underflows.
+
+    It is inf only if the product itself is too large for a float, and 0 only if a factor is, even beside an infinite one: a
+    dead layer makes f zero.
+    """
+    log = log_product(*factors)
+    return max(np.exp(log), np.finfo(float).tiny) if log > -math.inf else 0.0
+
+
+def log_product(*factors):
+    """The logarithm of `product`, -inf for 0."""
+    factors = np.concatenate([np.ravel(factor) for factor in factors])
+    return np.log(factors).sum() if factors.all() else -math.inf
+
+
+@torch.no_grad()
+def measure_network(net, input_shape, margins=None, skip_uncovered=False):
+    """Everything that the bounds ask of a network, on its input of the given shape.
+
+    Args:
+        net: a network as `trace_layers` takes it.
+        input_shape: (channels, height, width) of an image.
+        margins: (m,) classification margins of the training samples; only the certificates ask for them.
+        skip_uncovered: leave out what is not covered, instead of refusing the network: a table without the measures of the
+            layers, or even without those of the paths.
+    Returns:
+        Namespace of arrays with an entry per weight layer l = 1..D, the classifier last:
+            F    Frobenius norm of the weight tensor
+            T    Frobenius norm of the layer's full linear map, its Toeplitz matrix
+            s    operator norm of the same map
+            a    sum over filters of the filter's l2 norm; classifier: F
+            b    sum over filters and taps of the l2 norm over input channels; a linear layer's taps are the map's positions
+            R    the same, but a linear layer has one tap: sum of the l2 norms of its rows
+            deg  largest number of input positions that feed one output position
+            A    sum over output units of the l2 norm of the unit's incoming weights, taps in the padding left out
+            p    output positions
+            c    output channels
+            W    number of weights
+        of u, the number of units of each layer, that of the inputs first; of r (the largest l2 norm of a classifier row),
+        rho = prod F, lip = prod s, prod_ratio = lip / rho (0 for a dead layer), D, what `measure_paths` returns, margins, and
+        not_covered: why the layers are not measured, or None.
+    Raises:
+        BadInput: the network is not covered, or its weights contain NaN or infinity.
+    """
+    network = SimpleNamespace(margins=margins, not_covered=not_covered(net, input_shape))
+    if network.not_covered and not skip_uncovered:
+        raise BadInput(network.not_covered)
+    with contextlib.suppress(BadInput) if network.not_covered else contextlib.nullcontext():
+        vars(network).update(vars(measure_paths(net, input_shape)))
+    if network.not_covered:
+        return network
+    table = {symbol: [] for symbol in ('F', 'T', 's', 'a', 'b', 'R', 'deg', 'A', 'p', 'c', 'W')}
+    layers = trace_layers(net, input_shape)
+    for layer in layers:
+        weight = layer.module.weight.detach().double().view(layer.shape)
+        scale = weight.abs().max().item()  # taken out, so that no square over- or underflows
+        weight = weight / (scale or 1.0)
+        rows, columns = layer.taps
+        counts = np.outer(rows.sum((1, 2)), columns.sum((1, 2)))  # output positions at which a tap reads the input
+        squares = weight.square().sum(1)  # of each filter at each tap
+        read = [torch.from_numpy(axis.any(2)).to(squares) for axis in (rows, columns)]  # is the tap's position in the input?
+        incoming = torch.einsum('fkl,ko,lp->fop', squares, *read)  # of each output unit
+        tap_squares = squares.sum(0).cpu().numpy()
+        filters = weight.flatten(1)
+        if scale == 0:
+            spectral = 0.0
+        elif isinstance(layer.module, nn.Linear):
+            gram = filters @ filters.T if len(filters) <= filters.shape[1] else filters.T @ filters
+            spectral = math.sqrt(torch.linalg.eigvalsh(gram)[-1].item())
+        else:
+            in_size = (rows.shape[2], columns.shape[2])
+            spectral = operator_norm(weight, in_size, layer.stride, layer.padding, layer.dilation)
+        table['F'].append(scale * weight.norm().item())
+        table['T'].append(scale * math.sqrt((tap_squares * counts).sum()))
+        table['s'].append(scale * spectral)
+        table['a'].append(scale * filters.norm(dim=1).sum().item())
+        table['b'].append(scale * weight.norm(dim=1).sum().item())
+        table['R'].append(table['a' if isinstance(layer.module, nn.Linear) else 'b'][-1])
+        table['A'].append(scale * incoming.sqrt().sum().item())
+        table['deg'].append(rows.sum((0, 2)).max() * columns.sum((0, 2)).max())
+        table['p'].append(rows.shape[1] * columns.shape[1])
+        table['c'].append(layer.shape[0])
+        table['W'].append(weight.numel())
+    vars(network).update({symbol: np.array(values, dtype=float) for symbol, values in table.items()})
+    network.r = scale * filters.norm(dim=1).max().item()
+    network.a[-1] = network.F[-1]
+    network.u = np.array([math.prod(input_shape), *network.p * network.c])
+    network.rho, network.lip, network.D = product(network.F), product(network.s), len(layers)
+    network.prod_ratio = product(network.s / np.where(network.F == 0, 1, network.F))
+    return network
+
+
+@torch.no_grad()
+def measure_data(net, images, skip_uncovered=False):
+    """Everything that the bounds ask of the training data; it needs the network for its geometry alone.
+
+    Args:
+        net: a network as `trace_layers` takes it.
+        images: (m, C, H, W), exactly as the network sees them.
+        skip_uncovered: for a network that is not covered, leave P nan instead of refusing it.
+    Returns:
+        Namespace of
+            m            number of samples
+            E_max        max over input positions j of sum_i ||x_i[:, j]||^2, the norm over channels
+            E_coord      max over input coordinates u, a channel of a position, of sum_i x_i[u]^2
+            E_tot        sum_i ||x_i||^2
+            B            max_i ||x_i||
+            P            per layer, the largest l2 norm of the part of an image that one patch of the layer sees, its
+                         receptive field; the whole image for the classifier
+            norm_ratio   sqrt(E_tot / E_max)
+            input_shape  (C, H, W)
+            inputs       number of input coordinates
+    Raises:
+        BadInput: the network is not covered, or the images are none, or contain NaN or infinity.
+    """
+    if images.dim() != 4 or not len(images):
+        raise BadInput(f'images of shape {tuple(images.shape)}: must be (m, channels, height, width), with m >= 1')
+    input_shape = tuple(images.shape[1:])
+    reach = [np.eye(size) for size in input_shape[1:]]
+    fields = []  # per hidden layer and axis, (outputs, pixels): does this output position see this pixel?
+    covered = not (skip_uncovered and not_covered(net, input_shape))
+    for layer in trace_layers(net, input_shape)[:-1] if covered else ():
+        reach = [(taps.any(0) @ seen > 0).astype(float) for taps, seen in zip(layer.taps, reach)]
+        fields.append([torch.from_numpy(axis).to(images.device) for axis in reach])
+    coordinates, largest = 0.0, torch.zeros(len(fields) + 1, dtype=torch.float64, device=images.device)
+    for chunk in images.split(2048):
+        squares = chunk.double().square()
+        coordinates = coordinates + squares.sum(0)
+        squares = squares.sum(1)
+        seen = [(rows @ squares @ columns.T).max() for rows, columns in fields] + [squares.sum((1, 2)).max()]
+        largest = torch.maximum(largest, torch.stack(seen))
+    energy = coordinates.sum(0)
+    E_max, E_tot = energy.max().item(), energy.sum().item()
+    if not math.isfinite(E_tot):
+        raise BadInput('the images contain NaN or infinity, or numbers whose squares have no float')
+    return SimpleNamespace(
+        m=len(images),
+        E_max=E_max,
+        E_coord=coordinates.max().item(),
+        E_tot=E_tot,
+        B=largest[-1].sqrt().item(),
+        P=largest.sqrt().cpu().numpy() if covered else math.nan,
+        norm_ratio=math.sqrt(E_tot / E_max) if E_max else 0.0,
+        input_shape=input_shape,
+        inputs=math.prod(input_shape),
+    )
+
+
+def classification_margins(outputs, labels):
+    """f(x_i)_{y_i} - max_{j != y_i} f(x_i)_j of each sample, (m,) float64, of outputs (m, C) and labels (m,).
+
+    Raises:
+        BadInput: the shapes do not fit, or a label is not one of 0 to C - 1.
+    """
+    if outputs.dim() != 2 or labels.shape != outputs.shape[:1]:
+        shapes = f'outputs {tuple(outputs.shape)} and labels {tuple(labels.shape)}'
+        raise BadInput(f'{shapes}: must be (m, classes) and (m,)')
+    if labels.is_floating_point() or ((labels < 0) | (labels >= outputs.shape[1])).any():
+        raise BadInput(f'labels out of range: {outputs.shape[1]} outputs want whole numbers from 0 to {outputs.shape[1] - 1}')
+    outputs, labels = outputs.double(), labels.long()
+    own = outputs.gather(1, labels[:, None])
+    return own[:, 0] - outputs.scatter(1, labels[:, None], -math.inf).amax(1)
+
+
+def margin_error(margins, gamma):
+    """err_S^gamma, the fraction of margins of at most gamma; err_S^0 is the 0-1 error, ties counting as errors."""
+    return (~(margins > gamma)).double().mean().item()  # NaN is an error too
