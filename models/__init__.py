@@ -1,13 +1,17 @@
 """The networks. Adding one is one file here and one entry in NETWORKS."""
 
 from conf import BadInput, closest
-from models.convnet_wn import convnet
+from models.convbn import convbn, convres
+from models.convnet import convnet
+from models.mlp import mlp
+from models.weight_norm import add_masks
 
-NETWORKS = {'CONV': convnet}  # the setting `network` -> function of (settings, input_shape, num_classes)
+# the setting `network` -> function of (settings, input_shape, num_classes)
+NETWORKS = {'CONV': convnet, 'MLP': mlp, 'CONVBN': convbn, 'CONVRES': convres}
 
 
 def get_network(settings, input_shape, num_classes):
-    """The network that the settings describe.
+    """The network that the settings describe; where a setting can kill weights, with masks, all of ones.
 
     Args:
         settings: namespace with the knobs of conf/global_settings.py.
@@ -16,9 +20,9 @@ def get_network(settings, input_shape, num_classes):
     Returns:
         An nn.Module from images (N, *input_shape) to outputs (N, num_classes).
     Raises:
-        BadInput: unknown network, or one that is too deep for the image.
+        BadInput: unknown network, one that is too deep for the image, or one that wants another normalization.
     """
     if settings.network not in NETWORKS:
         hint = closest(settings.network, NETWORKS)
         raise BadInput(f'network = {settings.network!r}: must be one of {", ".join(NETWORKS)}{hint}')
-    return NETWORKS[settings.network](settings, input_shape, num_classes)
+    return add_masks(NETWORKS[settings.network](settings, input_shape, num_classes), settings)

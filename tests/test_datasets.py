@@ -1,4 +1,4 @@
-"""Every reader, on small files in the true format, and on every way in which such a file can be wrong."""
+"""Every reader, on small files in the true format, and on every way in which it can be wrong; subsets and wrong labels."""
 
 import gzip
 import hashlib
@@ -15,9 +15,9 @@ import pytest
 import torch
 from conftest import ROOT, run
 
-import utils
+import datasets
 from conf import BadInput
-from utils import load_dataset, read_idx
+from datasets import fingerprint, load_dataset, read_idx
 
 RANDOM = np.random.default_rng(0)
 
@@ -150,6 +150,101 @@ def test_normalize(tmp_path):
     plain, normalized = load_dataset('CIFAR10', tmp_path), load_dataset('CIFAR10', tmp_path, normalize=True)
     std, mean = torch.std_mean(plain.train_images, dim=(0, 2, 3), correction=0, keepdim=True)
     torch.testing.assert_close(normalized.test_images, (plain.test_images - mean) / std)
+    subset = load_dataset('CIFAR10', tmp_path, normalize=True, train_samples=4)
+    torch.testing.assert_close(subset.test_images, normalized.test_images, rtol=0, atol=0)  # an image is the same input
+
+
+def test_a_constant_channel_is_normalized_to_zero(tmp_path):
+    make_idx(tmp_path)
+    path = tmp_path / 'MNIST' / 'raw' / 'train-images-idx3-ubyte.gz'
+    path.write_bytes(gzip.compress(idx(np.full((70, 28, 28), 77, np.uint8))))
+    assert not load_dataset('MNIST', tmp_path, normalize=True).train_images.any()
+
+
+def draw(**knobs):
+    return load_dataset('digits', 'nowhere', **knobs)
+
+
+def test_training_subsets_are_nested_and_seeded(digits):
+    small, large, other = draw(train_samples=200), draw(train_samples=900), draw(train_samples=200, data_seed=1)
+    assert torch.equal(small.train_images, large.train_images[:200])
+    assert torch.equal(small.train_labels, large.train_labels[:200])
+    assert not torch.equal(small.train_images, other.train_images)
+    whole = draw(train_samples=1437)
+    assert not torch.equal(whole.train_labels, digits.train_labels)
+    pairs = [{(label.item(), *image.flatten().tolist()) for image, label in zip(part.train_images, part.train_labels)}
+             for part in (whole, digits, small)]  # fmt: skip
+    assert pairs[0] == pairs[1] and pairs[2] < pairs[0] and len(pairs[2]) == 200
+    for part in (small, large, other, whole):
+        assert torch.equal(part.test_images, digits.test_images) and torch.equal(part.test_labels, digits.test_labels)
+
+
+@pytest.mark.parametrize('clean, samples', [(0, 0), (300, 0), (300, 700), (700, 700)])
+@pytest.mark.parametrize('noise', [0.0, 0.1, 0.3, 1.0])
+def test_label_noise_is_exact(noise, clean, samples):
+    true = draw(train_samples=samples)
+    noisy = draw(train_samples=samples, clean_samples=clean, label_noise=noise)
+    wrong = noisy.train_labels != true.train_labels
+    assert wrong.sum() == round(noise * (len(wrong) - clean)) and not wrong[:clean].any()
+    assert 0 <= noisy.train_labels.min() and noisy.train_labels.max() <= 9
+    assert torch.equal(noisy.train_images, true.train_images) and torch.equal(noisy.test_labels, true.test_labels)
+
+
+def test_wrong_labels_are_nested_uniform_and_of_their_own_seed(digits):
+    labels = {noise: draw(label_noise=noise).train_labels for noise in (0.1, 0.5, 1.0)}
+    few, many = (labels[noise] != digits.train_labels for noise in (0.1, 0.5))
+    assert (many | ~few).all() and torch.equal(labels[0.1][few], labels[1.0][few])
+    steps = torch.bincount((labels[1.0] - digits.train_labels) % 10, minlength=10)
+    assert steps[0] == 0 and ((steps[1:] - 1437 / 9).abs() < 4 * (1437 / 9) ** 0.5).all()
+    again, other = draw(label_noise=0.5).train_labels, draw(label_noise=0.5, data_seed=1).train_labels
+    assert torch.equal(again, labels[0.5]) and not torch.equal(other, labels[0.5])
+    for seed in range(3):  # no shuffle of a training, drawn from (seed, epoch), puts the wrong ones first
+        for epoch in range(1, 4):
+            first = np.random.default_rng((seed, epoch)).permutation(1437)[: few.sum()]
+            assert few[first].float().mean() < 0.4
+
+
+@pytest.mark.parametrize('knobs', [
+    {'train_samples': 1438}, {'clean_samples': 1438}, {'train_samples': 10, 'clean_samples': 11}, {'label_noise': 1.1},
+    {'label_noise': float('nan')},
+])  # fmt: skip
+def test_impossible_draws_name_the_knob(knobs):
+    with pytest.raises(BadInput, match=f'^{list(knobs)[-1]} = ') as caught:
+        draw(**knobs)
+    assert '\n' not in str(caught.value)
+
+
+def test_fingerprint(digits):
+    """It tells apart whatever changes a single label or pixel of either part, and nothing else."""
+    print_ = fingerprint(digits)
+    assert print_ == fingerprint(draw()) and len(print_) == 32 and int(print_, 16)
+    different = [draw(train_samples=1436), draw(train_samples=1437), draw(label_noise=1 / 1437), draw(normalize=True)]
+    for name, index in (('train_labels', 7), ('test_labels', 3), ('train_images', (5000 % 1437, 0, 3, 3)), ('test_images', -1)):
+        different.append(draw())
+        tensor = getattr(different[-1], name)
+        tensor[index] = 9 - tensor[index]
+    assert len({print_, *map(fingerprint, different)}) == 1 + len(different)
+    digits_ = draw()
+    digits_.train_images = digits_.train_images.contiguous(memory_format=torch.contiguous_format)
+    assert fingerprint(digits_) == print_  # the layout in memory is none of the data
+
+
+FIFOS = {
+    'MNIST/raw/train-images-idx3-ubyte': 'MNIST',
+    'MNIST/raw/train-images-idx3-ubyte.gz': 'MNIST',
+    'cifar-10-binary.tar.gz': 'CIFAR10',
+    'cifar-10-batches-bin/data_batch_1.bin': 'CIFAR10',
+    'train_32x32.mat': 'SVHN',
+}
+
+
+@pytest.mark.parametrize('file', FIFOS)
+def test_a_fifo_in_place_of_a_file_does_not_hang(tmp_path, file):
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(BadInput, match=f'{path.name} is not a regular file'):
+        load_dataset(FIFOS[file], tmp_path)
 
 
 # Wrong files. Each case changes the good bytes of one file, decompressed and compressed again where it is a .gz.
@@ -284,7 +379,7 @@ def test_download(tmp_path, monkeypatch, capsys):
     parts = make_idx(source)
     files = sorted((source / 'MNIST' / 'raw').iterdir())
     served = {path.name: (path.as_uri(), hashlib.md5(path.read_bytes()).hexdigest()) for path in files}
-    monkeypatch.setitem(utils.DOWNLOADS, 'MNIST', served)
+    monkeypatch.setitem(datasets.DOWNLOADS, 'MNIST', served)
     assert_holds(load_dataset('MNIST', data_dir), parts)
     assert sorted(path.name for path in (data_dir / 'MNIST' / 'raw').iterdir()) == sorted(served)
     assert '100%' in capsys.readouterr().err
@@ -299,8 +394,8 @@ def test_download(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize('name', ['MNIST', 'FashionMNIST', 'CIFAR10', 'CIFAR100', 'SVHN'])
 def test_missing_dataset_says_what_to_do(tmp_path, monkeypatch, name):
-    nowhere = {file: ((tmp_path / 'gone').as_uri(), md5) for file, (_, md5) in utils.DOWNLOADS[name].items()}
-    monkeypatch.setitem(utils.DOWNLOADS, name, nowhere)
+    nowhere = {file: ((tmp_path / 'gone').as_uri(), md5) for file, (_, md5) in datasets.DOWNLOADS[name].items()}
+    monkeypatch.setitem(datasets.DOWNLOADS, name, nowhere)
     with pytest.raises(BadInput) as caught:
         load_dataset(name, tmp_path / 'data')
     message = str(caught.value)

@@ -1,0 +1,244 @@
+"""What each layer has learned: nearest class centers, class-distance normalized variance, effective depth.
+
+The quantities of Galanti, Galanti and Ben-Shaul, "Comparative Generalization Bounds for Deep Neural Networks" (TMLR 2023);
+docs/depth.md has the formulas, the protocol and the theorem that `comparative_estimate` follows.
+"""
+
+import contextlib
+import math
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from conf import BadInput
+
+# Images per forward pass: on a CPU few enough that the activations stay in its cache.
+BATCH = {'cpu': 32, 'cuda': 256}
+
+
+@torch.no_grad()
+def measure_representations(net, train_images, train_labels, test_images, test_labels, between=None):
+    """The input and the output of each layer, seen through the means of their classes.
+
+    A layer ends with its nonlinearity; the classifier is none. A class that a set lacks has no mean there: it is no candidate
+    of the nearest class center, its pairs are left out, and each of its samples is an error, as is a tie.
+
+    Args:
+        net: an nn.Sequential; an nn.ReLU among its children ends a layer, and so does a block of layers that has a true
+            attribute `is_layer`. It runs in evaluation mode, and every module is left in the mode it was in.
+        train_images: (m, ...), exactly as the network sees them; they and the labels are on the network's device.
+        train_labels: (m,) int64, the labels trained on, wrong ones included.
+        test_images, test_labels: the same of the test set.
+        between: called before each batch, so that a signal is noticed.
+    Returns:
+        A list of dicts, the input first (layer 0), then layer 1 to L, each with
+            size             number of coordinates D_l
+            train_ncc_error  share of training samples that are not nearest to the mean of their own class
+            test_ncc_error   the same of the test set, by the training set's means
+            train_cdnv       (V_a + V_b) / (2 ||mu_a - mu_b||^2), the mean over pairs of classes; inf where two means are equal
+            test_cdnv        the same of the test set, by means and variances of its own
+        Fewer than two classes leave nothing to tell apart: nan.
+    Raises:
+        BadInput: another kind of network, images and labels that do not fit, or representations with NaN or infinity.
+    """
+    modules = _layered_modules(net)
+    train, test = (train_images, train_labels), (test_images, test_labels)
+    for part, (images, labels) in (('train', train), ('test', test)):
+        if images.dim() < 2 or labels.shape != images.shape[:1] or labels.is_floating_point() or not len(labels):
+            shapes = f'{tuple(images.shape)} and {tuple(labels.shape)}'
+            raise BadInput(f'{part} images and labels of shapes {shapes}: must be (m, ...) and integers (m,), m at least 1')
+    with evaluation_mode(net), _full_float32(), parametrize.cached():
+        centers = _class_means(modules, *train, between)
+        train_errors, train_cdnvs = _compare(modules, *train, centers, train_labels.unique(), centers, between)
+        means = _class_means(modules, *test, between)
+        test_errors, test_cdnvs = _compare(modules, *test, centers, train_labels.unique(), means, between)
+    columns = [center.shape[1] for center in centers], train_errors, test_errors, train_cdnvs, test_cdnvs
+    names = 'size', 'train_ncc_error', 'test_ncc_error', 'train_cdnv', 'test_cdnv'
+    return [dict(zip(names, row)) for row in zip(*columns)]
+
+
+@contextlib.contextmanager
+def evaluation_mode(net):
+    """Runs what it encloses in evaluation mode, and leaves each module in the mode it was in."""
+    training = [module for module in net.modules() if module.training]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def _full_float32():
+    """Matrix products in full float32, on CUDA too: TF32 would decide near ties."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = 'ieee'
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def _ends_layer(module):
+    return isinstance(module, nn.ReLU) or getattr(module, 'is_layer', False)
+
+
+def _layered_modules(net):
+    """The children of a network up to its last layer's end."""
+    if not isinstance(net, nn.Sequential) or type(net).forward is not nn.Sequential.forward:
+        raise BadInput(f'{type(net).__name__}: give its modules as a plain nn.Sequential, so that layers can be told apart')
+    modules = list(net)
+    while modules and not _ends_layer(modules[-1]):
+        modules.pop()
+    if not modules:
+        raise BadInput(f'{type(net).__name__}: none of its children is an nn.ReLU, with which a layer ends')
+    return modules
+
+
+def _representations(modules, images):
+    """Yields the input and the output of each layer as (B, D_l), the channels last, in the order of memory."""
+    yield images.movedim(1, -1).flatten(1)
+    for module in modules:
+        images = module(images)
+        if _ends_layer(module):
+            yield images.movedim(1, -1).flatten(1)
+
+
+def _by_class(labels):
+    """[(class, indices of its samples)] for each class that occurs, in increasing order."""
+    return [(label, (labels == label).nonzero()[:, 0]) for label in labels.unique()]
+
+
+def _batches(modules, images, members, between):
+    """Yields (layer, representation (B, D_l)) of the samples `members`, all of one class, batch after batch."""
+    for indices in members.split(BATCH[images.device.type]):
+        if between:
+            between()
+        yield from enumerate(_representations(modules, images[indices]))
+
+
+def _class_means(modules, images, labels, between):
+    """Per layer, the means (C, D_l) float64 of the classes that occur, in increasing order."""
+    means, classes = [], _by_class(labels)
+    for row, (_, members) in enumerate(classes):
+        for layer, h in _batches(modules, images, members, between):
+            if layer == len(means):
+                means.append(h.new_zeros((len(classes), h.shape[1]), dtype=torch.float64))
+            means[layer][row] += h.sum(0)  # one row: the batch is of one class
+        for layer_means in means:
+            layer_means[row] /= len(members)
+    for layer, layer_means in enumerate(means):
+        if not layer_means.isfinite().all():
+            raise BadInput(f'layer {layer}: the representation contains NaN or infinity (layer 0 is the input)')
+    return means
+
+
+def _compare(modules, images, labels, centers, candidates, means, between):
+    """Per layer, the NCC error and the CDNV of a set.
+
+    With e = h - m, m the sample's class mean in this set, ||h - mu||^2 - ||e||^2 = ||w||^2 - 2 e.w for w = mu - m. All
+    differences are taken before anything is squared, so that means far from zero cancel no digits.
+
+    Args:
+        centers: per layer (C, D_l) float64, whose nearest one classifies; `candidates` (C,) are their classes.
+        means: per layer (C', D_l) float64, of the classes of this set.
+    """
+    scales = [_scale(layer_means) for layer_means in means]
+    variances = [layer_means.new_zeros(len(layer_means)) for layer_means in means]
+    right = labels.new_zeros(len(means))
+    for row, (label, members) in enumerate(_by_class(labels)):
+        shifts = []
+        for scale, layer_centers, layer_means in zip(scales, centers, means):
+            w = scale * (layer_centers - layer_means[row])
+            shifts.append([shift.to(images.dtype) for shift in (-scale * layer_means[row], w, w.square().sum(1) / 2)])
+        scores, squares = [[[] for _ in means] for _ in range(2)]
+        for layer, h in _batches(modules, images, members, between):
+            minus_mean, w, b = shifts[layer]
+            e = torch.add(minus_mean, h, alpha=scales[layer])
+            scores[layer].append((w @ e.T).T - b)
+            squares[layer].append(e.square_().sum())
+        own = candidates == label
+        for layer in range(len(means)):
+            variances[layer][row] = torch.stack(squares[layer]).double().sum() / len(members)
+            if own.any() and not own.all():
+                score = torch.cat(scores[layer])
+                right[layer] += (score[:, own] > score[:, ~own].amax(1, keepdim=True)).sum()
+    errors = [(len(labels) - count) / len(labels) if len(candidates) > 1 else math.nan for count in right.tolist()]
+    cdnvs = [_cdnv(scale * layer_means, v) for scale, layer_means, v in zip(scales, means, variances)]
+    return errors, cdnvs
+
+
+def _scale(means):
+    """A power of two that brings the largest entry near 1, so that no square over- or underflows; both quantities ignore it."""
+    return math.ldexp(1.0, -max(-100, min(math.frexp(means.abs().max().item())[1], 100)))
+
+
+def _cdnv(means, variances):
+    """The mean over pairs of classes of (V_a + V_b) / (2 ||mu_a - mu_b||^2), of (C, D) and (C,); equal means give inf."""
+    a, b = torch.triu_indices(len(means), len(means), 1)
+    pairs = (variances[a] + variances[b]) / (2 * torch.pdist(means).square())
+    return pairs.nan_to_num(math.inf, math.inf).mean().item()  # 0 / 0 is a dead layer
+
+
+def effective_depth(train_ncc_errors, eps):
+    """d^eps_S, the first layer whose nearest class centers err on at most a share eps of the training set; inf if none does.
+
+    Args:
+        train_ncc_errors: of layer 1 to L, without the input.
+    Raises:
+        BadInput: eps is no share.
+    """
+    if not 0 <= eps < 1:
+        raise BadInput(f'eps = {eps!r}: must be a number from 0 to below 1')
+    return next((float(layer) for layer, error in enumerate(train_ncc_errors, 1) if error <= eps), math.inf)
+
+
+def comparative_estimate(depths, noisy_depths, noise, alpha):
+    """The comparative bound's right-hand side as an experiment can estimate it: no certificate (docs/depth.md says why).
+
+    Args:
+        depths: per draw of (S1, S2), the effective depths of networks trained on S1, one per initialization.
+        noisy_depths: the same of networks trained on S1 and S2, S2 with a share `noise` of wrong labels.
+        noise: p of the theorem, above 0 and below 1/2.
+        alpha: the theorem's slack, above 0 and below 1.
+    Returns:
+        Dict of
+            a         per draw, the mean depth that S1 takes
+            b         per draw, the least depth found for S1 and the mislabelled S2, which stands in for the minimal one
+            share     of the draws with a >= b, the estimate of the theorem's probability
+            limit     upper 95 % limit of that probability, had the draws been independent and b the minimal depth
+            estimate  share + (1 + alpha) noise, the number that is compared with the test error
+            at_limit  limit + (1 + alpha) noise
+            open      number of draws whose b is inf: deeper than the network, or not trained to the end
+    Raises:
+        BadInput: the lists do not fit, or noise and alpha are out of range.
+    """
+    if not (0 < noise < 0.5 and 0 < alpha < 1):
+        raise BadInput(f'noise = {noise!r}, alpha = {alpha!r}: noise must lie between 0 and 0.5, alpha between 0 and 1')
+    if not depths or len(depths) != len(noisy_depths) or not all(map(len, [*depths, *noisy_depths])):
+        raise BadInput(f'depths of {len(depths)} and {len(noisy_depths)} draws: must be as many, each of one network or more')
+    a, b = [sum(draw) / len(draw) for draw in depths], [min(draw) for draw in noisy_depths]
+    share = sum(map(float.__ge__, map(float, a), map(float, b))) / len(a)
+    limit = binomial_limit(round(share * len(a)), len(a))
+    floor = (1 + alpha) * noise
+    return {
+        'a': a,
+        'b': b,
+        'share': share,
+        'limit': limit,
+        'estimate': share + floor,
+        'at_limit': limit + floor,
+        'open': sum(map(math.isinf, b)),
+    }
+
+
+def binomial_limit(hits, draws, level=0.95):
+    """The largest probability under which so few hits in so many draws have a chance of 1 - level (Clopper and Pearson)."""
+    low, high = hits / draws, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        chance = sum(math.comb(draws, k) * middle**k * (1 - middle) ** (draws - k) for k in range(hits + 1))
+        low, high = (middle, high) if chance > 1 - level else (low, middle)
+    return high if hits < draws else 1.0

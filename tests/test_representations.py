@@ -1,0 +1,320 @@
+"""What each layer has learned, against brute force in float64 and cases whose values are known."""
+
+import copy
+import math
+import runpy
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, settings_of
+from torch import nn
+
+from conf import BadInput, load_settings
+from measures import representations
+from measures.representations import binomial_limit, comparative_estimate, effective_depth, measure_representations
+from models import get_network
+
+COLUMNS = ('train_ncc_error', 'test_ncc_error', 'train_cdnv', 'test_cdnv')
+
+
+def brute_force(train, train_labels, test, test_labels):
+    """The four columns of one layer, from (m, D) float64 arrays, sample by sample and pair by pair."""
+
+    def moments(h, labels):
+        groups = {c: h[labels == c] for c in np.unique(labels)}
+        means = {c: group.mean(0) for c, group in groups.items()}
+        return means, {c: ((group - means[c]) ** 2).sum(1).mean() for c, group in groups.items()}
+
+    def error(h, labels, means):
+        wrong = 0
+        for x, label in zip(h, labels):
+            distances = {c: ((x - mean) ** 2).sum() for c, mean in means.items()}
+            own = distances.pop(label, math.inf)
+            wrong += not own < min(distances.values())
+        return wrong / len(h)
+
+    def cdnv(means, variances):
+        pairs = [(a, b) for a in means for b in means if a < b]
+        return np.mean([(variances[a] + variances[b]) / (2 * ((means[a] - means[b]) ** 2).sum()) for a, b in pairs])
+
+    train_moments, test_moments = moments(train, train_labels), moments(test, test_labels)
+    errors = [error(*part, train_moments[0]) for part in ((train, train_labels), (test, test_labels))]
+    return dict(zip(COLUMNS, [*errors, cdnv(*train_moments), cdnv(*test_moments)]))
+
+
+def all_representations(net, images):
+    """Input and layers as float64 arrays, by hooks: another way than the code's."""
+    outputs = [images]
+    net = copy.deepcopy(net).double().eval()
+    for module in net:
+        if isinstance(module, nn.ReLU) or type(module).__name__ == 'Block':
+            module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    with torch.no_grad():
+        net(images.double())
+    return [output.double().flatten(1).numpy() for output in outputs]
+
+
+def unbalanced(digits, seed, m=203, test=77):
+    """A part of the digits in random order, some classes rare."""
+    chance = np.random.default_rng(seed)
+    kept = np.concatenate([np.flatnonzero(digits.train_labels == c)[: 30 - 3 * c] for c in range(10)])
+    train, tested = torch.from_numpy(chance.permutation(kept)[:m]), torch.from_numpy(chance.permutation(360)[:test])
+    return (
+        digits.train_images[train],
+        digits.train_labels[train],
+        digits.test_images[tested],
+        digits.test_labels[tested],
+    )
+
+
+def points(h, labels):
+    """Points (m, D) as both the training and the test set of a network of one layer that hands them on."""
+    h, labels = torch.as_tensor(h, dtype=torch.float32), torch.as_tensor(labels)
+    return measure_representations(nn.Sequential(nn.ReLU()), h, labels, h, labels)
+
+
+NETWORKS = {
+    'CONV': {'depth': 3, 'width': 6},
+    'MLP': {'depth': 4, 'width': 20, 'bias': True, 'normalization': 'batch'},
+    'CONVBN': {'depth': 2, 'width': 5, 'bias': True, 'normalization': 'batch'},
+    'CONVRES': {'depth': 2, 'width': 4, 'normalization': 'batch'},
+}
+
+
+@pytest.mark.parametrize('channels_last', [True, False])
+@pytest.mark.parametrize('batch', [1, 7, 32])
+@pytest.mark.parametrize('name', NETWORKS)
+def test_brute_force(digits, monkeypatch, name, batch, channels_last):
+    monkeypatch.setitem(representations.BATCH, 'cpu', batch)
+    torch.manual_seed(0)
+    net = get_network(settings_of(network=name, **NETWORKS[name]), (1, 8, 8), 10)
+    train, train_labels, test, test_labels = unbalanced(digits, seed=batch)
+    net(train)  # in training mode, so that batch normalization has statistics of its own
+    if channels_last:
+        net = net.to(memory_format=torch.channels_last)
+    layers = measure_representations(net, train, train_labels, test, test_labels)
+    expected = zip(all_representations(net, train), all_representations(net, test))
+    assert len(layers) == NETWORKS[name]['depth'] + 1
+    for layer, (h, h_test) in zip(layers, expected):
+        exact = brute_force(h, train_labels.numpy(), h_test, test_labels.numpy())
+        assert layer['size'] == h.shape[1] and set(layer) == {'size', *COLUMNS}
+        assert [layer[column] for column in COLUMNS[:2]] == [exact[column] for column in COLUMNS[:2]]
+        for column in COLUMNS[2:]:
+            assert layer[column] == pytest.approx(exact[column], rel=1e-6)
+    assert {layer['train_ncc_error'] for layer in layers} != {0.0}
+
+
+def test_mnist(mnist):
+    torch.manual_seed(0)
+    net = get_network(settings_of(depth=2, width=4), (1, 28, 28), 10).to(memory_format=torch.channels_last)
+    train, test = torch.arange(640), torch.arange(200)
+    parts = mnist.train_images[train], mnist.train_labels[train], mnist.test_images[test], mnist.test_labels[test]
+    for layer, h, h_test in zip(
+        measure_representations(net, *parts), all_representations(net, parts[0]), all_representations(net, parts[2])
+    ):
+        exact = brute_force(h, parts[1].numpy(), h_test, parts[3].numpy())
+        assert {column: layer[column] for column in COLUMNS} == pytest.approx(exact, rel=1e-6)
+
+
+CHANGES = {
+    'rotation': (lambda h: h @ torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64))[0], 1e-6),
+    'small': (lambda h: h * 1e-3, 1e-6),
+    'large': (lambda h: h * 1e6, 1e-6),
+    'tiny': (lambda h: h * 1e-30, 1e-6),  # squares underflow in float32
+    'huge': (lambda h: h * 1e30, 1e-6),  # squares overflow
+    'channels': (lambda h: h[:, torch.randperm(40)], 1e-6),
+    'shift': (lambda h: h + 50, 1e-5),
+}
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_invariances(change):
+    torch.manual_seed(1)
+    labels = torch.randint(10, (500,))
+    h = torch.eye(10, 40, dtype=torch.float64)[labels] + 0.3 * torch.randn(500, 40, dtype=torch.float64)
+    order = torch.randperm(500)
+    function, tolerance = CHANGES[change]
+    before, after = points(h, labels)[0], points(function(h)[order], labels[order])[0]
+    assert 0 < before['train_ncc_error'] == after['train_ncc_error'] == after['test_ncc_error'] < 0.5
+    assert before['train_cdnv'] == pytest.approx(after['train_cdnv'], rel=tolerance)
+
+
+@pytest.mark.parametrize('t, further', [(1.0, 0.0), (1e-2, 0.0), (1e-4, 100.0)])
+def test_constructed_cdnv(t, further):
+    """Class c at s e_c + t e_C and s e_c - t e_C, half each: V = t^2, squared distance 2 s^2, whatever all share besides."""
+    s, classes = 2.0, 5
+    means = s * torch.eye(classes, classes + 2)
+    means[:, -1] = s * further
+    spread = s * t * torch.eye(classes + 2)[classes]
+    labels = torch.arange(classes).repeat(20)
+    h = torch.cat([means.repeat(10, 1) + spread, means.repeat(10, 1) - spread])
+    layer = points(h, labels)[0]
+    assert layer['train_cdnv'] == pytest.approx(t**2 / 2, rel=1e-6) == layer['test_cdnv']
+    assert layer['train_ncc_error'] == layer['test_ncc_error'] == 0
+
+
+def test_absent_classes_and_classes_of_one_sample():
+    train, labels = torch.tensor([[0.0, 1], [0, 3], [8, 2]]), torch.tensor([7, 7, 2])
+    test, test_labels = torch.tensor([[0.0, 2], [9, 2], [9, 2], [1, 2]]), torch.tensor([7, 2, 5, 2])
+    layer = measure_representations(nn.Sequential(nn.ReLU()), train, labels, test, test_labels)[1]
+    assert layer['train_ncc_error'] == 0 and layer['test_ncc_error'] == 2 / 4  # class 5 is unknown, the last is nearer to 7
+    assert layer['train_cdnv'] == pytest.approx((1 + 0) / (2 * 64))
+    # test: means of 7, 2, 5 at x = 0, 5, 9, variance of class 2: 16
+    assert layer['test_cdnv'] == pytest.approx((16 / (2 * 25) + 0 + 16 / (2 * 16)) / 3)
+
+
+def test_fewer_than_two_classes_are_nan():
+    h, labels = torch.rand(6, 3), torch.zeros(6, dtype=torch.int64)
+    layer = measure_representations(nn.Sequential(nn.ReLU()), h, labels, h, labels)[0]
+    assert all(math.isnan(layer[column]) for column in COLUMNS)
+    layer = measure_representations(nn.Sequential(nn.ReLU()), h, torch.arange(6) % 2, h, labels)[0]
+    assert math.isnan(layer['test_cdnv']) and 0 <= layer['test_ncc_error'] <= 1 and layer['train_cdnv'] > 0
+
+
+def test_dead_layers_equal_means_and_ties():
+    labels = torch.tensor([0, 0, 1, 1])
+    dead = points(-torch.rand(4, 3), labels)[1]
+    assert [dead[column] for column in COLUMNS] == [1, 1, math.inf, math.inf]
+    same = points([[0.0, 1], [0, 3], [0, 0], [0, 4]], labels)[0]
+    assert same['train_ncc_error'] == 1 and same['train_cdnv'] == math.inf
+    tie = points([[0.0], [2.0], [2.0], [4.0]], labels)[0]  # means 1 and 3: both points at 2 tie
+    assert tie['train_ncc_error'] == tie['test_ncc_error'] == 2 / 4
+
+
+def test_modes_weights_and_statistics_are_left_alone(digits):
+    net = get_network(settings_of(network='CONVRES', **NETWORKS['CONVRES']), (1, 8, 8), 10)
+    net[1].bn1.eval()
+    before = copy.deepcopy(net.state_dict())
+    calls = []
+    measure_representations(net, *unbalanced(digits, 0), between=lambda: calls.append(net.training))
+    assert [module for module in net.modules() if not module.training] == [net[1].bn1]
+    assert all(torch.equal(entry, before[name]) for name, entry in net.state_dict().items())
+    assert len(calls) > 2 * 280 / 32 and not any(calls)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_representations(net, *unbalanced(digits, 0), between=interrupt)
+    assert net.training and not net[1].bn1.training
+
+
+def test_matrix_products_are_in_full_float32(digits):
+    matmul, seen = torch.backends.cuda.matmul, []
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = 'tf32'
+        net = nn.Sequential(nn.ReLU())
+        measure_representations(net, *unbalanced(digits, 0), between=lambda: seen.append(matmul.fp32_precision))
+        assert set(seen) == {'ieee'} and matmul.fp32_precision == 'tf32'
+    finally:
+        matmul.fp32_precision = before
+
+
+class Skipping(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+REFUSED = {
+    'own forward': (Skipping(nn.ReLU()), {}, 'Skipping: give its modules as a plain nn.Sequential'),
+    'no Sequential': (nn.Linear(3, 3), {}, 'Linear: give its modules'),
+    'no ReLU': (nn.Sequential(nn.Flatten(), nn.Linear(3, 3)), {}, 'none of its children is an nn.ReLU'),
+    'NaN': (nn.Sequential(nn.ReLU()), {'train_images': torch.full((4, 3), math.nan)}, 'layer 0: .* NaN'),
+    'overflow': (nn.Sequential(nn.Linear(3, 3), nn.ReLU()), {'test_images': torch.full((4, 3), 3e38)}, 'layer 1: .* infinity'),
+    'labels': (
+        nn.Sequential(nn.ReLU()),
+        {'test_labels': torch.zeros(5, dtype=torch.int64)},
+        r'\(4, 3\) and \(5,\)',
+    ),
+    'one-hot': (nn.Sequential(nn.ReLU()), {'train_labels': torch.eye(4)}, 'train images'),
+    'none': (nn.Sequential(nn.ReLU()), {'train_images': torch.ones(0, 3), 'train_labels': torch.arange(0)}, 'm at least 1'),
+}
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_refused(case):
+    net, changed, message = REFUSED[case]
+    given = {'train_images': torch.rand(4, 3), 'train_labels': torch.arange(4)}
+    given |= {'test_images': torch.rand(4, 3), 'test_labels': torch.arange(4)}
+    if case == 'overflow':
+        nn.init.constant_(net[0].weight, 10.0)
+    with pytest.raises(BadInput, match=message) as caught:
+        measure_representations(net, **(given | changed))
+    assert '\n' not in str(caught.value)
+
+
+def test_effective_depth():
+    errors = [0.3, 0.05, 0.01, 0.02, 0.0]
+    assert [effective_depth(errors, eps) for eps in (0.3, 0.05, 0.01, 0.009, 0)] == [1, 2, 3, 5, 5]
+    assert effective_depth(errors[:2], 0.01) == effective_depth([], 0.5) == effective_depth([math.nan], 0.5) == math.inf
+    assert effective_depth([6 / 600], 0.01) == 1  # at most eps
+    for eps in (-0.1, 1, math.nan):
+        with pytest.raises(BadInput, match='eps = '):
+            effective_depth(errors, eps)
+
+
+def test_comparative_estimate():
+    inf = math.inf
+    found = comparative_estimate([[5, 2], [2, 1], [2, 2]], [[inf, inf], [4, 3], [2, inf]], noise=0.1, alpha=0.5)
+    assert found['a'] == [3.5, 1.5, 2.0] and found['b'] == [inf, 3, 2] and found['open'] == 1
+    assert found['share'] == 1 / 3 and found['estimate'] == pytest.approx(1 / 3 + 0.15)
+    assert found['at_limit'] == pytest.approx(found['limit'] + 0.15)
+    undecided = comparative_estimate([[inf, 2]], [[inf]], noise=0.1, alpha=0.5)  # a network that does not fit S1 counts against
+    assert undecided['share'] == undecided['limit'] == 1
+
+
+@pytest.mark.parametrize('draws', [3, 10, 20])
+def test_binomial_limit(draws):
+    from scipy.stats import beta
+
+    assert binomial_limit(0, draws) == pytest.approx(1 - 0.05 ** (1 / draws))
+    for hits in range(draws):
+        assert binomial_limit(hits, draws) == pytest.approx(beta.ppf(0.95, hits + 1, draws - hits))
+    assert binomial_limit(draws, draws) == 1
+
+
+@pytest.mark.parametrize(
+    'changed',
+    [{'noise': 0}, {'noise': 0.5}, {'alpha': 0}, {'alpha': 1}, {'depths': []}, {'depths': [[]]}, {'noisy_depths': [[2], [3]]}],
+)
+def test_comparative_estimate_refuses(changed):
+    given = {'depths': [[1]], 'noisy_depths': [[2]], 'noise': 0.1, 'alpha': 0.1}
+    with pytest.raises(BadInput):
+        comparative_estimate(**(given | changed))
+
+
+def test_comparative_script(tmp_path, capsys):
+    """On a made-up sweep: S1 takes 2 layers of 3; S1 and S2 take 3 in the first draw, none reaches eps in the second."""
+    text = (ROOT / 'conf' / 'comparative.py').read_text()
+    for line in ('data_seed = [0, 1]', 'depth = 3'):
+        knob = line.split()[0]
+        text = '\n'.join(line if old.startswith(f'{knob} =') else old for old in text.splitlines())
+    (tmp_path / 'global_settings.py').write_text(text)
+    for run in load_settings(tmp_path / 'global_settings.py')[1]:
+        errors = [0.02, 0.01, 0.0] if run.train_samples == 600 else [0.2, 0.1, 0.01 if run.data_seed == 0 else 0.03]
+        (tmp_path / run.name).mkdir()
+        rows = [f'{epoch},0,{layer},{error}' for epoch in (0, 200) for layer, error in enumerate([0.5, *errors, ''])]
+        (tmp_path / run.name / 'layers.csv').write_text('\n'.join(['epoch,round,layer,train_ncc_error', *rows, '']))
+        columns = 'epoch,train_error,test_error,generalization_gap\n0,0.9,0.9,0\n200,0.004,0.08,0.076\n'
+        (tmp_path / run.name / 'metrics.csv').write_text(columns)
+    main = runpy.run_path(str(ROOT / 'docs' / 'comparative.py'))['main']
+    main(tmp_path, eps=0.01, alpha=0.1)
+    lines = [line.split(':', 1)[1].strip() for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert lines == [
+        '2 draws of (S1, S2), 2 networks each',
+        '2 2',
+        '3 inf',
+        '1',
+        '0.000, 95 % limit 0.776',
+        '0.110, with the limit 0.886',
+        '0.080',
+        '0.004 on S1, 0.004 on both',
+    ]
+    (tmp_path / run.name / 'layers.csv').write_text('epoch,round,layer,train_ncc_error\n0,0,1,0.5\n')
+    with pytest.raises(BadInput, match='finish it with --resume'):
+        main(tmp_path, eps=0.01, alpha=0.1)
+    (tmp_path / 'global_settings.py').write_text(f'{text}\nwidth = [100, 200]\n')
+    with pytest.raises(BadInput, match='also varies width'):
+        main(tmp_path, eps=0.01, alpha=0.1)
