@@ -1,0 +1,222 @@
+"""What the zeros of a network look like: density, dead channels, the spectral gaps of each mask, and how neurons are shared.
+
+A layer's mask is the bipartite graph between its left nodes, the in * kh * kw entries of a filter, and its right nodes, the
+filters, with an edge where the weight is not 0. The eigenvalues of its adjacency matrix are plus and minus the singular
+values of the left x right matrix.
+"""
+
+import itertools
+import math
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from conf import BadInput
+from measures.geometry import trace, trace_layers
+
+
+def weight_layers(net):
+    """{name: module} of the network's Conv2d and Linear modules, in their order in the network."""
+    return {name: layer for name, layer in net.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
+
+
+def weight_mask(layer):
+    """The mask of a layer's weight: the buffer `mask` of one of its parametrizations. None where it has none."""
+    steps = layer.parametrizations.weight if parametrize.is_parametrized(layer, 'weight') else ()
+    return next((step.mask for step in steps if hasattr(step, 'mask')), None)
+
+
+def density(net):
+    """The share of living entries among the weights of all Conv2d and Linear modules, biases left out.
+
+    By the masks: a weight that lives and is 0 counts. It is 1 without masks. Raises BadInput where there are no weights.
+    """
+    layers = weight_layers(net).values()
+    total = sum(layer.weight.numel() for layer in layers)
+    if not total:
+        raise BadInput(f'{type(net).__name__}: has no Conv2d or Linear module, whose weights could live')
+    return sum(_living(layer) for layer in layers) / total
+
+
+def _living(layer):
+    mask = weight_mask(layer)
+    return layer.weight.numel() if mask is None else int(mask.count_nonzero())
+
+
+@torch.no_grad()
+def topology(weight):
+    """The spectral gaps of a layer's bipartite graph, nodes without an edge left out.
+
+    Args:
+        weight: (out, in) or (out, in, kh, kw), with exact zeros where it has no edge.
+    Returns:
+        A dict, nan where undefined:
+            ramanujan_gap   sqrt(d_L - 1) + sqrt(d_R - 1) - sigma_2, with the mean degrees d_L of left and d_R of right nodes
+                            (both at least 3, else undefined) and the second singular value of the unweighted graph; of a
+                            graph with equal degrees on each side it is at least 0 if that is Ramanujan (Hoang et al. 2023)
+            imdb            mean of ramanujan_gap over subgraphs, one for each degree of left nodes: those that have it, and all
+                            their neighbours. Those where it is undefined are left out
+            weighted_gap    sigma_1 - sigma_2 of |weight|
+    Raises:
+        BadInput: not a matrix or a kernel, or a NaN or an infinity in it.
+    """
+    if weight.ndim not in (2, 4) or not weight.isfinite().all():
+        raise BadInput(f'weight of shape {tuple(weight.shape)}: must be (out, in) or (out, in, kh, kw), of finite numbers')
+    magnitudes = weight.detach().flatten(1).T.abs().double().cpu()
+    edges = (magnitudes != 0).double()
+    degrees = edges.sum(1)
+    subgraphs = (edges[degrees == degree] for degree in degrees.unique())
+    gaps = [gap for gap in map(_ramanujan_gap, subgraphs) if not math.isnan(gap)]
+    sigma = torch.linalg.svdvals(magnitudes).tolist() + [0.0]
+    return {
+        'ramanujan_gap': _ramanujan_gap(edges),
+        'imdb': sum(gaps) / len(gaps) if gaps else math.nan,
+        'weighted_gap': sigma[0] - sigma[1] if edges.any() else math.nan,
+    }
+
+
+def _ramanujan_gap(edges):
+    edges = edges[edges.any(1)][:, edges.any(0)]
+    if edges.sum() < 3 * max(edges.shape) or not edges.numel():
+        return math.nan
+    d_left, d_right = (edges.sum().item() / nodes for nodes in edges.shape)
+    return math.sqrt(d_left - 1) + math.sqrt(d_right - 1) - torch.linalg.svdvals(edges)[1].item()
+
+
+@torch.no_grad()
+def measure_masks(net, between=None):
+    """What layers.csv says of each layer's weights, for any network.
+
+    A channel is dead if its filter is zeros or if no later layer reads it. Batch norm, biases and skips do not matter to
+    that: a layer reads the channels of every layer whose output, or a sum with it, reaches it. On the way channels keep their
+    order: networks that concatenate or shuffle them are not meant.
+
+    Args:
+        between: called after each layer, where given.
+    Returns:
+        {name: dict} over the Conv2d and Linear modules in their order in the network, the classifier last, with density,
+        dead_channels (nan where the forward pass cannot be traced) and the gaps of `topology`.
+    """
+    layers, readers, measured = weight_layers(net), _readers(net), {}
+    for name, layer in layers.items():
+        living, weight = _living(layer), layer.weight
+        dead = weight.eq(0).flatten(1).all(1)
+        if readers and None not in readers[name]:
+            dead |= ~torch.stack([_reads(layers[reader], len(dead)) for reader in readers[name]]).any(0)
+        dead_channels = int(dead.sum()) if readers else math.nan
+        measured[name] = {'density': living / weight.numel(), 'dead_channels': dead_channels} | topology(weight)
+        if between:
+            between()
+    return measured
+
+
+def _readers(net):
+    """{name: set of the weight layers that read its output, None among them for the network's own}; None where unknown."""
+    layers = weight_layers(net)
+    try:
+        traced = trace(net)
+    except BadInput:
+        return None
+    readers = {name: set() for name in layers}
+
+    def follow(node, names):
+        for user in node.users:
+            if user.op == 'output':
+                names.add(None)
+            elif user.target in layers:
+                names.add(user.target)
+            else:
+                follow(user, names)
+
+    for node, _, _ in traced:
+        if node.target in layers:
+            follow(node, readers[node.target])
+    return readers if all(readers.values()) else None
+
+
+def _reads(layer, channels):
+    """(channels,) whether the layer has a weight on each channel of its input, a flattened map's channels as well."""
+    weight = layer.weight.flatten(2) if layer.weight.ndim == 4 else layer.weight[..., None]
+    by_group = weight.ne(0).reshape(getattr(layer, 'groups', 1), -1, *weight.shape[1:])
+    return by_group.any(1).reshape(channels, -1).any(1)
+
+
+@torch.no_grad()
+def neuron_norms(net, input_shape):
+    """The weights that come into each hidden neuron or channel and go out of it.
+
+    Args:
+        net: a network as `trace_layers` takes it.
+        input_shape: (channels, height, width) of an image.
+    Returns:
+        A list of (inc, out, per) in float64, one for each hidden layer of K channels in front of one of D: inc (K,) are the
+        norms of the filters, per (D, K) those of the weights from channel k to channel d, over taps or, at a classifier,
+        positions, and out (K,) those of all weights out of channel k.
+    """
+    layers = trace_layers(net, input_shape)
+    weights = [layer.module.weight.detach().double().reshape(layer.shape).flatten(2) for layer in layers]
+    return [(into.norm(dim=(1, 2)), out.norm(dim=(0, 2)), out.norm(dim=2)) for into, out in itertools.pairwise(weights)]
+
+
+@torch.no_grad()
+def sharing(net, images, between=None):
+    """How many neurons each hidden layer uses and how many of the next layer's share one (Shenouda et al. 2024).
+
+    Args:
+        net: a network as `trace_layers` takes it.
+        images: (N, C, H, W), on which a neuron may fire.
+        between: called before each batch, where given.
+    Returns:
+        A list of dicts, one for each hidden layer, with inc, out and per of `neuron_norms`:
+            K               channels
+            active          channels with inc * out above a thousandth of the layer's largest
+            dead            channels that never fire on the images
+            feeds           mean over active channels of the outputs fed: per above a thousandth of the channel's largest
+            participation   mean over active channels of (sum of per^2)^2 / sum of per^4, from 1 to D
+            path            sum of inc * out
+            balance         mean and standard deviation over active channels of log2(inc / out)
+        Means over no channel are nan.
+    Raises:
+        BadInput: a network that is not covered, or images of another shape or with NaN or infinite pixels.
+    """
+    if images.ndim != 4 or not images.isfinite().all():
+        raise BadInput(f'images of shape {tuple(images.shape)}: must be (N, channels, height, width), of finite pixels')
+    layers = trace_layers(net, tuple(images.shape[1:]))[:-1]
+    norms = neuron_norms(net, tuple(images.shape[1:]))
+    fired = [torch.zeros_like(inc, dtype=torch.bool) for inc, _, _ in norms]
+
+    def note(fires):
+        def hook(module, inputs, output):
+            fires.logical_or_((output > 0).flatten(2).any(2).any(0) if output.ndim == 4 else (output > 0).any(0))
+
+        return hook
+
+    hooks = [layer.module.register_forward_hook(note(fires)) for layer, fires in zip(layers, fired)]
+    try:
+        with parametrize.cached():
+            for batch in images.split(200):
+                if between:
+                    between()
+                net(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    measured = []
+    for (inc, out, per), fires in zip(norms, fired):
+        through = inc * out
+        active = through > 1e-3 * through.max()
+        squares, ratio = per[:, active].square(), (inc / out)[active].log2()
+        measured.append(
+            {
+                'K': len(inc),
+                'active': int(active.sum()),
+                'dead': int((~fires).sum()),
+                'feeds': (per > 1e-3 * per.amax(0)).double().sum(0)[active].mean().item(),
+                'participation': (squares.sum(0).square() / squares.square().sum(0)).mean().item(),
+                'path': through.sum().item(),
+                'balance': (ratio.mean().item(), (ratio - ratio.mean()).square().mean().sqrt().item()),
+            }
+        )
+    return measured
