@@ -1,0 +1,398 @@
+"""PAC-Bayes certificates of a trained network; docs/certificate.md has their statement and proof, in these symbols."""
+
+import bisect
+import contextlib
+import math
+from functools import lru_cache
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from conf import BadInput
+from measures.geometry import trace_layers
+from measures.norms import dft_norm
+
+PRIOR_IMAGES = 2000  # n0, images set aside for the prior and the losses; never more than a tenth of the sample
+RANK = 512  # R, directions of the features in which the classifier's noise is held back
+SEARCH = 500, 128, 1000  # images set aside, rank and other images that a search makes do with
+MAX_FLOATS = 2**28  # of the features of the images set aside, held at a time: 1 GiB
+CHOICES = 1000  # designs of prior and loss among which this one was chosen by looking at MNIST; delta pays for them
+
+GAMMAS = 0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3
+BETAS = 2.0 ** torch.arange(4, 21, dtype=torch.float64)
+THETAS = (0.0, *(2.0 ** (i / 8) for i in range(-400, 400)))
+MAX_BITS = 22  # integers of so many bits are exact in float32
+COLUMNS = 'pac_bayes_error', 'pac_bayes_rounded_error', 'pac_bayes_gibbs_error'
+
+START = 52, 9, 4  # of a search: 8 log2 c, and the indices of beta and gamma
+LOSSES = len(GAMMAS) * len(BETAS) * len(THETAS)
+
+# What the prior is a mixture over: of each hidden layer (scales of two components in units of the step, share of the
+# first), and of the classifier (ridge and size of its mean, inverse covariance).
+SCALES = 2.0 ** torch.arange(-3, 21, dtype=torch.float64)
+SHARES = 2.0 ** -torch.arange(13, dtype=torch.float64)
+RIDGES = 2.0 ** torch.arange(-20, -3, dtype=torch.float64)
+SIZES = torch.cat([torch.zeros(1), 2.0 ** (torch.arange(80) / 8)]).double()
+PRIOR_BETAS = torch.cat([torch.zeros(1), 2.0 ** torch.arange(21)]).double()
+
+
+def kl_inverse(q, a):
+    """sup {p in [q, 1]: kl(q|p) <= a}, kl of two Bernoulli variables with means q and p; the upper end of 60 bisections."""
+    if not (0 <= q <= 1 and a >= 0):
+        raise BadInput(f'q = {q}, a = {a}: q must be an error between 0 and 1, and a at least 0')
+    low, high = q, 1.0
+    for _ in range(60):
+        p = (low + high) / 2
+        kl = math.inf if p == 1 else (q and q * math.log(q / p)) + (1 - q) * math.log((1 - q) / (1 - p))
+        low, high = (p, high) if kl <= a else (low, p)
+    return high
+
+
+def test_set_bound(error, n, delta):
+    """An upper bound of the true error that holds with probability 1 - delta, from the error on n samples never trained on.
+
+    kl_inverse(error, log(1 / delta) / n), Chernoff's bound inverted (Langford 2005, theorem 3.3).
+    """
+    if not (n >= 1 and 0 < delta < 1):
+        raise BadInput(f'n = {n}, delta = {delta}: wants a sample or more, and delta between 0 and 1')
+    return kl_inverse(error, math.log(1 / delta) / n)
+
+
+def _cells(values):
+    """P(k) of each of these values (U,)) for a rounded Gaussian of each scale, (scales, U) float64."""
+    edges = torch.stack([values - 0.5, values + 0.5])[:, None] / (SCALES.to(values.device)[:, None] * math.sqrt(2))
+    lower, upper = torch.special.erfc(edges)  # and not ndtr, which has no tail
+    return (lower - upper) / 2
+
+
+def code_length(steps):
+    """-ln P(k) of a layer's integer tensor k, in nats.
+
+    Its entries are iid, each a mixture of two Gaussians rounded to integers; P is the mean over all their scales and shares,
+    of which the largest term is taken.
+    """
+    values, counts = steps.abs().double().flatten().unique(return_counts=True)
+    cells, counts = _cells(values), counts.double()
+    best = max(((share * cells[:, None] + (1 - share) * cells).log() @ counts).max().item() for share in SHARES.tolist())
+    return math.log(len(SCALES) ** 2 * len(SHARES)) - best
+
+
+def noisy_errors(margins, v, gamma):
+    """P(some r != y has (m_r + v (z_y - z_r)) <= gamma sqrt(2) v) for each sample, z of independent N(0, 1); exact to 1e-6.
+
+    Args:
+        margins: (N, C) float64, m_r = output of the label minus output of class r, infinite at the label itself.
+        v: (N,) float64, standard deviation of each output.
+    """
+    nodes, weights = np.polynomial.hermite_e.hermegauss(32 if margins.shape[1] <= 10 else 128)
+    nodes, weights = (torch.from_numpy(part).to(margins.device) for part in (nodes, weights / math.sqrt(2 * math.pi)))
+    kept = 0.0
+    for node, weight in zip(nodes, weights):
+        shifted = margins / v.clamp_min(1e-300)[:, None] + (node - gamma * math.sqrt(2))
+        kept = kept + weight * torch.special.ndtr(shifted).prod(1)
+    return torch.where(v > 0, (1 - kept + 1e-6).clamp(0, 1), (~(margins.amin(1) > 0)).double())
+
+
+def _climb(score, point, strides):
+    """The point of integers and its score that a coordinate search ends at, with smaller and smaller strides."""
+    score, point = lru_cache(None)(score), tuple(point)
+    best = score(point)
+    for stride in strides:
+        moves = [tuple(sign * stride * (i == j) for j in range(len(point))) for i in range(len(point)) for sign in (1, -1)]
+        while point and score(near := min((tuple(map(sum, zip(point, move))) for move in moves), key=score)) < best:
+            point, best = near, score(near)
+    return point, best
+
+
+def _live(kernels):
+    """Kernels (out, in, h, w) of the same function without the channels that are zero or feed nothing."""
+    kernels = list(kernels)
+    pairs = range(1, len(kernels))
+    for l, filters in [(l, True) for l in pairs] + [(l, False) for l in reversed(pairs)]:
+        keep = (kernels[l - 1] if filters else kernels[l].transpose(0, 1)).flatten(1).any(1)
+        kernels[l - 1], kernels[l] = kernels[l - 1][keep], kernels[l][:, keep]
+    return kernels
+
+
+def _operator_norm(kernel, layer):
+    """An upper bound of the operator norm of a layer with that kernel."""
+    if isinstance(layer.module, nn.Linear):
+        return torch.linalg.matrix_norm(kernel.flatten(1), 2).item()
+    return dft_norm(kernel, tuple(axis.shape[2] for axis in layer.taps), layer.padding, layer.dilation)
+
+
+def _features(kernels, layers, images):
+    """What the classifier sees, (N, d), of a batch of images."""
+    for kernel, layer in zip(kernels, layers):
+        if isinstance(layer.module, nn.Linear):
+            images = (images.flatten(1) @ kernel.flatten(1).T)[:, :, None, None].relu()
+        else:
+            images = F.conv2d(images, kernel, None, layer.stride, layer.padding, layer.dilation).relu()
+    return images.flatten(1)
+
+
+def _measure(kernels, layers, data, prior, sample, rank, between):
+    """What the bounds ask of hidden kernels h and a classifier W on a sample, with a prior made of other images.
+
+    Args:
+        kernels: list of (out, in, h, w) float64, the last one the classifier.
+        data: (images, labels).
+        prior, sample: indices of the samples that the prior is made of, and of those that are measured.
+        rank: so many directions, at most.
+    Returns:
+        Namespace of
+            margins     (N, C) (W_y - W_r) . phi_h(x), infinite at r = y
+            v           (N, betas) sqrt(phi' Sigma phi)
+            x           (N,) |x|
+            scale       1 / sqrt(E_h), of the features; 0 where E_h is, so that all is a tie
+            kl(c, beta) the classifier's KL in nats, of its mean's size c and the index of beta
+    """
+    *hidden, classifier = (kernel.float() for kernel in kernels)
+    step = max(64, 2**21 // classifier[0].numel())
+    phi = classifier.new_empty(len(prior), classifier[0].numel())
+    for rows, indices in zip(phi.split(step), prior.split(step)):
+        between()
+        rows.copy_(_features(hidden, layers, data[0][indices].float()))
+    gram = torch.zeros(len(phi), len(phi), dtype=torch.float64, device=phi.device)
+    for block in phi.split(2**12, 1):
+        between()
+        block = block.double()
+        gram.addmm_(block, block.T)
+    energy = (gram.trace() / len(phi)).item()
+    scale = 1 / math.sqrt(energy) if energy else 0.0
+    phi *= scale
+    lam, vectors = torch.linalg.eigh(gram * (scale**2 / len(phi)))
+    lam, vectors = lam.flip(0), vectors.flip(1)
+    vectors = vectors[:, lam > 1e-7 * lam[0]]
+    lam = lam[: vectors.shape[1]]
+    top = lam[:rank]
+    directions = phi.T @ (vectors[:, :rank] / (len(phi) * top).sqrt()).float()
+    weights = classifier.flatten(1).T
+    means = vectors.T @ (phi @ weights).double() / (len(phi) * lam).sqrt()[:, None]
+    del phi
+
+    shrink = 1 / (1 + BETAS.to(lam.device) * top[:, None])
+    both = torch.cat([directions, weights], 1)
+    margins, variances, lengths = [], [], []
+    for indices in sample.split(step):
+        between()
+        images, own = data[0][indices].float(), data[1][indices, None]
+        z = _features(hidden, layers, images) * scale
+        projected, outputs = (z @ both).double().split([len(top), len(classifier)], 1)
+        squares = projected.square()
+        rest = (torch.linalg.vector_norm(z, dim=1).double().square() - squares.sum(1)).clamp_min(0)
+        variances.append(rest[:, None] + squares @ shrink)
+        margins.append((outputs.gather(1, own) - outputs).scatter(1, own, math.inf))
+        lengths.append(torch.linalg.vector_norm(images.flatten(1), dim=1).double())
+    return SimpleNamespace(
+        margins=torch.cat(margins),
+        v=torch.cat(variances).sqrt(),
+        x=torch.cat(lengths),
+        scale=scale,
+        kl=_classifier_kl(lam, len(top), vectors, means, classifier.double().square().sum().item(), data[1][prior]),
+    )
+
+
+def _classifier_kl(lam, rank, vectors, means, square, labels):
+    """The KL in nats between N(c W, (I + beta Phi)^-1) and the classifier's prior, as a function of c and of beta's index.
+
+    Args:
+        lam, vectors: eigenvalues (K,) and eigenvectors (n0, K) of the kernel matrix of the n0 images of the prior.
+        rank: Phi is cut off at so many of them.
+        means: (K, C) coordinates of W along the same directions of the features.
+        square: |W|^2.
+        labels: (n0,) of these images.
+    """
+    classes = means.shape[1]
+    targets = F.one_hot(labels, classes).double() - 1 / classes
+    target = (lam / len(labels)).sqrt()[:, None] * (vectors.T @ targets)  # of the ridge solution, times lam + ridge
+    betas, prior_betas, ridges, sizes = (grid.to(lam.device) for grid in (BETAS, PRIOR_BETAS, RIDGES, SIZES))
+    inverse = torch.ones(len(lam), len(prior_betas), dtype=torch.float64, device=lam.device)
+    inverse[:rank] += lam[:rank, None] * prior_betas
+    ridge = 1 / (lam + ridges[:, None])
+    scale = (ridge.square() @ target.square().sum(1)).sqrt().clamp_min(1e-100)[:, None]
+    cross = ridge @ ((means * target).sum(1)[:, None] * inverse) / scale
+    prior_square = ridge.square() @ (target.square().sum(1)[:, None] * inverse) / scale.square()
+    energies = means.square().sum(1)
+    square = energies @ inverse + max(0.0, square - energies.sum().item())
+    ratio = inverse[:rank] / (1 + betas[:, None, None] * lam[:rank, None])
+    spread = (classes - 1) / 2 * (ratio - 1 - ratio.log()).sum(1)
+    choices = math.log(len(prior_betas) * len(ridges) * len(sizes))
+
+    def kl(c, beta):
+        size = c * cross / prior_square.clamp_min(1e-300)
+        size = sizes[(sizes - size[..., None]).abs().argmin(-1)]
+        distance = c**2 * square - 2 * c * size * cross + size.square() * prior_square
+        return choices + (distance / 2 + spread[beta]).min().item()
+
+    return kl
+
+
+@contextlib.contextmanager
+def _ieee_float32():
+    """Products of float32 matrices and convolutions in float32 on CUDA, whatever training asks for."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = 'ieee'
+        yield
+    finally:
+        for switch, precision in zip(switches, before):
+            switch.fp32_precision = precision
+
+
+def _bound(table, count, m1, nats, gap, point, gibbs=False):
+    """A bound of the statement, and above 1 a number that still tells how far from 1 a search is.
+
+    Args:
+        table: as `_measure` makes it.
+        count: it is computed on the first so many samples.
+        m1: samples outside the prior.
+        nats: KL without the classifier's, and the price of the losses and delta.
+        gap: theta / c, how far an output difference of the trained network can be from that of h, per |x|.
+        point: (8 log2 c, index of beta, index of gamma).
+        gibbs: of the Gibbs classifier, whose gamma is 0.
+    """
+    c, beta, gamma = 2 ** (point[0] / 8), point[1], point[2]
+    if not (0 <= beta < len(BETAS) and 0 <= gamma < (1 if gibbs else len(GAMMAS))):
+        return math.inf
+    place = bisect.bisect_left(THETAS, c * gap)
+    if place == len(THETAS):
+        return math.inf
+    margins = c * table.margins[:count] - THETAS[place] * table.x[:count, None]
+    error = noisy_errors(margins, table.v[:count, beta], GAMMAS[gamma]).mean().item()
+    kl = (nats + table.kl(c, beta)) / m1
+    bound = kl_inverse(error, kl) / (1 if gibbs else math.erfc(-GAMMAS[gamma] / math.sqrt(2)) * 0.5)
+    return bound if bound < 1 else 1 + error + kl
+
+
+def _best(table, m1, nats, gap, point, gibbs=False):
+    """The smallest bound over c, beta and gamma that a search on the first few thousand samples finds, on all of them."""
+    point, _ = _climb(lambda point: _bound(table, 4000, m1, nats, gap, point, gibbs), point, (4, 1))
+    return _bound(table, len(table.x), m1, nats, gap, point, gibbs), point
+
+
+def _bits(kernel):
+    """The step 2**-bits nearest to half the root mean square of the kernel's nonzero entries."""
+    return max(0, 1 - round(math.log2(kernel[kernel != 0].square().mean().sqrt().item())))
+
+
+def _round(kernel, bits):
+    return (kernel * 2.0**bits).round() / 2.0**bits
+
+
+def _nats(kernels, bits):
+    """-ln P(h) in nats of rounded hidden kernels, modulo permutations of their filters."""
+    total = 0.0
+    for kernel, bit in zip(kernels[:-1], bits):
+        equal = kernel.flatten(1).unique(dim=0, return_counts=True)[1].double()
+        total += code_length(kernel * 2.0**bit) - math.lgamma(len(kernel) + 1) + torch.lgamma(equal + 1).sum().item()
+    return total
+
+
+def _slack(errors):
+    """Largest |features - rounded features| / |x| where layers of operator norm 1 are rounded with these errors."""
+    return math.expm1(sum(math.log1p(error) for error in errors))
+
+
+@torch.no_grad()
+def certify(net, images, labels, delta=0.001, between=None):
+    """Upper bounds of the true error of a trained network, from its training data alone (docs/certificate.md).
+
+    Each holds with probability at least 1 - delta over the sample, jointly and for every network of that architecture at
+    once, however it was trained. Nothing in here is random but the choice of the images that are set aside, which is fixed.
+
+    Args:
+        net: a network as `trace_layers` takes it.
+        images, labels: all the data that the network was trained on, (m, C, H, W) as the network sees them and (m,). An
+            iid sample: no augmentation, no label noise of an exact count, no statistics of the data in the images.
+        between: called between batches.
+    Returns:
+        pac_bayes_error          of the trained network itself
+        pac_bayes_rounded_error  of the network with its hidden layers rounded coarsely
+        pac_bayes_gibbs_error    of those, with a random classifier for each image
+    Raises:
+        BadInput: the network is not covered, or the arguments make no sense.
+    """
+    layers = trace_layers(net, tuple(images.shape[1:]))
+    classes, between = layers[-1].shape[0], between or (lambda: None)
+    m = len(images)
+    if m < 10 or labels.shape != (m,):
+        raise BadInput(f'{m} images, labels of shape {tuple(labels.shape)}: wants 10 images or more, and a label for each')
+    if labels.dtype != torch.int64 or labels.min() < 0 or labels.max() >= classes:
+        raise BadInput(f'labels: must be int64 from 0 to {classes - 1}, since the network has {classes} outputs')
+    if not 0 < delta < 1:
+        raise BadInput(f'delta = {delta!r}: must be between 0 and 1')
+    kernels = [layer.module.weight.detach().double().view(layer.shape) for layer in layers]
+    if not all(tensor.isfinite().all() for tensor in (images, *kernels)):
+        raise BadInput(f'{type(net).__name__}: the images or its weights contain NaN or infinity')
+
+    n0 = max(1, min(PRIOR_IMAGES, m // 10, MAX_FLOATS // kernels[-1][0].numel()))
+    prior, sample = torch.from_numpy(np.random.default_rng(0).permutation(m)).to(images.device).split([n0, m - n0])
+    data, m1 = (images, labels), m - n0
+    fixed = math.log(2 * math.sqrt(m1) * CHOICES * LOSSES / delta) + sum(math.log(len(kernel)) for kernel in kernels[:-1])
+
+    kernels = _live([*kernels[:-1], kernels[-1] - kernels[-1].mean(0)])
+    if not all(kernel.any() for kernel in kernels):
+        return dict.fromkeys(COLUMNS, 1.0)
+    hidden = [kernel / _operator_norm(kernel, layer) for kernel, layer in zip(kernels[:-1], layers)]
+    classifier = kernels[-1] / kernels[-1].norm()
+
+    def measured(kernels, few=False):
+        part = (prior[: SEARCH[0]], sample[: SEARCH[2]], SEARCH[1]) if few else (prior, sample, RANK)
+        return _measure(kernels, layers, data, *part, between)
+
+    with _ieee_float32():
+        trained = _trained(hidden, classifier, layers, measured, fixed, m1)
+        rounded, gibbs = _rounded(hidden, classifier, measured, fixed, m1)
+    return {column: min(1.0, bound) for column, bound in zip(COLUMNS, (trained, rounded, gibbs))}
+
+
+def _trained(hidden, classifier, layers, measured, fixed, m1):
+    """Certificate A; the arguments are those of `certify`."""
+    table = measured([*hidden, classifier], few=True)  # its search takes the trained network for the rounded one
+    bits = [_bits(kernel) + 8 for kernel in hidden]
+    norms = [_operator_norm(k - _round(k, bit), layer) * 2.0**bit for k, bit, layer in zip(hidden, bits, layers)]
+    spread = torch.pdist(classifier.flatten(1)).max().item()
+    length = lru_cache(None)(lambda l, bit: code_length(_round(hidden[l], bit) * 2.0**bit))
+
+    def score(point):
+        bits = point[3:]
+        if not all(0 <= bit <= MAX_BITS for bit in bits):
+            return math.inf
+        nats = fixed + sum(length(l, bit) for l, bit in enumerate(bits))
+        gap = spread * table.scale * _slack(norm / 2.0**bit for norm, bit in zip(norms, bits))
+        return _bound(table, len(table.x), m1, nats, gap, point[:3])
+
+    point, value = _climb(score, (*START, *bits), (2, 1))
+    if value >= 1:
+        return 1.0
+    rounded = [_round(kernel, bit) for kernel, bit in zip(hidden, point[3:])]
+    slack = _slack(_operator_norm(k - r, layer) for k, r, layer in zip(hidden, rounded, layers))
+    live = _live([*rounded, classifier])
+    table = measured(live)
+    return _best(table, m1, fixed + _nats(live, point[3:]), spread * table.scale * slack, point[:3])[0]
+
+
+def _rounded(hidden, classifier, measured, fixed, m1):
+    """Certificates B and C; the arguments are those of `certify`."""
+
+    def best(bits, few):
+        if not all(0 <= bit <= MAX_BITS for bit in bits):
+            return math.inf, None
+        live = _live([*(_round(kernel, bit) for kernel, bit in zip(hidden, bits)), classifier])
+        if not all(kernel.any() for kernel in live):
+            return math.inf, None
+        table, nats = measured(live, few), fixed + _nats(live, bits)
+        value, point = _best(table, m1, nats, 0.0, START)
+        return value, (table, nats, point)
+
+    bits, value = _climb(lambda bits: best(bits, True)[0], [_bits(kernel) for kernel in hidden], (1,))
+    if value >= 1:
+        return 1.0, 1.0
+    value, (table, nats, point) = best(bits, False)
+    return value, _best(table, m1, nats, 0.0, (*point[:2], 0), gibbs=True)[0]
