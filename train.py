@@ -1,134 +1,56 @@
-"""Train CONV-L-H networks and log, at every epoch, the errors, the generalization gap and each generalization bound.
+"""Train networks, make them sparse, and log, at every evaluation, what theory says about them.
 
-python train.py                                     the paper's run: CONV-3-200 on MNIST
-python train.py --settings conf/digits.py           the quick start, offline and in under a minute
-python train.py --depth 3 4 --width 200 600         a sweep of four networks
-python train.py --results-path results/7 --resume   go on with what was interrupted
-python train.py --results-path results/7 --plot     draw figure.png from what is logged so far
+python train.py                                       the paper's run: CONV-3-200 on MNIST
+python train.py --settings conf/digits.py             the quick start, offline and in about a minute
+python train.py --depth 3 4 --width 200 600           a sweep of four networks
+python train.py --results-path results/7 --resume     go on with what was interrupted
+python train.py --results-path results/7 --plot       draw the figures from what is logged so far
+python train.py --results-path results/7 --evaluate   measure the weights that were kept anew, with the bounds of today
+python train.py --results-path results/7 --status     show which networks are finished
 """
 
 import contextlib
-import ctypes
-import datetime
 import functools
 import math
-import os
-import platform
-import re
-import shlex
-import signal
-import subprocess
+import shutil
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from conf import GLOBAL_SETTINGS, ROOT, BadInput, load_settings, parse_command_line, settings_text
+import launch
+import sparsify
+from conf import BadInput
+from datasets import fingerprint
+from launch import Diverged
+from machine import Interrupted, check_stop, choose_precision, deferred_stop
+from measures.geometry import not_covered
+from measures.masks import density, measure_masks, sharing
+from measures.norms import classification_margins, margin_error, measure_data
+from measures.pac_bayes import certify, test_set_bound
+from measures.representations import measure_representations
 from models import get_network
-from utils import (
-    BOUNDS,
+from records import (
     COLUMNS,
-    classification_margins,
-    evaluate_bounds,
-    load_checkpoint,
-    load_dataset,
-    locked,
-    margin_error,
-    measure_data,
-    metrics_line,
-    new_results_folder,
-    plot_figure,
+    LAYER_COLUMNS,
+    csv_line,
+    due,
+    finished,
+    load_run,
+    parse_line,
     save_checkpoint,
-    trace_layers,
     write_file,
 )
+from utils import BOUNDS, evaluate_bounds
 
 LOSSES = {'MSE': F.mse_loss, 'CE': F.cross_entropy, 'L1': F.l1_loss}  # of outputs and one-hot targets
-
-# Images per forward pass of an evaluation: on a CPU few enough that activations stay in its cache.
-EVAL_BATCH = {'cpu': 32, 'cuda': 1000}
-
-# What may change when a run is resumed, since the numbers do not depend on it.
-FREE = ('epochs', 'device', 'data_dir', 'results_dir', 'checkpoint_every')
-
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM. No Exception, so that nothing on its way takes it for a failure of its own."""
-
-
-class Diverged(Exception):
-    """The loss or a weight became NaN or infinite."""
-
-
-stop = SimpleNamespace(deferred=False, signal=None)
-
-
-def on_signal(number, frame):
-    """Ends the program here, or, while a network is being trained, at the next `check_stop`.
-
-    A second SIGINT kills. A second SIGTERM does not: batch systems send it to a script and to its children alike.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    stop.signal = number
-    if not stop.deferred:
-        raise Interrupted
-
-
-def check_stop():
-    if stop.signal:
-        raise Interrupted
-
-
-@contextlib.contextmanager
-def deferred_stop():
-    """Lets a signal wait for the next `check_stop`, where weights, optimizer and step count fit together."""
-    stop.deferred = True
-    try:
-        yield
-    finally:
-        stop.deferred = False
-    check_stop()
-
-
-def keep_freed_memory():
-    """Lets glibc keep freed memory, where it is the C library.
-
-    It would hand the activations of every batch back to the kernel, which clears their pages anew for the next batch; at
-    small widths that takes longer than the computation.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, 'mallopt'):
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: the largest that it accepts, in bytes
-
-
-def choose_device(name):
-    """The torch.device of the setting `device`; raises BadInput where this machine does not have it."""
-    if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'cpu'
-    match = re.fullmatch(r'cpu|cuda(?::(\d+))?', name)
-    if not match or (name != 'cpu' and int(match[1] or 0) >= torch.cuda.device_count()):
-        raise BadInput(f'device = {name!r}: not on this machine; use auto, cpu, cuda or cuda:N')
-    device = torch.device(name)
-    if device.type == 'cuda':
-        torch.cuda.set_device(device)  # graphs are captured on the current device
-    return device
-
-
-def choose_precision(name, device):
-    """Sets how float32 products are computed on CUDA, and returns whether training runs in bfloat16."""
-    if name == 'tf32' and device.type != 'cuda':
-        raise BadInput("precision = 'tf32': a CPU has no TF32; use auto, float32 or bf16")
-    fp32 = 'tf32' if device.type == 'cuda' and name in ('auto', 'tf32') else 'ieee'
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = fp32
-    return name == 'bf16'
+TORCH_THREADS = torch.get_num_threads()
 
 
 def learning_rate(settings, epoch):
@@ -136,113 +58,333 @@ def learning_rate(settings, epoch):
     return settings.lr * settings.lr_decay ** sum(epoch > milestone for milestone in settings.milestones)
 
 
-@torch.no_grad()
-def evaluate(net, images, labels, targets, loss):
-    """The mean loss and the margins (m,) of a network on a whole set."""
-    outputs = []
-    with parametrize.cached():
-        for batch in images.split(EVAL_BATCH[images.device.type]):
-            check_stop()
-            outputs.append(net(batch))
-    outputs = torch.cat(outputs).double()
-    return loss(outputs, targets.double()).item(), classification_margins(outputs, labels)
+# ----------------------------------------------------------------------------------------------------------------------
+# A training step
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def make_step(net, optimizer, loss, images, targets, loss_sum, bf16):
+def make_loss(net, loss, images, targets, bf16):
+    """The loss of a batch, with its graph: a function of the indices (B,) of its samples."""
+
+    def batch_loss(indices):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            outputs = net(images.index_select(0, indices))
+        return loss(outputs.float(), targets.index_select(0, indices))
+
+    return batch_loss
+
+
+def make_step(optimizer, batch_loss, loss_sum):
     """The training step: a function of the indices (B,) of a batch's samples that adds the batch's loss to loss_sum."""
 
     def step(indices):
         optimizer.zero_grad()
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            outputs = net(images.index_select(0, indices))
-        batch_loss = loss(outputs.float(), targets.index_select(0, indices))
-        batch_loss.backward()
+        value = batch_loss(indices)
+        value.backward()
         optimizer.step()
-        loss_sum.add_(batch_loss.detach())
+        loss_sum.add_(value.detach())
 
     return step
 
 
-def graphed(step, optimizer, batch_size, device):
-    """The training step as a CUDA graph, called as the step is.
+def graphed(step, batch_size, device):
+    """The training step as a CUDA graph, called as the step is; plain steps where this machine cannot capture one.
 
-    The first steps are plain ones, to set up kernels, workspaces and momentum; so is that of an uneven last batch. A graph
-    holds the learning rate as a constant, so it is captured anew when that changes.
+    The first steps are plain ones, to set up kernels, workspaces and momentum; so is that of an uneven last batch. All run on
+    the stream of the capture, since gradients are accumulated on the stream that they came from. What changes from step to step
+    (indices, learning rate, masks) lies in tensors that the graph reads, so it is captured once.
     """
     indices_of_graph = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    graph, graph_lr, plain_steps, side = None, None, 0, torch.cuda.Stream()
+    state = SimpleNamespace(graph=None, plain_steps=0, failed=False, stream=torch.cuda.Stream())
+
+    def capture():
+        before = torch.cuda.current_stream()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=state.stream):
+                step(indices_of_graph)
+        except RuntimeError as error:
+            torch.cuda.set_stream(before)
+            state.failed = True
+            reason = str(error).strip().partition('\n')[0]
+            tqdm.write(f'training goes on without a CUDA graph, which could not be captured: {reason}')
+        else:
+            state.graph = graph
 
     def call(indices):
-        nonlocal graph, graph_lr, plain_steps
-        if plain_steps < 3 or len(indices) < batch_size:
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # as the capture does: gradients are accumulated on the stream they came from
-                step(indices)
-            torch.cuda.current_stream().wait_stream(side)
-            plain_steps += 1
+        if state.plain_steps >= 3 and len(indices) == batch_size and state.graph is None and not state.failed:
+            capture()
+        if state.graph is not None and len(indices) == batch_size:
+            indices_of_graph.copy_(indices)
+            state.graph.replay()
             return
-        lr = optimizer.param_groups[0]['lr']
-        if lr != graph_lr:
-            graph, graph_lr = torch.cuda.CUDAGraph(), lr
-            with torch.cuda.graph(graph):
-                step(indices_of_graph)
-        indices_of_graph.copy_(indices)
-        graph.replay()
+        state.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(state.stream):
+            step(indices)
+        torch.cuda.current_stream().wait_stream(state.stream)
+        state.plain_steps += 1
 
     return call
 
 
-def restore(path, settings, net, optimizer, state, steps):
-    """Puts a checkpoint into the network, its optimizer and the state. Raises BadInput where it does not fit."""
-    checkpoint = load_checkpoint(path, next(net.parameters()).device)
-    try:
-        for name, value in vars(settings).items():
-            if name not in (*FREE, 'name') and checkpoint['settings'][name] != value:
-                raise BadInput(f'{path}: was trained with {name} = {checkpoint["settings"][name]!r}, not {value!r}')
-        net.load_state_dict(checkpoint['network'])
-        groups = optimizer.state_dict()['param_groups']
-        optimizer.load_state_dict({'state': checkpoint['momentum'], 'param_groups': groups})
-        saved = checkpoint['state']
-        if saved['columns'] != COLUMNS:
-            raise BadInput(f'{path}: was logged with other columns than BOUNDS gives now; launch it anew')
-        trained = saved['epoch'] > 1 or saved['step'] > 0
-        sound = (
-            all(weight.isfinite().all() for weight in net.parameters()),
-            all(entry['momentum_buffer'].shape == weight.shape for weight, entry in optimizer.state.items()),
-            len(optimizer.state) == (len(list(net.parameters())) if trained else 0),
-            type(saved['epoch']) is int and saved['epoch'] >= 0,
-            type(saved['step']) is int and 0 <= saved['step'] <= steps,
-            type(saved['train_seconds']) is float,
-            len(saved['lines']) > 0 or saved['epoch'] == 0,
-            all(len([float(number) for number in line.split(',')]) == len(COLUMNS) for line in saved['lines']),
-            all(type(error) is float for error in saved['recent_errors']),
-        )
-        if not all(sound):
-            raise ValueError
-        state.update({name: saved[name] for name in state})
-    except BadInput:
-        raise
-    except Exception:  # the content may be anything
-        raise BadInput(f'{path}: not a checkpoint of {settings.name}; move it away to train this network anew') from None
+# ----------------------------------------------------------------------------------------------------------------------
+# An evaluation
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def ended(settings, state):
-    """Whether the last epoch is done, or the run does not learn: too low a training accuracy at the last three evaluations."""
-    hopeless = [1 - error < settings.early_stop_accuracy for error in state['recent_errors']]
-    late = settings.early_stop_epoch and state['epoch'] > settings.early_stop_epoch
-    return state['epoch'] > settings.epochs or bool(late and len(hopeless) == 3 and all(hopeless))
+def batch_of_evaluation(net, images):
+    """Images per forward pass: on a CPU few enough that activations stay in its cache, else many."""
+    if images.device.type == 'cpu':
+        return 32
+    sizes = []
+    layers = [module for module in net.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    hooks = [layer.register_forward_hook(lambda layer, inputs, output: sizes.append(output.numel())) for layer in layers]
+    net(images[:1])
+    for hook in hooks:
+        hook.remove()
+    return max(1, min(1000, 2**28 // max(sizes)))
 
 
-def report(row):
-    """A row of metrics.csv in words short enough for a line; bounds as powers of 2, as on the figure's axis."""
+def losses_and_margins(net, images, labels, loss):
+    """The mean loss and the margins (m,) of a network on a whole set."""
+    outputs = []
+    with parametrize.cached():
+        for batch in images.split(batch_of_evaluation(net, images)):
+            check_stop()
+            outputs.append(net(batch))
+    outputs = torch.cat(outputs).double()
+    targets = F.one_hot(labels, outputs.shape[1]).double()
+    return loss(outputs, targets).item(), classification_margins(outputs, labels)
 
-    def level(column):
-        value, is_bound = row[column], column.endswith('_bound')
-        text = f'2^{math.log2(value):.1f}' if is_bound and 0 < value < math.inf else f'{value:.3g}'
-        return f'{column.removesuffix("_bound").replace("_", " ")} {text}'
 
-    errors = f'train {row["train_error"]:.4f} test {row["test_error"]:.4f} gap {row["generalization_gap"]:+.4f}'
-    return f'{errors} | {" ".join(level(column) for column in BOUNDS)}'
+@torch.no_grad()
+def evaluate(net, settings, dataset, data, round, epoch):
+    """A row of metrics.csv: errors, bounds and, where they are due, certificates; `data` is the table of `measure_data`."""
+    start, loss = time.perf_counter(), LOSSES[settings.loss]
+    net.eval()
+    train_loss, margins = losses_and_margins(net, dataset.train_images, dataset.train_labels, loss)
+    test_loss, test_margins = losses_and_margins(net, dataset.test_images, dataset.test_labels, loss)
+    require_finite(*net.state_dict().values(), margins)
+    train_error, test_error = margin_error(margins, 0), margin_error(test_margins, 0)
+    row = {'epoch': epoch, 'round': round, 'density': density(net), 'lr': learning_rate(settings, max(epoch, 1))}
+    row |= {'train_loss': train_loss, 'test_loss': test_loss, 'train_error': train_error, 'test_error': test_error}
+    row |= {'generalization_gap': test_error - train_error, 'train_margin_error': margin_error(margins, settings.gamma)}
+    row |= evaluate_bounds(net, data, margins, settings.delta, settings.gamma, skip_uncovered=True)
+    certifiable = not (settings.normalize or settings.label_noise or not_covered(net, dataset.input_shape))  # iid samples
+    if certifiable and due(epoch, settings.certify_every, settings.epochs):
+        row |= certify(net, dataset.train_images, dataset.train_labels, settings.delta, check_stop)
+    row |= {'test_set_bound': test_set_bound(test_error, len(test_margins), settings.delta)}
+    return row | {'eval_seconds': time.perf_counter() - start}
+
+
+@torch.no_grad()
+def evaluate_layers(net, dataset, round, epoch):
+    """The rows of layers.csv, the input first and the classifier last: what each layer has learned, and how sparse it is."""
+    learned = measure_representations(
+        net, dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels, check_stop
+    )
+    rows = [{'epoch': epoch, 'round': round, 'layer': layer} for layer in range(len(learned) + 1)]
+    for row, values in zip(rows, learned):
+        row |= values
+    if not any(getattr(module, 'is_layer', False) for module in net):  # a residual block is a layer of several weights
+        for row, values in zip(rows[:0:-1], reversed(measure_masks(net, check_stop).values())):  # a stem is no layer
+            row |= values
+    if not not_covered(net, dataset.input_shape):
+        for row, values in zip(rows[1:], sharing(net, dataset.train_images, check_stop)):
+            row |= values
+    return rows
+
+
+def require_finite(*tensors):
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise Diverged
+
+
+def report(row, width=math.inf):
+    """A row of metrics.csv in words, most wanted first, as many as fit; bounds as powers of 2, as on the figure's axis."""
+    wanted = {'test_error': 'test {:.4f}', 'pac_bayes_error': 'certified {:.4f}', 'our_bound': ''}
+    wanted |= {'train_error': 'train {:.4f}', 'generalization_gap': 'gap {:+.4f}'}
+    for column in BOUNDS:
+        is_power = column.endswith('_bound') and 0 < row[column] < math.inf
+        wanted[column] = f'{column.removesuffix("_bound").replace("_", " ")} {"2^{:.1f}" if is_power else "{:.3g}"}'
+    items = []
+    for column, text in wanted.items():
+        if (value := row.get(column, math.nan)) == value:  # else the cell is empty
+            items.append(text.format(math.log2(value) if '2^' in text else value))
+    while len(' '.join(items)) > width:
+        items.pop()
+    return ' '.join(items)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A network in training: what its checkpoint holds (weights, momentum, `state`), and what is fixed around it.
+
+    `state` is the place in the run (the round, the epoch that is under way, its steps done) and all that is logged so far.
+    """
+
+    def __init__(self, settings, dataset, folder, device):
+        self.settings, self.dataset, self.folder = settings, dataset, folder
+        bf16 = choose_precision(settings.precision, device)
+        torch.set_num_threads(settings.threads or TORCH_THREADS)
+        torch.manual_seed(settings.seed)
+        loss, images = LOSSES[settings.loss], dataset.train_images
+        targets = F.one_hot(dataset.train_labels, dataset.num_classes).float()
+        self.net = get_network(settings, dataset.input_shape, dataset.num_classes).to(device, memory_format=torch.channels_last)
+        self.batch_loss = make_loss(self.net, loss, images, targets, bf16)
+        rates = {'lr': torch.tensor(settings.lr, device=device), 'momentum': settings.momentum}
+        self.optimizer = torch.optim.SGD(self.net.parameters(), **rates, weight_decay=settings.weight_decay, fused=True)
+        self.steps = launch.steps_of(settings, dataset)
+        self.state = {'round': 0, 'epoch': 0, 'step': 0, 'train_seconds': 0.0}
+        self.state |= {'columns': COLUMNS, 'lines': [], 'layer_lines': []}
+        self.rewind_to = None  # the network's state after rewind_epoch
+        self.data_print = fingerprint(dataset)
+        if (folder / 'model.pt').exists():
+            self.restore()
+        elif (folder / 'metrics.csv').exists() and (folder / 'metrics.csv').read_bytes().count(b'\n') > 1:
+            raise BadInput(f'{folder / "model.pt"}: is missing; put it back, or move {folder} away to train this network anew')
+        else:
+            sparsify.start(self.net, settings, images, targets, loss)
+        self.timed = 0  # steps of this process
+        self.place = None  # the round and epoch that the weights are those of, where they are
+        for name, columns, lines in (('metrics', self.state['columns'], 'lines'), ('layers', LAYER_COLUMNS, 'layer_lines')):
+            if name == 'metrics' or settings.layers_every:
+                write_file(folder / f'{name}.csv', (','.join(columns) + '\n' + ''.join(self.state[lines])).encode())
+        self.data = measure_data(self.net, images, skip_uncovered=True)
+        self.loss_sum = torch.zeros((), device=device)  # NaN from the first batch on whose loss is
+        step = make_step(self.optimizer, self.batch_loss, self.loss_sum)
+        self.step = graphed(step, settings.batch_size, device) if device.type == 'cuda' else step
+
+    def restore(self):
+        """Puts the checkpoint into the network, its optimizer and the state. Raises BadInput where it does not fit."""
+        checkpoint = load_run(self.folder / 'model.pt', self.settings, self.net, self.data_print, self.steps)
+        torch.set_num_threads(self.settings.threads or checkpoint.get('threads', TORCH_THREADS))
+        self.net.load_state_dict(checkpoint['network'])
+        for index, weight in enumerate(self.net.parameters()):
+            if index in checkpoint['momentum']:
+                self.optimizer.state[weight] = checkpoint['momentum'][index]
+        self.state |= {name: checkpoint['state'][name] for name in self.state}
+        self.rewind_to = checkpoint.get('rewind_to')
+        place = f'epoch {self.state["epoch"]} after {self.state["step"]} of its {self.steps} steps'
+        place = f'round {self.state["round"]}, {place}' if self.settings.prune_rounds else place
+        print(f'{self.settings.name}: {"finished already" if self.finished() else f"goes on in {place}"}', flush=True)
+
+    def finished(self):
+        return finished(self.settings, [parse_line(line, self.state['columns']) for line in self.state['lines'][-3:]])
+
+    def train_epoch(self, bar):
+        """The steps of the epoch that is under way, from where it is."""
+        epoch, start = self.state['epoch'], time.perf_counter()
+        self.place = None
+        self.net.train()
+        self.optimizer.param_groups[0]['lr'].fill_(learning_rate(self.settings, epoch))
+        m, device = len(self.dataset.train_images), self.loss_sum.device
+        order = torch.from_numpy(np.random.default_rng((self.settings.seed, epoch)).permutation(m)).to(device)
+        try:
+            for indices in order.split(self.settings.batch_size)[self.state['step'] :]:
+                check_stop()
+                number, steps = (epoch - 1) * self.steps + self.state['step'], self.settings.epochs * self.steps
+                regrows = sparsify.regrow_due(self.settings, number, steps)
+                if not regrows or self.settings.regrow == 'random':  # RigL's update takes the place of the gradient step
+                    self.step(indices)
+                if regrows:
+                    loss = functools.partial(self.batch_loss, indices)
+                    sparsify.regrow(self.net, self.optimizer, self.settings, number, steps, loss)
+                self.state['step'] += 1
+                bar.update()
+                self.say_pace(start)
+            require_finite(self.loss_sum)  # waits for the device
+        finally:
+            self.state['train_seconds'] += time.perf_counter() - start
+
+    def say_pace(self, start):
+        """Once in a process, after 20 steps, if epochs are long: how long."""
+        self.timed += 1
+        seconds = (time.perf_counter() - start) / 20 * self.steps
+        if self.timed == 20 and seconds > 60:
+            tqdm.write(f'{self.settings.name}: an epoch takes about {seconds / 60:.0f} minutes of training')
+
+    def prune(self):
+        """Kills weights of the trained network, as the round says."""
+        sparsify.prune(self.net, self.settings, self.state['round'], self.dataset.input_shape)
+        self.state['step'] = 1  # done, should an interrupt come before its row is logged
+
+    def evaluate(self):
+        """The row of metrics.csv and the rows of layers.csv that are due after this epoch: either may be none."""
+        settings, place = self.settings, (self.state['round'], self.state['epoch'])
+        row, layers = None, []
+        if due(place[1], settings.eval_every, settings.epochs):
+            row = evaluate(self.net, settings, self.dataset, self.data, *place)
+            row |= {'train_seconds': self.state['train_seconds']}
+        if due(place[1], settings.layers_every, settings.epochs):
+            layers = evaluate_layers(self.net, self.dataset, *place)
+        return row, layers
+
+    def log(self, row, layers, bar):
+        """Appends rows to metrics.csv and layers.csv, says the first aloud, and keeps a snapshot where one is due."""
+        settings, place = self.settings, [self.state['round'], self.state['epoch']]
+        for name, key, new, columns in (
+            ('metrics.csv', 'lines', [row] if row else [], self.state['columns']),
+            ('layers.csv', 'layer_lines', layers, LAYER_COLUMNS),
+        ):
+            lines = [csv_line(one, columns) for one in new]
+            self.state[key] += lines
+            with open(self.folder / name, 'a') if lines else contextlib.nullcontext() as file:
+                file and file.writelines(lines)
+        if due(place[1], settings.snapshot_every, settings.epochs):
+            (self.folder / 'snapshots').mkdir(exist_ok=True)
+            snapshot = {'network': self.net.state_dict(), 'place': place}
+            save_checkpoint(self.folder / 'snapshots' / f'{place[0]}-{place[1]}.pt', snapshot)
+        self.place = place
+        if row:
+            self.state['train_seconds'] = 0.0
+            where = f'{settings.name} ' + f'round {place[0]} ' * bool(settings.prune_rounds)
+            if bar.disable:
+                print(f'{where}epoch {place[1]}/{settings.epochs} lr {row["lr"]:g} {report(row)}', flush=True)
+            else:
+                bar.set_postfix_str(report(row, shutil.get_terminal_size().columns - len(settings.name) - 58))
+
+    def advance(self):
+        """On to the next epoch; after the last one to the next round, and after pruning back to the epoch of the rewinding."""
+        settings, state = self.settings, self.state
+        if settings.prune_rounds and [state['round'], state['epoch']] == [0, settings.rewind_epoch]:
+            self.rewind_to = {name: value.clone() for name, value in self.net.state_dict().items()}
+        if state['round'] > 0 and state['epoch'] == 0:
+            sparsify.rewind(self.net, self.optimizer, self.rewind_to)
+            self.place = None
+            state['epoch'] = max(settings.rewind_epoch, 0) + 1
+        elif state['epoch'] == settings.epochs and state['round'] < settings.prune_rounds:
+            state['round'], state['epoch'] = state['round'] + 1, 0
+        else:
+            state['epoch'] += 1
+        state['step'] = 0
+
+    def save(self):
+        require_finite(self.loss_sum, *self.net.state_dict().values())
+        saved = {'settings': vars(self.settings), 'data': self.data_print, 'threads': torch.get_num_threads()}
+        saved |= {'network': self.net.state_dict(), 'momentum': self.optimizer.state_dict()['state'], 'state': self.state}
+        save_checkpoint(self.folder / 'model.pt', saved | {'place': self.place, 'rewind_to': self.rewind_to})
+
+
+def progress_bar(run):
+    """One line that fills up, on a terminal; it counts steps and shows epochs."""
+    settings, state = run.settings, run.state
+    round_epochs = settings.epochs - max(settings.rewind_epoch, 0)
+    behind = state['round'] * settings.epochs - max(0, state['round'] - 1) * (settings.epochs - round_epochs)
+    behind += max(0, state['epoch'] - 1 - (settings.epochs - round_epochs) * (state['round'] > 0))
+    return tqdm(
+        desc=settings.name,
+        total=(settings.epochs + settings.prune_rounds * round_epochs) * run.steps,
+        initial=behind * run.steps + state['step'],
+        unit_scale=1 / run.steps,
+        bar_format='{desc} {percentage:3.0f}%|{bar:10}| epoch {n:.2f}/{total:.0f} [{elapsed}<{remaining}]{postfix}',
+        dynamic_ncols=True,
+        disable=not sys.stdout.isatty(),
+    )
 
 
 def train(settings, dataset, folder, device):
@@ -254,295 +396,22 @@ def train(settings, dataset, folder, device):
         Diverged: the last good checkpoint is kept.
         OSError: the results cannot be written; the last checkpoint is kept.
     """
-    bf16 = choose_precision(settings.precision, device)
-    torch.manual_seed(settings.seed)
-    net = get_network(settings, dataset.input_shape, dataset.num_classes).to(device, memory_format=torch.channels_last)
-    rates = {'lr': settings.lr, 'momentum': settings.momentum, 'weight_decay': settings.weight_decay}
-    optimizer = torch.optim.SGD(net.parameters(), **rates, fused=True)
-    loss, images = LOSSES[settings.loss], dataset.train_images
-    one_hot = torch.eye(dataset.num_classes, device=device)
-    train_targets, test_targets = one_hot[dataset.train_labels], one_hot[dataset.test_labels]
-    steps = -(-len(images) // settings.batch_size)
-
-    # The epoch that is under way, its steps done, and what is logged so far.
-    state = {'epoch': 0, 'step': 0, 'train_seconds': 0.0, 'recent_errors': [], 'columns': COLUMNS, 'lines': []}
-    checkpoint_path, metrics_path = folder / 'model.pt', folder / 'metrics.csv'
-    if checkpoint_path.exists():
-        restore(checkpoint_path, settings, net, optimizer, state, steps)
-        place = f'goes on in epoch {state["epoch"]} after {state["step"]} of its {steps} steps'
-        print(f'{settings.name}: {"finished already" if ended(settings, state) else place}', flush=True)
-    elif metrics_path.exists() and metrics_path.read_bytes().count(b'\n') > 1:
-        raise BadInput(f'{checkpoint_path}: is missing; put it back, or move {folder} away to train this network anew')
-    write_file(metrics_path, (','.join(COLUMNS) + '\n' + ''.join(state['lines'])).encode())
-    data = measure_data(net, images)
-    loss_sum = torch.zeros((), device=device)  # NaN from the first batch on whose loss is
-
-    train_step = make_step(net, optimizer, loss, images, train_targets, loss_sum, bf16)
-    step = graphed(train_step, optimizer, settings.batch_size, device) if device.type == 'cuda' else train_step
-
-    def train_epoch(epoch):
-        for group in optimizer.param_groups:
-            group['lr'] = learning_rate(settings, epoch)
-        order = torch.from_numpy(np.random.default_rng((settings.seed, epoch)).permutation(len(images))).to(device)
-        start = time.perf_counter()
+    run = Run(settings, dataset, folder, device)
+    with progress_bar(run) as bar, deferred_stop():
         try:
-            for indices in order.split(settings.batch_size)[state['step'] :]:
-                check_stop()
-                step(indices)
-                state['step'] += 1
-                bar.update(1 / steps)
-            require_finite(loss_sum)  # waits for the device
-        finally:
-            state['train_seconds'] += time.perf_counter() - start
-
-    def evaluate_epoch(epoch):
-        start = time.perf_counter()
-        train_loss, margins = evaluate(net, images, dataset.train_labels, train_targets, loss)
-        test_loss, test_margins = evaluate(net, dataset.test_images, dataset.test_labels, test_targets, loss)
-        train_error, test_error = margin_error(margins, 0), margin_error(test_margins, 0)
-        require_finite(*net.parameters(), margins)
-        row = {'epoch': epoch, 'lr': learning_rate(settings, max(epoch, 1))}
-        row |= {'train_loss': train_loss, 'test_loss': test_loss, 'train_error': train_error, 'test_error': test_error}
-        row |= {'generalization_gap': test_error - train_error}
-        row |= {'train_margin_error': margin_error(margins, settings.gamma)}
-        row |= evaluate_bounds(net, data, margins, settings.delta, settings.gamma)
-        row |= {'train_seconds': state['train_seconds'], 'eval_seconds': time.perf_counter() - start}
-        state['train_seconds'] = 0.0
-        state['recent_errors'] = [*state['recent_errors'], train_error][-3:] if epoch else []
-        return row
-
-    def save():
-        require_finite(loss_sum, *net.parameters())
-        momentum = optimizer.state_dict()['state']
-        saved = {'settings': vars(settings), 'network': net.state_dict(), 'momentum': momentum, 'state': state}
-        save_checkpoint(checkpoint_path, saved)
-
-    shape = '{desc} {percentage:3.0f}%|{bar:20}| epoch {n:.2f}/{total} [{elapsed}<{remaining}]{postfix}'
-    begun = max(0.0, state['epoch'] - 1 + state['step'] / steps)
-    terminal = sys.stdout.isatty()
-    bar = tqdm(
-        desc=settings.name, total=settings.epochs, initial=begun, bar_format=shape, dynamic_ncols=True, disable=not terminal
-    )
-    with bar, deferred_stop():
-        try:
-            while not ended(settings, state):
-                epoch = state['epoch']
-                if epoch > 0:
-                    train_epoch(epoch)
-                row = None
-                if epoch % settings.eval_every == 0 or epoch == settings.epochs:
-                    row = evaluate_epoch(epoch)
-                    state['lines'].append(metrics_line(row))
-                state['epoch'], state['step'] = epoch + 1, 0
-                if epoch % settings.checkpoint_every == 0 or ended(settings, state):
-                    save()
-                if row:
-                    with open(metrics_path, 'a') as file:
-                        file.write(state['lines'][-1])
-                    if terminal:
-                        bar.set_postfix_str(report(row))
-                    else:
-                        print(f'{settings.name} epoch {epoch}/{settings.epochs} lr {row["lr"]:g} {report(row)}', flush=True)
+            while not run.finished():
+                if run.state['epoch'] > 0:
+                    run.train_epoch(bar)
+                elif run.state['round'] > 0 and run.state['step'] == 0:
+                    run.prune()
+                run.log(*run.evaluate(), bar)
+                run.advance()
+                if run.place is None or run.place[1] % settings.checkpoint_every == 0 or run.finished():
+                    run.save()
         except Interrupted:
-            save()
+            run.save()
             raise
-
-
-def require_finite(*tensors):
-    if not all(tensor.isfinite().all() for tensor in tensors):
-        raise Diverged
-
-
-def launch_header(device):
-    """What a launch's settings file says of where it came from, as lines."""
-
-    def git(*arguments):
-        command = subprocess.run(['git', '-C', ROOT, *arguments], capture_output=True, text=True)
-        return command.stdout.strip() if command.returncode == 0 else None
-
-    try:
-        commit = git('rev-parse', 'HEAD') or 'unknown'
-        commit += ' with uncommitted changes' if git('status', '--porcelain', '--untracked-files=no') else ''
-    except OSError:
-        commit = 'unknown, git is not installed'
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads'
-    return [
-        'The settings of this launch; python train.py --settings with this file repeats it.',
-        f'date: {datetime.datetime.now().astimezone().isoformat(timespec="seconds")}',
-        f'versions: Python {platform.python_version()}, torch {torch.__version__}',
-        f'device: {device}, {name}',
-        f'commit: {commit}',
-    ]
-
-
-@functools.lru_cache(maxsize=1)
-def get_dataset(name, data_dir, normalize, device):
-    if (there := os.environ.get('DATA_DIR')) and not os.path.isdir(there):
-        raise BadInput(f'DATA_DIR = {there}: no such folder; make it, or unset the environment variable')
-    return load_dataset(name, there or ROOT / data_dir, normalize, device)
-
-
-def get_inputs(settings):
-    """A run's device and its dataset, which is held on the device once for all runs in a row that share it."""
-    device = choose_device(settings.device)
-    return device, get_dataset(settings.dataset_name, settings.data_dir, settings.normalize, device)
-
-
-def check(settings):
-    """Raises BadInput for all that can be seen to be wrong before training: device, data, depth, and what no bound covers."""
-    if settings.bias:
-        raise BadInput('bias = True: the theorems are about bias-free networks; set it to False')
-    device, dataset = get_inputs(settings)
-    choose_precision(settings.precision, device)
-    with torch.device('meta'):
-        net = get_network(settings, dataset.input_shape, dataset.num_classes)
-    trace_layers(net, dataset.input_shape)
-
-
-@contextlib.contextmanager
-def locked_run(folder):
-    """Keeps other processes from training the network of this folder. Raises BadInput where one does."""
-    with locked(folder / '.lock', wait=False) as free:
-        if not free:
-            raise BadInput(f'{folder}: another process is training this network; let it end first')
-        yield
-
-
-def train_all(runs, folder):
-    """Trains one network after the other, then draws the figure. Returns 1 if one of them diverged, else 0."""
-    keep_freed_memory()
-    status = 0
-    for settings in runs:
-        device, dataset = get_inputs(settings)
-        print(
-            f'{folder / settings.name}: {dataset.name}, {len(dataset.train_images)} training and {len(dataset.test_images)} '
-            f'test images, on {device}',
-            flush=True,
-        )
-        (folder / settings.name).mkdir(exist_ok=True)
-        with locked_run(folder / settings.name):
-            try:
-                train(settings, dataset, folder / settings.name, device)
-            except Diverged:
-                mend = f'its last good checkpoint is kept; launch it anew with an lr smaller than {settings.lr:g}'
-                print(f'train.py: error: {settings.name}: the loss became NaN or infinite; {mend}', file=sys.stderr)
-                status = 1
-        check_stop()
-    draw(folder)
-    return status
-
-
-def draw(folder):
-    """Draws figure.png, or says why not: what was trained does not depend on it."""
-    try:
-        path = plot_figure(folder, [run.name for run in load_settings(folder / 'global_settings.py')[1]])
-        print(f'drew {path}' if path else f'{folder}: nothing is logged yet, so no figure was drawn')
-    except ImportError:
-        print('no figure was drawn, since matplotlib is not installed: pip install matplotlib')
-    except (OSError, BadInput):
-        raise
-    except Exception as error:  # whatever matplotlib makes of its own settings
-        print(f'no figure was drawn: {type(error).__name__}: {error}')
-
-
-def check_options(options, flags):
-    """Raises BadInput where the options do not fit together or the folder does not fit them."""
-    folder, option = options.folder, '--plot' if options.plot else '--resume'
-    if options.prepare and options.run is not None:
-        raise BadInput('--prepare makes the folder of a whole sweep; leave --run out')
-    if not (options.resume or options.plot):
-        if folder and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            known = (folder / 'global_settings.py').exists()
-            raise BadInput(
-                f'{folder}: exists already; {"add --resume to go on with it, or " if known else ""}name a new folder'
-            )
-        return
-    if folder is None:
-        raise BadInput(f'{option} needs the folder: --results-path DIR')
-    if options.settings is not None:
-        raise BadInput(f"{option} takes the folder's own settings; leave --settings out")
-    if not (folder / 'global_settings.py').is_file():
-        mend = f'name {folder.parent}' if (folder.parent / 'global_settings.py').is_file() else f'launch without {option}'
-        raise BadInput(f'{folder}: not a results folder, it has no global_settings.py; {mend}')
-    if options.plot and options.run is not None:
-        raise BadInput('--plot draws every network of the folder; leave --run out')
-    if flags and (options.plot or options.run is not None):
-        where = '--plot' if options.plot else '--run; give it to a --resume of the whole sweep'
-        raise BadInput(f'{next(iter(flags))}: a setting cannot change with {where}')
-    if changed := [name for name in flags if name not in FREE]:
-        raise BadInput(f'--resume keeps the setting {changed[0]}; only {", ".join(FREE)} may change')
-
-
-def check_resume(folder, flags, runs):
-    """Raises BadInput where the flags of a resume would change which runs there are, or what they have done."""
-    before = load_settings(folder / 'global_settings.py')[1]
-    if [run.name for run in runs] != [run.name for run in before]:
-        raise BadInput(f'--resume keeps the runs of the sweep; give one value of {", ".join(flags)}')
-    if any(run.epochs < own.epochs for run, own in zip(runs, before)):
-        raise BadInput(f'epochs = {runs[0].epochs}: a resumed run can only be made longer than {before[0].epochs}')
-    for run in runs:
-        if (folder / run.name).is_dir():
-            with locked_run(folder / run.name):
-                pass
-
-
-def run(options, flags):
-    """Does what the command line says. Returns the exit status."""
-    check_options(options, flags)
-    if options.plot:
-        draw(options.folder)
-        return 0
-    own = options.folder / 'global_settings.py' if options.resume else GLOBAL_SETTINGS
-    sweep, runs = load_settings(own if options.settings is None else options.settings, flags)
-    if options.run is not None and not 1 <= options.run <= len(runs):
-        raise BadInput(f'--run {options.run}: the sweep has the networks 1 to {len(runs)}')
-    chosen = runs if options.run is None else [runs[options.run - 1]]
-    for settings in chosen:
-        check(settings)
-    try:
-        if options.resume and flags:
-            check_resume(options.folder, flags, runs)
-        elif options.folder is None:
-            options.folder = Path(os.path.relpath(new_results_folder(ROOT / sweep['results_dir'])))
-        elif not options.resume:
-            options.folder.mkdir(parents=True, exist_ok=True)
-        if flags or not options.resume:
-            text = settings_text(sweep, launch_header(choose_device(runs[0].device)))
-            write_file(options.folder / 'global_settings.py', text.encode())
-    except OSError as error:
-        raise BadInput(f'the results folder cannot be written: {error}; name another one') from None
-    if options.prepare:
-        print(len(runs), options.folder)
-        return 0
-    return train_all(chosen, options.folder)
-
-
-def main(argv=None):
-    """Runs the command line. Returns 0, 1 where a run failed, 2 for bad input, 128 + signal where it was stopped."""
-    stop.deferred, stop.signal = False, None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    options, go_on = None, ''
-    try:
-        options, flags = parse_command_line(argv)
-        options.folder = None if options.results_path is None else Path(options.results_path)
-        return run(options, flags)
-    except BadInput as error:
-        status, message = 2, f'error: {error}'
-    except Interrupted:
-        status, message = 128 + stop.signal, f'stopped by {signal.Signals(stop.signal).name}'
-    except OSError as error:
-        status, message = 1, f'error: {error}'
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
-            raise
-        status, message = 1, f'error: not enough memory ({error}); choose a smaller network or batch_size'
-    if status != 2 and options and not options.plot and options.folder and (options.folder / 'global_settings.py').exists():
-        only = '' if options.run is None else f' --run {options.run}'
-        go_on = f'; go on with: python train.py --results-path {shlex.quote(str(options.folder))} --resume{only}'
-    print(f'train.py: {" ".join(message.splitlines())}{go_on}', file=sys.stderr)
-    return status
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(launch.main(train, evaluate))

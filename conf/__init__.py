@@ -19,7 +19,8 @@ class BadInput(ValueError):
 
 
 def _integer(low, high=2**31 - 1):
-    text = f'an integer of at least {low}' + (' and below 2**31' if high < 2**31 else ' and below 2**63')
+    limits = {2**31 - 1: 'below 2**31', 2**63 - 1: 'below 2**63'}
+    text = f'an integer of at least {low} and {limits.get(high, f"at most {high}")}'
     return text, lambda value: value if type(value) is int and low <= value <= high else None
 
 
@@ -50,12 +51,17 @@ RULES = {
     'dataset_name': _choice('MNIST', 'FashionMNIST', 'SVHN', 'CIFAR10', 'CIFAR100', 'digits'),
     'data_dir': _TEXT,
     'normalize': _BOOLEAN,
+    'train_samples': _integer(0),
+    'label_noise': _number('a number from 0 to 1', lambda value: 0 <= value <= 1),
+    'clean_samples': _integer(0),
+    'data_seed': _integer(0, 2**63 - 1),
     'network': _TEXT,
-    'depth': _integer(1),
-    'width': _integer(1),
+    'depth': _integer(1, 10_000),
+    'width': _integer(1, 10**6),
     'kernel_size': _integer(1),
     'stride': _integer(1),
     'padding': _integer(0),
+    'normalization': _choice('weight', 'batch', 'none'),
     'bias': _BOOLEAN,
     'loss': _choice('MSE', 'CE', 'L1'),
     'epochs': _integer(0),
@@ -64,25 +70,52 @@ RULES = {
     'milestones': ('a list of increasing epochs, as [60, 120, 160]', _milestones),
     'lr_decay': _number('a number above 0', lambda value: value > 0),
     'momentum': _number('a number from 0 to below 1', lambda value: 0 <= value < 1),
-    'weight_decay': _number('a number of at least 0', lambda value: value >= 0),
+    'weight_decay': _number('a number from 0 to 1000', lambda value: 0 <= value <= 1000),
     'early_stop_epoch': _integer(0),
     'early_stop_accuracy': _number('a number from 0 to 1', lambda value: 0 <= value <= 1),
     'seed': _integer(0, 2**63 - 1),
+    'density': _number('a number above 0 and at most 1', lambda value: 0 < value <= 1),
+    'initial_mask': _choice('none', 'random', 'erk', 'snip', 'synflow'),
+    'prune_rounds': _integer(0),
+    'prune_score': _choice('magnitude', 'path', 'random'),
+    'prune_fraction': _number('a number between 0 and 1', lambda value: 0 < value < 1),
+    'prune_layers': _choice('all', 'conv'),
+    'prune_allocation': _choice('global', 'layer'),
+    'rewind_epoch': _integer(-1),
+    'rescale_neurons': _BOOLEAN,
+    'regrow': _choice('none', 'random', 'gradient'),
+    'regrow_every': _integer(1),
+    'regrow_fraction': _number('a number between 0 and 1', lambda value: 0 < value < 1),
+    'regrow_until': _number('a number from 0 to 1', lambda value: 0 <= value <= 1),
     'device': _TEXT,
     'precision': _choice('auto', 'float32', 'tf32', 'bf16'),
+    'threads': _integer(0, 1024),
+    'jobs': _integer(1, 1024),
     'delta': _number('a number between 0 and 1', lambda value: 1e-300 < value < 1),
-    'gamma': _number('a number above 0', lambda value: value > 0),
+    'gamma': _number('a number from 1e-9 to 1e9', lambda value: 1e-9 <= value <= 1e9),
     'eval_every': _integer(1),
+    'certify_every': _integer(0),
+    'layers_every': _integer(0),
+    'snapshot_every': _integer(0),
     'checkpoint_every': _integer(1),
     'results_dir': _TEXT,
 }
+
+# What folders were launched with before there was a knob for it.
+BEFORE = {'train_samples': 0, 'label_noise': 0.0, 'clean_samples': 0, 'data_seed': 0, 'normalization': 'weight', 'density': 1.0}
+BEFORE |= {'initial_mask': 'none', 'prune_rounds': 0, 'prune_score': 'magnitude', 'prune_fraction': 0.2, 'prune_layers': 'all'}
+BEFORE |= {'prune_allocation': 'global', 'rewind_epoch': 0, 'rescale_neurons': False, 'regrow': 'none', 'regrow_every': 100}
+BEFORE |= {'regrow_fraction': 0.3, 'regrow_until': 0.75, 'threads': 0, 'jobs': 1, 'certify_every': 10, 'layers_every': 0}
+BEFORE |= {'snapshot_every': 0}
+
 FOLDERS = ('data_dir', 'results_dir')
-NOT_SWEPT = (*FOLDERS, 'milestones')  # a list in one of these is not a sweep
+NOT_SWEPT = (*FOLDERS, 'milestones', 'threads', 'jobs')  # a list in one of these is not a sweep
 
 
 def _check(name, value):
     """The knob's checked value, or the list of its checked values where it is swept. Raises BadInput."""
     text, check = RULES[name]
+    value = list(value) if isinstance(value, range) else value.tolist() if hasattr(value, 'tolist') else value  # of numpy
     if name in NOT_SWEPT or not isinstance(value, (list, tuple)):
         if (checked := check(value)) is None:
             raise BadInput(f'{name} = {value!r}: must be {text}')
@@ -116,9 +149,11 @@ def read_settings(path):
         lines = [frame.lineno for frame in frames if frame.filename == str(path)] or [getattr(error, 'lineno', None)]
         where = f'{path}, line {lines[-1]}' if lines[-1] else path
         raise BadInput(f'{where}: {type(error).__name__}: {error}') from None
+    imports = [node for node in ast.walk(ast.parse(Path(path).read_bytes())) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    imported = {alias.asname or alias.name for node in imports for alias in node.names}
     settings = {}
     for name, value in values.items():
-        if name.startswith('_') or isinstance(value, ModuleType):
+        if name.startswith('_') or isinstance(value, ModuleType) or name in imported:
             continue
         if name not in RULES:
             raise BadInput(f'{path}: unknown setting {name}{closest(name, RULES)}; a name of your own starts with _')
@@ -129,12 +164,13 @@ def read_settings(path):
     return settings
 
 
-def load_settings(path=GLOBAL_SETTINGS, flags=None):
+def load_settings(path=GLOBAL_SETTINGS, flags=None, before=None):
     """One settings object per network of the sweep, in the order of the product.
 
     Args:
         path: settings file; what it does not set is taken from conf/global_settings.py.
         flags: {knob: value} of the command line, which win.
+        before: {knob: value} that win over conf/global_settings.py alone: BEFORE for the file of an older launch.
     Returns:
         (sweep, runs): `sweep` is {knob: value}, lists where swept; `runs` is a list of namespaces with every knob as a
         scalar and `name`, the run's folder: CONV-3-200, followed by the values of what else the sweep varies.
@@ -145,7 +181,7 @@ def load_settings(path=GLOBAL_SETTINGS, flags=None):
     if missing := [name for name in RULES if name not in sweep]:
         raise BadInput(f'{GLOBAL_SETTINGS}: the setting {missing[0]} is missing; put its line back')
     if Path(path).resolve() != GLOBAL_SETTINGS:
-        sweep |= read_settings(path)
+        sweep |= (before or {}) | read_settings(path)
     sweep |= {name: _check(name, value) for name, value in (flags or {}).items()}
 
     swept = {name: value if name not in NOT_SWEPT and isinstance(value, list) else [value] for name, value in sweep.items()}
@@ -162,7 +198,7 @@ def load_settings(path=GLOBAL_SETTINGS, flags=None):
 def comments():
     """{knob: the comment on its line in conf/global_settings.py}; nothing where that file cannot be parsed."""
     try:
-        source = GLOBAL_SETTINGS.read_text()
+        source = GLOBAL_SETTINGS.read_text('utf-8')
         body = ast.parse(source).body
     except (OSError, ValueError, SyntaxError):
         return {}
@@ -201,7 +237,7 @@ class _Once(argparse.Action):
 
 def _literal(text):
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval({'true': 'True', 'false': 'False'}.get(text, text))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 
@@ -224,7 +260,11 @@ def parse_command_line(argv=None):
     either = parser.add_mutually_exclusive_group()
     prepare = 'check everything, make the results folder, print the number of networks and the folder, train nothing'
     either.add_argument('--prepare', action='store_true', help=prepare)
-    either.add_argument('--plot', action='store_true', help='draw figure.png of --results-path from what is logged so far')
+    plot = 'draw the figures of --results-path from what is logged so far; --plot all: with every bound'
+    either.add_argument('--plot', nargs='?', const=True, choices=['all'], action=_Once, help=plot)
+    again = 'measure the snapshots and checkpoints of --results-path anew, with the bounds of today, into evaluation.csv'
+    either.add_argument('--evaluate', action='store_true', help=again)
+    either.add_argument('--status', action='store_true', help='show which networks of --results-path are finished')
     knobs = parser.add_argument_group('knobs', 'the settings of conf/global_settings.py, each with its comment there')
     about = comments()
     for name in RULES:
@@ -243,5 +283,6 @@ def parse_command_line(argv=None):
     for name in FOLDERS:  # on the command line a folder is relative to where the command is given
         if name in flags:
             flags[name] = os.path.abspath(flags[name])
-    defaults = {'settings': None, 'results_path': None, 'resume': False, 'run': None, 'prepare': False, 'plot': False}
+    defaults = {'settings': None, 'results_path': None, 'resume': False, 'run': None}
+    defaults |= dict.fromkeys(('prepare', 'plot', 'evaluate', 'status'), False)
     return SimpleNamespace(**(defaults | given)), flags

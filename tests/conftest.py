@@ -1,9 +1,14 @@
 """What the tests share: the program as a user starts it, its settings, and the digits."""
 
+import contextlib
+import io
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,10 +18,14 @@ os.environ['OMP_NUM_THREADS'] = '1'  # the networks of the tests are too small t
 
 import torch  # noqa: E402
 
-from conf import load_settings  # noqa: E402
-from utils import load_dataset  # noqa: E402
-
 torch.set_num_threads(1)
+
+import launch  # noqa: E402
+import sparsify  # noqa: E402
+import train  # noqa: E402
+from conf import load_settings  # noqa: E402
+from datasets import load_dataset  # noqa: E402
+
 DIGITS = ('--settings', str(ROOT / 'conf' / 'digits.py'))
 SMALL = ('--settings', str(ROOT / 'tests' / 'small.py'))
 TIMINGS = ('train_seconds', 'eval_seconds')
@@ -36,16 +45,101 @@ def run(*arguments, timeout=300, **options):
     return process.returncode, stdout, stderr
 
 
-def numbers(path):
-    """The text of each number of a metrics.csv, without timings: two runs are equal where these are."""
-    lines = [line.split(',') for line in Path(path).read_text().splitlines()]
-    kept = [index for index, column in enumerate(lines[0]) if column not in TIMINGS]
-    return [[line[index] for index in kept] for line in lines]
+def main(*arguments):
+    """As `run`, in this process, which is quicker."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
+        try:
+            status = launch.main(train.train, train.evaluate, [str(argument) for argument in arguments])
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return status or 0, stdout.getvalue(), stderr.getvalue()
+
+
+def succeeds(*arguments):
+    """What train.py prints, where it has nothing to complain about."""
+    status, stdout, stderr = main(*arguments)
+    assert (status, stderr) == (0, ''), stderr
+    return stdout
+
+
+def refused(*arguments, status=2):
+    """The one line with which train.py refuses."""
+    found, _, stderr = main(*arguments)
+    assert found == status and stderr.startswith('train.py: ') and stderr.count('\n') == 1, stderr
+    return stderr
+
+
+def train_small(folder, *arguments):
+    return succeeds(*SMALL, '--results-path', folder, *arguments)
+
+
+def resume(folder, *arguments):
+    return succeeds('--results-path', folder, '--resume', *arguments)
+
+
+def wait_for(condition, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it, so that what is on the disk by then is all that is left."""
+
+
+@pytest.fixture
+def kill_at(monkeypatch):
+    """kill_at(name, count, *arguments) runs train.py in this process up to the count-th moment of this name.
+
+    Moments are before and after each step, each method of a run, each change of masks, each file moved into place. Returns the
+    names of those that went by; with None it runs to its end.
+    """
+    state = SimpleNamespace(names=[], last=None)
+
+    def watched(name, function):
+        def call(*arguments, **options):
+            pass_by(name)
+            result = function(*arguments, **options)
+            pass_by(name)
+            return result
+
+        return call
+
+    def pass_by(name):
+        state.names.append(name)
+        if (name, state.names.count(name)) == state.last:
+            raise Killed
+
+    def kill(name, count, *arguments):
+        state.names, state.last = [], (name, count)
+        with contextlib.suppress(Killed):
+            succeeds(*arguments)
+        return state.names
+
+    for name in ('train_epoch', 'evaluate', 'log', 'advance', 'save'):
+        monkeypatch.setattr(train.Run, name, watched(name, getattr(train.Run, name)))
+    for owner, name in ((os, 'replace'), (sparsify, 'regrow'), (sparsify, 'prune'), (sparsify, 'rewind')):
+        monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))
+    make_step = train.make_step
+    monkeypatch.setattr(train, 'make_step', lambda *arguments: watched('step', make_step(*arguments)))
+    monkeypatch.setattr(launch, 'draw', lambda folder, every=False: None)
+    return kill
+
+
+def numbers(path, without=TIMINGS):
+    """The text of each cell of a table, header first: two runs are equal where these are."""
+    table = [line.split(',') for line in Path(path).read_text().splitlines()]
+    kept = [index for index, column in enumerate(table[0]) if column not in without]
+    return [[line[index] for index in kept] for line in table]
 
 
 def same(folder, other, name='CONV-3-4'):
-    """Whether a network has the same metrics in two results folders, timings aside."""
-    return numbers(folder / name / 'metrics.csv') == numbers(other / name / 'metrics.csv')
+    """Whether a network has the same tables in two results folders, timings aside."""
+    tables = [sorted(path.name for path in (results / name).glob('*.csv')) for results in (folder, other)]
+    return tables[0] == tables[1] and all(numbers(folder / name / table) == numbers(other / name / table) for table in tables[0])
 
 
 def rows(folder, name='CONV-3-4'):
@@ -54,9 +148,22 @@ def rows(folder, name='CONV-3-4'):
     return path.read_text().count('\n') - 1 if path.exists() else -1
 
 
+def contents(folder):
+    """{path: bytes} of every file of a folder."""
+    return {path: path.read_bytes() for path in Path(folder).rglob('*') if path.is_file()}
+
+
 def settings_of(**flags):
     """The settings of a single network: the defaults and these."""
     return load_settings(flags=flags)[1][0]
+
+
+@pytest.fixture(scope='session')
+def uninterrupted(tmp_path_factory):
+    """The small run to its end, without an interruption."""
+    folder = tmp_path_factory.mktemp('uninterrupted') / 'run'
+    train_small(folder)
+    return folder
 
 
 @pytest.fixture(scope='session')

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from conftest import DIGITS, start
 
-from utils import read_metrics
+from records import read_metrics
 
 
 def resident(pid):

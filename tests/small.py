@@ -3,3 +3,4 @@
 dataset_name = 'digits'
 width = 4
 epochs = 6
+certify_every = 0

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, run
 
 from conf import load_settings
-from utils import read_metrics
+from records import read_metrics
 
 COLUMN_OF = {
     'Ledent et al. 2021': 'ledent_bound',

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SMALL, rows, run, same
 
-from utils import read_metrics
+from records import read_metrics
 
 SLURM = ('sbatch', 'scontrol', 'squeue', 'slurmctld', 'slurmd', 'munged')
 MISSING = [program for program in SLURM if not shutil.which(program, path=f'{os.environ["PATH"]}:/usr/sbin')]

@@ -23,7 +23,7 @@ from conftest import ROOT, SMALL, numbers, rows, run, same, settings_of, start
 
 import train
 from conf import load_settings
-from utils import COLUMNS, load_checkpoint, read_metrics, save_checkpoint
+from records import COLUMNS, load_checkpoint, read_metrics, save_checkpoint
 
 
 def launch(folder, *arguments, **options):
@@ -79,7 +79,8 @@ def test_quick_start(tmp_path):
 def test_metrics_are_those_of_the_network_that_is_left(uninterrupted, digits):
     """The last row, computed anew from the checkpoint without the training program."""
     from models import get_network
-    from utils import classification_margins, evaluate_bounds, margin_error, measure_data
+    from measures.norms import classification_margins, margin_error, measure_data
+    from utils import evaluate_bounds
 
     settings = settings_of(dataset_name='digits', width=4)
     net = get_network(settings, digits.input_shape, 10)

@@ -1,0 +1,405 @@
+"""The command line's work around a training: options, checks, locks, signals, jobs, --evaluate, --status and --plot."""
+
+import concurrent.futures
+import contextlib
+import ctypes
+import datetime
+import functools
+import os
+import platform
+import queue
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import figures
+import sparsify
+from conf import GLOBAL_SETTINGS, ROOT, BadInput, load_settings, parse_command_line, settings_text
+from datasets import fingerprint, load_dataset
+from machine import (
+    Interrupted,
+    check_memory,
+    check_stop,
+    choose_device,
+    choose_precision,
+    keep_freed_memory,
+    on_signal,
+    stop,
+)
+from measures.geometry import not_covered
+from measures.norms import measure_data
+from models import get_network
+from records import (
+    COLUMNS,
+    FREE,
+    csv_line,
+    finished,
+    folder_settings,
+    load_run,
+    load_weights,
+    locked,
+    new_results_folder,
+    read_metrics,
+    write_file,
+)
+
+
+class Diverged(Exception):
+    """The loss or a weight became NaN or infinite."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run is trained on, and what can be seen to be wrong before
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def get_dataset(name, data_dir, *how):
+    if (there := os.environ.get('DATA_DIR')) and not os.path.isdir(there):
+        raise BadInput(f'DATA_DIR = {there}: no such folder; make it, or unset the environment variable')
+    return load_dataset(name, there or ROOT / data_dir, *how)
+
+
+def get_inputs(settings):
+    """A run's device and its dataset, which is held on the device once for all runs in a row that share it."""
+    device = choose_device(settings.device)
+    noise = settings.train_samples, settings.label_noise, settings.clean_samples, settings.data_seed
+    return device, get_dataset(settings.dataset_name, settings.data_dir, settings.normalize, device, *noise)
+
+
+def check(settings):
+    """Raises BadInput for all that is seen to be wrong before training. Returns what will not be logged, and why, as lines."""
+    device, dataset = get_inputs(settings)
+    choose_precision(settings.precision, device)
+    sparsify.check(settings)
+    m, batch = len(dataset.train_images), settings.batch_size
+    if settings.normalization == 'batch' and 1 in (m % batch, batch):
+        raise BadInput(f'batch_size = {batch}: of {m} samples it leaves a batch of one, which batch normalization cannot take')
+    with torch.device('meta'):
+        net = get_network(settings, dataset.input_shape, dataset.num_classes)
+        check_memory(settings, net, torch.empty(1, *dataset.input_shape), min(m, batch), device)
+    missing = []
+    if reason := not_covered(net, dataset.input_shape):
+        missing.append(f'{settings.name}: bounds that do not cover it are not logged: {reason}')
+    elif settings.certify_every and settings.normalize:
+        missing.append('no certificates are logged: normalize = True takes the statistics of the whole training set')
+    elif settings.certify_every and settings.label_noise:
+        missing.append('no certificates are logged: with label_noise the training samples are not independent')
+    return missing
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Results folders
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def launch_header(device, missing):
+    """What a launch's settings file says of where it came from and what it does not log, as lines."""
+
+    def git(*arguments):
+        command = subprocess.run(['git', '-C', ROOT, *arguments], capture_output=True, text=True)
+        return command.stdout.strip() if command.returncode == 0 else None
+
+    try:
+        commit = git('rev-parse', 'HEAD') or 'unknown'
+        commit += ' with uncommitted changes' if git('status', '--porcelain', '--untracked-files=no') else ''
+    except OSError:
+        commit = 'unknown, git is not installed'
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads'
+    return [
+        f'date: {datetime.datetime.now().astimezone().isoformat(timespec="seconds")}',
+        f'versions: Python {platform.python_version()}, torch {torch.__version__}',
+        f'device: {device}, {name}',
+        f'commit: {commit}',
+        *missing,
+    ]
+
+
+@contextlib.contextmanager
+def locked_run(folder):
+    """Keeps other processes from training the network of this folder. Raises BadInput where one still does after a while."""
+    with locked(folder / '.lock', seconds=5) as free:  # a process that was stopped writes its checkpoint first
+        if not free:
+            raise BadInput(f'{folder}: another process is training this network; let it end first')
+        yield
+
+
+def check_options(options, flags):
+    """Raises BadInput where the options do not fit together or the folder does not fit them."""
+    folder, reads = options.folder, [name for name in ('plot', 'status', 'evaluate') if getattr(options, name)]
+    option = f'--{reads[0]}' if reads else '--resume'
+    if options.prepare and options.run is not None:
+        raise BadInput('--prepare makes the folder of a whole sweep; leave --run out')
+    if not (options.resume or reads):
+        if folder and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            known = (folder / 'global_settings.py').exists()
+            raise BadInput(
+                f'{folder}: exists already; {"add --resume to go on with it, or " if known else ""}name a new folder'
+            )
+        return
+    if folder is None:
+        raise BadInput(f'{option} needs the folder: --results-path DIR')
+    if options.settings is not None:
+        raise BadInput(f"{option} takes the folder's own settings; leave --settings out")
+    if not (folder / 'global_settings.py').is_file():
+        mend = f'name {folder.parent}' if (folder.parent / 'global_settings.py').is_file() else f'launch without {option}'
+        raise BadInput(f'{folder}: not a results folder, it has no global_settings.py; {mend}')
+    if reads and options.run is not None:
+        raise BadInput(f'{option} is for every network of the folder; leave --run out')
+    if flags and (reads or options.run is not None):
+        where = option if reads else '--run; give it to a --resume of the whole sweep'
+        raise BadInput(f'{next(iter(flags))}: a setting cannot change with {where}')
+    if changed := [name for name in flags if name not in FREE]:
+        raise BadInput(f'--resume keeps the setting {changed[0]}; only {", ".join(FREE)} may change')
+
+
+def check_resume(folder, flags, runs):
+    """Raises BadInput where the flags of a resume would change which runs there are, or what they have done.
+
+    It looks at every checkpoint, so that a resume that is refused has changed nothing.
+    """
+    before = folder_settings(folder)[1]
+    if [run.name for run in runs] != [run.name for run in before]:
+        raise BadInput(f'--resume keeps the runs of the sweep; give one value of {", ".join(flags)}')
+    if any(run.epochs < own.epochs for run, own in zip(runs, before)):
+        raise BadInput(f'epochs = {runs[0].epochs}: a resumed run can only be made longer than {before[0].epochs}')
+    for run in runs:
+        if (folder / run.name).is_dir():
+            with locked_run(folder / run.name):
+                if (path := folder / run.name / 'model.pt').exists():
+                    device, dataset = get_inputs(run)
+                    net = get_network(run, dataset.input_shape, dataset.num_classes)
+                    load_run(path, run, net, fingerprint(dataset), steps_of(run, dataset))
+
+
+def steps_of(settings, dataset):
+    """Training steps of an epoch."""
+    return -(-len(dataset.train_images) // settings.batch_size)
+
+
+def make_folder(options, flags, sweep, missing, device):
+    """Makes the results folder, or brings the settings of one that is resumed up to date; what it was made by stays on top."""
+    if options.folder is None:
+        options.folder = Path(os.path.relpath(new_results_folder(ROOT / sweep['results_dir'])))
+    elif not options.resume:
+        options.folder.mkdir(parents=True, exist_ok=True)
+    path = options.folder / 'global_settings.py'
+    header = launch_header(device, missing)
+    if options.resume:
+        lines = path.read_text('utf-8').splitlines()
+        kept = [line[2:] for line in lines[: lines.index('')]] if '' in lines else []
+        header = [*kept, f'resumed with {", ".join(f"{name} = {value!r}" for name, value in flags.items())}', *header]
+    else:
+        header = ['The settings of this launch; python train.py --settings with this file repeats it.', *header]
+    write_file(path, settings_text(sweep, header).encode())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the command line asks for
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def train_all(runs, folder, train):
+    """Trains one network after the other, then draws the figures. Returns 1 if one of them diverged, else 0."""
+    keep_freed_memory()
+    status = 0
+    for settings in runs:
+        device, dataset = get_inputs(settings)
+        sizes = f'{len(dataset.train_images)} training and {len(dataset.test_images)} test images'
+        first = '' if (folder / settings.name / 'model.pt').exists() else '; measuring the network before training'
+        print(f'{folder / settings.name}: {dataset.name}, {sizes}, on {device}{first}', flush=True)
+        (folder / settings.name).mkdir(exist_ok=True)
+        with locked_run(folder / settings.name):
+            try:
+                train(settings, dataset, folder / settings.name, device)
+            except Diverged:
+                mend = f'its last good checkpoint is kept; launch it anew with an lr smaller than {settings.lr:g}'
+                print(f'train.py: error: {settings.name}: the loss became NaN or infinite; {mend}', file=sys.stderr)
+                status = 1
+        check_stop()
+    draw(folder)
+    return status
+
+
+def draw(folder, every=False):
+    """Draws the figures, or says why not: what was trained does not depend on them."""
+    try:
+        paths = figures.draw(folder, every)
+        print('\n'.join(f'drew {path}' for path in paths) or f'{folder}: nothing is logged yet, so no figure was drawn')
+    except ImportError:
+        print('no figure was drawn, since matplotlib is not installed: pip install matplotlib')
+    except (OSError, BadInput):
+        raise
+    except Exception as error:  # whatever matplotlib makes of its own settings
+        print(f'no figure was drawn: {type(error).__name__}: {error}')
+
+
+def evaluate_all(runs, folder, evaluate):
+    """Measures the snapshots and the last checkpoint of each network anew, with today's BOUNDS, into its evaluation.csv."""
+    keep_freed_memory()
+    for settings in runs:
+        path = folder / settings.name
+        files = [*path.glob('snapshots/*.pt'), *path.glob('model.pt'), *path.glob('weights.pt')]
+        if not files:
+            print(f'{path}: has no weights yet')
+            continue
+        device, dataset = get_inputs(settings)
+        net = get_network(settings, dataset.input_shape, dataset.num_classes).to(device, memory_format=torch.channels_last)
+        data, rows = measure_data(net, dataset.train_images, skip_uncovered=True), {}
+        for file in tqdm(files, desc=settings.name, disable=not sys.stdout.isatty()):
+            if (place := load_weights(net, file)) is not None and place not in rows:
+                rows[place] = evaluate(net, settings, dataset, data, *place)
+        lines = [csv_line(rows[place], COLUMNS) for place in sorted(rows)]
+        write_file(path / 'evaluation.csv', (','.join(COLUMNS) + '\n' + ''.join(lines)).encode())
+        print(f'{path / "evaluation.csv"}: {len(rows)} rows')
+    draw(folder)
+
+
+def show_status(runs, folder):
+    """A line per network: finished, running or left; where it is; its test error; when it was last written."""
+    print(f'{"network":40} {"state":9} {"round":>5} {"epoch":>11} {"test error":>10}  last written')
+    for settings in runs:
+        path = folder / settings.name / 'metrics.csv'
+        table = read_metrics(path) if path.exists() else {'epoch': []}
+        rows = [{column: table[column][k] for column in table} for k in range(len(table['epoch']))][-3:]
+        state = 'finished' if finished(settings, rows) else 'left'
+        if (folder / settings.name).is_dir() and state == 'left':
+            with locked(folder / settings.name / '.lock', seconds=0) as free:
+                state = state if free else 'running'
+        if not rows:
+            print(f'{settings.name:40} {state:9}')
+            continue
+        last, epochs = rows[-1], f'{rows[-1]["epoch"]:.0f}/{settings.epochs}'
+        written = datetime.datetime.fromtimestamp(path.stat().st_mtime).isoformat(' ', 'seconds')
+        print(f'{settings.name:40} {state:9} {last["round"]:5.0f} {epochs:>11} {last["test_error"]:10.4f}  {written}')
+
+
+def train_side_by_side(numbers, folder, jobs):
+    """Trains networks of a folder in processes of their own, `jobs` at a time, on a GPU each where there are several.
+
+    The processes end with this one, however it ends. Returns 1 where one of them failed, else 0.
+    """
+    slots, children, libc = queue.SimpleQueue(), [], ctypes.CDLL(None)
+    bars = [tqdm(bar_format='{desc}', position=slot, disable=not sys.stdout.isatty()) for slot in range(jobs)]
+    for slot in range(jobs):
+        slots.put(slot)
+    gpus = os.environ.get('CUDA_VISIBLE_DEVICES', ','.join(map(str, range(torch.cuda.device_count())))).split(',')
+
+    def end_with_parent():
+        libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+    def train_one(number):
+        slot = slots.get()
+        command = [sys.executable, str(ROOT / 'train.py'), '--results-path', str(folder), '--run', str(number), '--resume']
+        environment = os.environ | {'CUDA_VISIBLE_DEVICES': gpus[slot % len(gpus)]}
+        caught = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
+        before = end_with_parent if hasattr(libc, 'prctl') else None
+        with subprocess.Popen(command, env=environment, preexec_fn=before, **caught) as process:
+            children.append(process)
+            for line in process.stdout:
+                if bars[slot].disable:
+                    print(line, end='', flush=True)
+                else:
+                    bars[slot].set_description_str(line.rstrip()[: (bars[slot].ncols or 80) - 1])
+        slots.put(slot)
+        return process.returncode
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        runs = [pool.submit(train_one, number) for number in numbers]
+        try:
+            concurrent.futures.wait(runs)
+        except Interrupted:
+            for run in runs:
+                run.cancel()
+            while concurrent.futures.wait(runs, timeout=0.5).not_done:
+                for process in children:
+                    process.terminate()  # each writes its checkpoint; one that has ended is left alone
+            raise
+        finally:
+            for bar in bars:
+                bar.close()
+    return int(any(run.result() for run in runs))
+
+
+def run(options, flags, train, evaluate):
+    """Does what the command line says. Returns the exit status."""
+    check_options(options, flags)
+    if options.plot:
+        draw(options.folder, options.plot == 'all')
+        return 0
+    if options.status:
+        show_status(folder_settings(options.folder)[1], options.folder)
+        return 0
+    if options.resume or options.evaluate:
+        sweep, runs = folder_settings(options.folder, flags)
+    else:
+        sweep, runs = load_settings(GLOBAL_SETTINGS if options.settings is None else options.settings, flags)
+    if options.run is not None and not 1 <= options.run <= len(runs):
+        raise BadInput(f'--run {options.run}: the sweep has the networks 1 to {len(runs)}')
+    numbers = range(1, len(runs) + 1) if options.run is None else [options.run]
+    chosen = [runs[number - 1] for number in numbers]
+    missing = list(dict.fromkeys(line for settings in chosen for line in check(settings)))
+    if options.evaluate:
+        return evaluate_all(runs, options.folder, evaluate)
+    if not (options.resume or options.prepare):  # a task of Slurm has its own number of threads
+        sweep['threads'] = sweep['threads'] or max(1, torch.get_num_threads() // min(sweep['jobs'], len(runs)))
+        for settings in runs:
+            settings.threads = sweep['threads']
+    try:
+        if options.resume and flags:
+            check_resume(options.folder, flags, runs)
+        if flags or not options.resume:
+            make_folder(options, flags, sweep, missing, choose_device(runs[0].device))
+    except OSError as error:
+        raise BadInput(f'the results folder cannot be written: {error}; name another one') from None
+    if options.prepare:
+        print(len(runs), options.folder)
+        return 0
+    print(''.join(f'{line}\n' for line in missing), end='')
+    if sweep['jobs'] > 1 and len(chosen) > 1:
+        return train_side_by_side(numbers, options.folder, min(sweep['jobs'], len(chosen)))
+    return train_all(chosen, options.folder, train)
+
+
+def main(train, evaluate, argv=None):
+    """Runs the command line. Returns 0, 1 where a run failed, 2 for bad input, 128 + signal where it was stopped.
+
+    Args:
+        train: function of (settings, dataset, folder, device) that trains one network, from its checkpoint where there is one.
+        evaluate: function of (net, settings, dataset, data, round, epoch) that gives a row of metrics.csv.
+    """
+    stop.deferred, stop.signal = False, None
+    for stream in ('stdout', 'stderr'):  # a stream may be closed, or of a locale that a path does not fit
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, 'w'))
+        with contextlib.suppress(AttributeError):
+            getattr(sys, stream).reconfigure(errors='backslashreplace')
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    options, go_on = None, ''
+    try:
+        options, flags = parse_command_line(argv)
+        options.folder = None if options.results_path is None else Path(options.results_path)
+        return run(options, flags, train, evaluate)
+    except BadInput as error:
+        status, message = 2, f'error: {error}'
+    except Interrupted:
+        status, message = 128 + stop.signal, f'stopped by {signal.Signals(stop.signal).name}'
+    except OSError as error:
+        status, message = 1, f'error: {error}'
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        mend = 'end other programs that hold memory, or choose a smaller width or batch_size'
+        status, message = 1, f'error: not enough memory ({str(error).partition(". ")[0]}); {mend}'
+    reads = options and (options.plot or options.status or options.evaluate)
+    if status != 2 and options and not reads and options.folder and (options.folder / 'global_settings.py').exists():
+        only = '' if options.run is None else f' --run {options.run}'
+        go_on = f'; go on with: python train.py --results-path {shlex.quote(str(options.folder))} --resume{only}'
+    print(f'train.py: {" ".join(message.splitlines())}{go_on}', file=sys.stderr)
+    return status

@@ -1,0 +1,108 @@
+"""The machine that trains: signals, devices and precisions, memory."""
+
+import contextlib
+import ctypes
+import functools
+import os
+import re
+import signal
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from conf import BadInput
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM. No Exception, so that nothing on its way takes it for a failure of its own."""
+
+
+stop = SimpleNamespace(deferred=False, signal=None)
+
+
+def on_signal(number, frame):
+    """Ends the program here, or, while a network is being trained, at the next `check_stop`.
+
+    A second SIGINT kills. A second SIGTERM does not: batch systems send it to a script and to its children alike.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    stop.signal = number
+    if not stop.deferred:
+        raise Interrupted
+
+
+def check_stop():
+    if stop.signal:
+        raise Interrupted
+
+
+@contextlib.contextmanager
+def deferred_stop():
+    """Lets a signal wait for the next `check_stop`, where weights, optimizer and step count fit together."""
+    stop.deferred = True
+    try:
+        yield
+    finally:
+        stop.deferred = False
+    check_stop()
+
+
+def keep_freed_memory():
+    """Lets glibc keep freed memory, where it is the C library.
+
+    It would hand the activations of every batch back to the kernel, which clears their pages anew for the next batch; at
+    small widths that takes longer than the computation.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, 'mallopt'):
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: the largest that it accepts, in bytes
+
+
+@functools.lru_cache
+def choose_device(name):
+    """The torch.device of the setting `device`; raises BadInput where this machine does not have it, or torch cannot use it."""
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    match = re.fullmatch(r'cpu|cuda(?::(\d+))?', name)
+    if not match or (name != 'cpu' and int(match[1] or 0) >= torch.cuda.device_count()):
+        raise BadInput(f'device = {name!r}: not on this machine; use auto, cpu, cuda or cuda:N')
+    device = torch.device(name)
+    if device.type == 'cuda':
+        try:
+            torch.cuda.set_device(device)  # graphs are captured on the current device
+            torch.ones(1, device=device).add(1).item()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise BadInput(f'device = {name!r}: torch {torch.__version__} cannot use this GPU ({reason}); use cpu') from None
+    return device
+
+
+def choose_precision(name, device):
+    """Sets how float32 products are computed on CUDA, and returns whether training runs in bfloat16."""
+    if name == 'tf32' and device.type != 'cuda':
+        raise BadInput("precision = 'tf32': a CPU has no TF32; use auto, float32 or bf16")
+    fp32 = 'ieee' if device.type != 'cuda' or name == 'float32' else 'tf32'
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = fp32
+    return name == 'bf16'
+
+
+def check_memory(settings, net, image, batch, device):
+    """Raises BadInput where weights and one batch's activations alone are more than the machine's memory."""
+    sizes = []
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
+    net.eval()(image)
+    for module in net.modules():
+        module._forward_hooks.clear()
+    weights, activations = 12 * sum(weight.numel() for weight in net.parameters()), 4 * batch * sum(sizes)
+    have = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    if device.type == 'cuda':
+        have = torch.cuda.mem_get_info(device)[1]
+    if weights + activations > have:
+        knob = f'width = {settings.width}' if weights > activations else f'batch_size = {settings.batch_size}'
+        need, have = ((value / 2**30) for value in (weights + activations, have))
+        raise BadInput(f'{knob}: training takes at least {need:.1f} GiB of memory, this machine has {have:.1f}; choose less')

@@ -1,0 +1,295 @@
+"""Results folders: metrics.csv and layers.csv, checkpoints and snapshots, the settings of a launch, `load_network`.
+
+A kill at any moment leaves every file whole: as it was, or as it was to be.
+"""
+
+import contextlib
+import csv
+import fcntl
+import io
+import os
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from conf import BEFORE, BadInput, load_settings
+from datasets import DATASETS
+from models import get_network
+from utils import BOUNDS
+
+CERTIFICATES = ['pac_bayes_error', 'pac_bayes_rounded_error', 'pac_bayes_gibbs_error']
+COLUMNS = (
+    'epoch, round, density, lr, train_loss, test_loss, train_error, test_error, generalization_gap, train_margin_error, rho, '
+    f'prod_ratio, norm_ratio, path_norm, {", ".join([*BOUNDS, *CERTIFICATES])}, test_set_bound, train_seconds, eval_seconds'
+).split(', ')
+LAYER_COLUMNS = (
+    'epoch, round, layer, size, train_ncc_error, test_ncc_error, train_cdnv, test_cdnv, density, dead_channels, active, '
+    'participation, ramanujan_gap, imdb, weighted_gap'
+).split(', ')
+CHECKPOINT_FORMAT = 1
+
+# What may change when a run is resumed, since the numbers do not depend on it.
+FREE = ('epochs', 'device', 'data_dir', 'results_dir', 'checkpoint_every', 'snapshot_every', 'jobs')
+
+
+def new_results_folder(results_dir):
+    """Makes and returns the next numbered folder in results_dir; launches at the same moment get different ones."""
+    results_dir = Path(results_dir)
+    results_dir.mkdir(parents=True, exist_ok=True)
+    number = max((int(entry.name) for entry in results_dir.iterdir() if entry.name.isdecimal()), default=0)
+    while True:
+        number += 1
+        with contextlib.suppress(FileExistsError):
+            (results_dir / str(number)).mkdir()
+            return results_dir / str(number)
+
+
+def write_file(path, content):
+    """Writes bytes to a temporary file and moves it into place, so that a kill at any moment leaves the old or the new."""
+    temporary = Path(f'{path}.tmp')
+    try:
+        with open(temporary, 'wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def locked(path, seconds=None):
+    """Holds a lock that ends with the process however it ends; yields whether it was got in `seconds`, None for any time."""
+    deadline = None if seconds is None else time.monotonic() + seconds
+    with open(path, 'w') as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if deadline is None else fcntl.LOCK_NB))
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.05)
+                    continue
+                yield False
+                return
+            except OSError:  # a file system without locks
+                pass
+            yield True
+            return
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables: a cell that does not apply is empty, and read as nan
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def csv_line(row, columns):
+    """A row, {column: value}, as a line of a table; floats read back exactly."""
+    cells = [row.get(column, np.nan) for column in columns]
+    return ','.join('' if value != value else repr(value) for value in cells) + '\n'
+
+
+def parse_line(line, columns):
+    """The row of a line, {column: float}. Raises ValueError where it is not one of these columns."""
+    cells = line.rstrip('\n').split(',')
+    if len(cells) != len(columns):
+        raise ValueError(f'{len(cells)} cells for {len(columns)} columns')
+    return {column: float(cell or 'nan') for column, cell in zip(columns, cells)}
+
+
+def read_table(path, columns, required):
+    """A table as {column: float array}: what it has not of `columns` is nan, and so are empty cells.
+
+    The unfinished last line of a run that is being written is left out.
+    """
+    try:
+        text = Path(path).read_text('utf-8')
+        header, *lines = list(csv.reader(text[: text.rfind('\n') + 1].splitlines())) or [columns]
+        rows = [parse_line(','.join(line), header) for line in lines]
+        if not set(required) <= set(header):
+            raise ValueError
+    except ValueError:
+        raise BadInput(f'{path}: not a table of {Path(path).stem}; --resume writes it again from the checkpoint') from None
+    names = dict.fromkeys([*columns, *header])
+    return {name: np.array([row.get(name, np.nan) for row in rows], dtype=float) for name in names}
+
+
+def read_metrics(path):
+    """metrics.csv or evaluation.csv as {column: float array}; older files are of one round. Raises BadInput."""
+    table = read_table(path, COLUMNS, ('epoch', 'train_error', 'test_error', 'generalization_gap'))
+    table['round'] = np.nan_to_num(table['round'])
+    return table
+
+
+def read_layers(path):
+    """layers.csv as {column: float array}, a row per layer and evaluation. Raises BadInput."""
+    return read_table(path, LAYER_COLUMNS, ('epoch', 'round', 'layer'))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings, checkpoints and networks of a folder
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def folder_settings(folder, flags=None):
+    """(sweep, runs) of a results folder, as `load_settings`; knobs that came after it have the value that they stand for."""
+    return load_settings(Path(folder, 'global_settings.py'), flags, BEFORE)
+
+
+def finished(settings, rows):
+    """Whether the newest of a run's rows is its last, or its training accuracy was hopeless at the last three evaluations."""
+    if not rows:
+        return False
+    last = rows[-1]
+    if (last.get('round', 0), last['epoch']) == (settings.prune_rounds, settings.epochs):
+        return True
+    recent = [row for row in rows[-3:] if row['epoch'] > 0 and row.get('round') == last.get('round')]
+    hopeless = len(recent) == 3 and all(1 - row['train_error'] < settings.early_stop_accuracy for row in recent)
+    return bool(hopeless and settings.early_stop_epoch and last['epoch'] >= settings.early_stop_epoch)
+
+
+def save_checkpoint(path, checkpoint):
+    """Saves a dictionary of tensors and plain values. Raises OSError where the disk does not take it."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint | {'format': CHECKPOINT_FORMAT}, buffer)
+    write_file(path, buffer.getbuffer())
+
+
+def load_checkpoint(path, device):
+    """The dictionary that `save_checkpoint` wrote, tensors on the device. Raises BadInput where it is damaged or newer."""
+    mend = 'move it away to train this network anew'
+    if path.exists() and not path.is_file():
+        raise BadInput(f'{path}: is not a regular file; {mend}')
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of a file that is no checkpoint; the refusal says so
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except PermissionError:
+        raise BadInput(f'{path}: no permission to read it') from None
+    except Exception:  # torch raises whatever a damaged or a hostile file leads it to
+        raise BadInput(f'{path}: not a checkpoint, or a damaged one; {mend}') from None
+    found = checkpoint.get('format') if isinstance(checkpoint, dict) else None
+    if found != CHECKPOINT_FORMAT:
+        raise BadInput(f'{path}: has checkpoint format {found}, this program reads {CHECKPOINT_FORMAT}; {mend}')
+    return checkpoint
+
+
+def load_run(path, settings, net, data, steps):
+    """The checkpoint of a training of `net` with these settings on this data; the log in it has today's columns.
+
+    Args:
+        path: the checkpoint.
+        settings: namespace of every knob, as the run is to go on.
+        net: the network, for the shapes of its weights and the device.
+        data: fingerprint of the dataset.
+        steps: training steps of an epoch.
+    Raises:
+        BadInput: it is damaged, or was left by other settings or on other data.
+    """
+    checkpoint = load_checkpoint(path, next(net.parameters()).device)
+    try:
+        before = BEFORE | checkpoint['settings']
+        for name, value in vars(settings).items():
+            if name not in (*FREE, 'name') and before[name] != value:
+                raise BadInput(f'{path}: was trained with {name} = {before[name]!r}, not {value!r}')
+        if settings.epochs != before['epochs'] and (settings.prune_rounds or settings.regrow != 'none'):
+            raise BadInput(f'{path}: was trained with epochs = {before["epochs"]}; with rounds or regrowth they cannot change')
+        if checkpoint.get('data', data) != data:
+            raise BadInput(f'{path}: was trained on other data than data_dir or DATA_DIR holds here; name the folder of before')
+        state = {'round': 0, 'layer_lines': []} | checkpoint['state']
+        shapes = [weight.shape for weight in net.parameters()]
+        momentum = [entry['momentum_buffer'].shape for _, entry in sorted(checkpoint['momentum'].items())]
+        trained = state['epoch'] > 1 or state['step'] > 0 or state['round'] > 0
+        sound = (
+            all(weight.isfinite().all() for weight in checkpoint['network'].values()),
+            [(name, weight.shape) for name, weight in checkpoint['network'].items()]
+            == [(name, weight.shape) for name, weight in net.state_dict().items()],
+            momentum == shapes * trained or (momentum == [] and state['epoch'] == state['step'] == 1),  # RigL's first step
+            type(state['round']) is int and 0 <= state['round'] <= settings.prune_rounds,
+            type(state['epoch']) is int and state['epoch'] >= 0,
+            type(state['step']) is int and 0 <= state['step'] <= steps,
+            type(state['train_seconds']) is float,
+            len(state['lines']) > 0 or state['epoch'] == 0,
+            all(parse_line(line, state['columns']) for line in state['lines']),
+            all(parse_line(line, LAYER_COLUMNS) for line in state['layer_lines']),
+        )
+        if not all(sound):
+            raise ValueError
+    except BadInput:
+        raise
+    except Exception:  # the content may be anything
+        raise BadInput(f'{path}: not a checkpoint of {settings.name}; move it away to train this network anew') from None
+    if settings.epochs > before['epochs']:
+        _forget_the_end(state, SimpleNamespace(**before))
+    if state['columns'] != COLUMNS:  # bounds came or went since
+        columns = [*COLUMNS, *(column for column in state['columns'] if column not in COLUMNS)]
+        rows = [dict(zip(state['columns'], line.rstrip('\n').split(','))) for line in state['lines']]
+        state['lines'] = [','.join(row.get(column, '') for column in columns) + '\n' for row in rows]
+        state['columns'] = columns
+    return checkpoint | {'state': state}
+
+
+def _forget_the_end(state, before):
+    """Takes from the log what the end of a shorter run alone had caused: an uninterrupted longer one does not have it."""
+    if state['layer_lines'] and not due(before.epochs, before.layers_every):
+        state['layer_lines'] = [line for line in state['layer_lines'] if not line.startswith(f'{before.epochs},')]
+    if not state['lines'] or parse_line(state['lines'][-1], state['columns'])['epoch'] != before.epochs:
+        return
+    *earlier, last = state['lines']
+    cells = dict(zip(state['columns'], last.rstrip('\n').split(',')))
+    if not due(before.epochs, before.eval_every):
+        state['lines'] = earlier
+        state['train_seconds'] += float(cells['train_seconds'])
+    elif not due(before.epochs, before.certify_every):
+        cells |= dict.fromkeys(CERTIFICATES, '')
+        state['lines'] = [*earlier, ','.join(cells[column] for column in state['columns']) + '\n']
+
+
+def due(epoch, every, last=None):
+    """Whether something that is done every so many epochs, and after the last one, is due after this one; 0 is never."""
+    return every > 0 and (epoch % every == 0 or epoch == last)
+
+
+def load_network(path):
+    """The trained network of a run's folder, and its settings: load_network('results/7/CONV-3-200') -> (net, settings).
+
+    The network is on the CPU, in evaluation mode, with its masks where it has any.
+
+    Raises:
+        BadInput: there is no such run, or no sound checkpoint of it.
+    """
+    path = Path(path)
+    if not (path.parent / 'global_settings.py').is_file():
+        raise BadInput(f'{path}: not a run of a results folder; name it as results/7/CONV-3-200')
+    runs = {run.name: run for run in folder_settings(path.parent)[1]}
+    if path.name not in runs:
+        raise BadInput(f'{path}: no such run; {path.parent} has {", ".join(runs)}')
+    files = [file for name in ('model.pt', 'weights.pt') if (file := path / name).exists()]
+    if not files:
+        raise BadInput(f'{path}: has no checkpoint model.pt; go on with its training, or name another run')
+    settings = runs[path.name]
+    net = get_network(settings, *DATASETS[settings.dataset_name][1:3])
+    load_weights(net, files[0])
+    return net.eval(), settings
+
+
+def load_weights(net, path):
+    """Puts the weights of a checkpoint or a snapshot into a network.
+
+    Returns:
+        (round, epoch) after which they are, or None where they are of the middle of an epoch.
+    """
+    checkpoint = load_checkpoint(path, next(net.parameters()).device)
+    try:
+        net.load_state_dict(checkpoint['network'])
+        state = checkpoint.get('state', {})
+        before = (0, state['epoch'] - 1) if state and state['step'] == 0 else None  # as it is in older checkpoints
+        place = checkpoint.get('place', before)
+        return None if place is None else tuple(place)
+    except (KeyError, TypeError, AttributeError, RuntimeError):
+        raise BadInput(f'{path}: does not hold the weights of the network that its settings describe') from None

@@ -1,0 +1,343 @@
+"""The command line around the trainings: folders, resumes, signals, sweeps, jobs, --evaluate, --status and --plot."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import (
+    ROOT,
+    SMALL,
+    contents,
+    main,
+    numbers,
+    refused,
+    resume,
+    rows,
+    run,
+    same,
+    start,
+    succeeds,
+    train_small,
+    wait_for,
+)
+from test_datasets import make_idx
+
+from conf import load_settings
+from records import COLUMNS, load_checkpoint, locked, read_metrics
+from utils import BOUNDS
+
+
+def test_sweep_leaves_four_runs_and_its_figures(tmp_path):
+    image = pytest.importorskip('matplotlib.image')
+    arguments = ('--depth', '2', '3', '--width', '8', '16', '--epochs', '5')
+    succeeds(*SMALL, *arguments, '--results-dir', tmp_path)
+    names = [f'CONV-{depth}-{width}' for depth in (2, 3) for width in (8, 16)]
+    assert {path.name for path in (tmp_path / '1').iterdir() if path.is_dir()} == set(names)
+    assert all(rows(tmp_path / '1', name) == 6 for name in names)
+    height, width, _ = image.imread(tmp_path / '1' / 'figure.png').shape
+    assert (height, width) == (2 * 468, 2 * 546 + 338)  # pixels of four panels in two rows and of the legend
+    assert (tmp_path / '1' / 'sweep.pdf').exists() and (tmp_path / '1' / 'summary.csv').read_text().count('\n') == 1 + 4
+
+    (tmp_path / '1' / 'figure.png').unlink()
+    shutil.rmtree(tmp_path / '1' / names[3])
+    succeeds('--results-path', tmp_path / '1', '--plot')
+    assert (tmp_path / '1' / 'figure.png').exists()
+
+    succeeds('--settings', tmp_path / '1' / 'global_settings.py', '--results-path', tmp_path / 'again')
+    assert all(rows(tmp_path / 'again', name) == 6 for name in names)
+    assert same(tmp_path / '1', tmp_path / 'again', names[0])
+
+
+def test_one_network_of_a_sweep(tmp_path):
+    stdout = train_small(tmp_path / 'run', '--width', '4', '5', '--run', '2')
+    assert 'CONV-3-5' in stdout and not (tmp_path / 'run' / 'CONV-3-4').exists()
+    resume(tmp_path / 'run')
+    assert rows(tmp_path / 'run') == rows(tmp_path / 'run', 'CONV-3-5') == 7
+
+
+def test_prepare_makes_the_folder_and_trains_nothing(tmp_path):
+    stdout = train_small(tmp_path / 'run', '--width', '4', '5', '--prepare')
+    assert stdout == f'2 {tmp_path / "run"}\n'
+    assert [path.name for path in (tmp_path / 'run').iterdir()] == ['global_settings.py']
+
+
+def test_launch_into_an_empty_folder(tmp_path):
+    train_small(tmp_path, '--epochs', '1')
+    assert rows(tmp_path) == 2
+
+
+def test_launch_into_an_existing_folder_is_refused(uninterrupted):
+    assert 'add --resume' in refused(*SMALL, '--results-path', uninterrupted)
+
+
+def test_launches_at_once_get_a_folder_each(tmp_path, uninterrupted):
+    processes = [start(*SMALL, '--results-dir', tmp_path) for _ in range(8)]
+    for process in processes:
+        assert process.communicate(timeout=240)[1] == '' and process.returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == list('12345678')
+    assert all(same(tmp_path / number, uninterrupted) for number in '12345678')
+
+
+def test_works_from_any_folder(tmp_path):
+    (tmp_path / 'here').mkdir()
+    status, stdout, stderr = run(*SMALL, '--epochs', '1', '--results-dir', 'mine', cwd=tmp_path / 'here')
+    assert (status, stderr) == (0, '') and rows(tmp_path / 'here' / 'mine' / '1') == 2
+
+
+def test_data_dir_of_the_environment_wins(tmp_path):
+    make_idx(tmp_path / 'there')
+    environment = os.environ | {'DATA_DIR': str(tmp_path / 'there')}
+    flags = ('--dataset-name', 'MNIST', '--epochs', '1', '--data-dir', tmp_path / 'gone', '--results-path', tmp_path / 'run')
+    status, stdout, stderr = run(*SMALL, *flags, env=environment)
+    assert (status, stderr) == (0, '') and 'MNIST, 70 training and 20 test images' in stdout
+
+
+def test_a_figure_that_fails_loses_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr('figures.epochs_picture', lambda *arguments: 1 / 0)
+    stdout = train_small(tmp_path / 'run', '--epochs', '1')
+    assert 'no figure was drawn: ZeroDivisionError' in stdout and rows(tmp_path / 'run') == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Interrupts and resumes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_resume_after_a_signal_mid_epoch(tmp_path, uninterrupted, number):
+    folder = tmp_path / 'run'
+    process = start(*SMALL, '--results-path', folder)
+    wait_for(lambda: rows(folder) == 3, process)
+    time.sleep(0.05)
+    sent = time.monotonic()
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - sent < 2
+    assert process.returncode == 128 + number
+    assert stderr == f'train.py: stopped by {number.name}; go on with: python train.py --results-path {folder} --resume\n'
+    assert rows(folder) < 7
+    assert re.search(r'CONV-3-4: goes on in epoch [3-6] after \d+ of its \d+ steps\n', resume(folder))
+    assert same(folder, uninterrupted)
+    assert 'finished already' in resume(folder)
+    assert same(folder, uninterrupted)
+
+
+def test_two_resumes_of_one_run_do_not_both_write(tmp_path):
+    folder = tmp_path / 'run'
+    first = start(*SMALL, '--epochs', '400', '--results-path', folder)
+    wait_for(lambda: rows(folder) == 2, first)
+    for flags in ((), ('--epochs', '500')):
+        assert 'another process is training this network' in refused('--results-path', folder, '--resume', *flags)
+    first.kill()
+    first.communicate()
+    process = start('--results-path', folder, '--resume')  # the killed process left no lock behind
+    before = rows(folder)
+    wait_for(lambda: rows(folder) > before + 1, process)
+    process.terminate()
+    process.communicate()
+
+
+@pytest.mark.parametrize('flag', [('--width', '8'), ('--lr', '0.1'), ('--dataset-name', 'MNIST'), ('--threads', '2')])
+def test_resume_with_other_settings_is_refused(uninterrupted, flag):
+    assert flag[0][2:].replace('-', '_') in refused('--results-path', uninterrupted, '--resume', *flag)
+
+
+@pytest.mark.parametrize(
+    'flags, message',
+    [(('--epochs', '7', '8'), 'keeps the runs of the sweep'), (('--epochs', '2'), 'can only be made longer than 6'),
+     (('--epochs', '8', '--run', '1'), 'cannot change with --run')],
+)  # fmt: skip
+def test_resume_that_would_change_what_was_done_is_refused(uninterrupted, flags, message):
+    before = contents(uninterrupted)
+    assert message in refused('--results-path', uninterrupted, '--resume', *flags)
+    assert contents(uninterrupted) == before
+
+
+@pytest.mark.parametrize('kind', [('--prune-rounds', '1'), ('--density', '0.5', '--initial-mask', 'random', '--regrow', 'random')])
+def test_rounds_and_regrowth_keep_their_epochs(tmp_path, kind):
+    train_small(tmp_path / 'run', '--epochs', '1', *kind)
+    before = contents(tmp_path / 'run')
+    assert 'with rounds or regrowth' in refused('--results-path', tmp_path / 'run', '--resume', '--epochs', '2')
+    assert contents(tmp_path / 'run') == before
+
+
+def test_a_resume_keeps_where_a_launch_came_from(tmp_path):
+    train_small(tmp_path / 'run', '--epochs', '1')
+    path = tmp_path / 'run' / 'global_settings.py'
+    first = path.read_text().partition('\n\n')[0].replace('torch ', 'torch of last year ')
+    path.write_text(first + '\n\n' + path.read_text().partition('\n\n')[2])
+    for epochs in (2, 3):
+        resume(tmp_path / 'run', '--epochs', epochs)
+    header = path.read_text().partition('\n\n')[0]
+    assert header.startswith(first + '\n# resumed with epochs = 2\n# date: 20') and '\n# resumed with epochs = 3\n# date: ' in header
+    assert header.count('# device: ') == header.count('# commit: ') == header.count('# versions: ') == 3
+    assert load_settings(path)[0]['epochs'] == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What reads a folder
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('option', ['--plot', '--status', '--evaluate'])
+def test_reading_something_else_is_refused(uninterrupted, option):
+    line = refused('--results-path', uninterrupted / 'CONV-3-4', option)
+    assert f'has no global_settings.py; name {uninterrupted}' in line
+    assert 'leave --run out' in refused('--results-path', uninterrupted, option, '--run', '1')
+    assert f'a setting cannot change with {option}' in refused('--results-path', uninterrupted, option, '--epochs', '9')
+
+
+def test_status(tmp_path, kill_at):
+    """Four networks: finished, one that a process holds, one that was killed, and one that was never begun."""
+    folder = tmp_path / 'run'
+    train_small(folder, '--width', '4', '5', '6', '7', '--prepare')
+    resume(folder, '--run', '1')
+    for number in (2, 3):
+        kill_at('log', 2 * number, '--results-path', folder, '--resume', '--run', number)  # after the row of epoch number - 1
+    with locked(folder / 'CONV-3-5' / '.lock'):
+        before = contents(folder)
+        header, *lines = succeeds('--results-path', folder, '--status').splitlines()
+        assert contents(folder) == before
+    assert header.split() == ['network', 'state', 'round', 'epoch', 'test', 'error', 'last', 'written']
+    last = [read_metrics(folder / f'CONV-3-{width}' / 'metrics.csv')['test_error'][-1] for width in (4, 5, 6)]
+    expected = [('CONV-3-4', 'finished', '6/6'), ('CONV-3-5', 'running', '1/6'), ('CONV-3-6', 'left', '2/6')]
+    for line, (name, state, epoch), error in zip(lines, expected, last):
+        assert re.fullmatch(rf'{name} +{state} +0 +{epoch} +{error:.4f}  20\d\d-\d\d-\d\d \d\d:\d\d:\d\d', line), line
+    assert lines[3].split() == ['CONV-3-7', 'left'] and len(lines) == 4
+
+
+def test_a_new_bound_on_finished_runs(tmp_path, monkeypatch):
+    """From snapshots its whole curve, without training; what was logged before is measured to the same digits."""
+    folder, flags = tmp_path / 'run', ('--layers-every', '0', '--width', '4', '5')
+    train_small(folder, *flags, '--snapshot-every', '2')
+    train_small(tmp_path / 'last', *flags)
+    before = contents(folder)
+
+    def my_bound(network, data, delta, gamma):
+        """My bound: a test."""
+        return 2 * network.rho
+
+    monkeypatch.setitem(BOUNDS, 'my_bound', my_bound)
+    COLUMNS.insert(COLUMNS.index('our_bound'), 'my_bound')
+    try:
+        stdout = succeeds('--results-path', folder, '--evaluate')
+        succeeds('--results-path', tmp_path / 'last', '--evaluate')
+        assert f'{folder}/CONV-3-4/evaluation.csv: 4 rows' in stdout and f'drew {folder}/figure.png' in stdout
+        logged, measured = (read_metrics(folder / 'CONV-3-4' / f'{name}.csv') for name in ('metrics', 'evaluation'))
+        assert measured['epoch'].tolist() == [0, 2, 4, 6] and (measured['my_bound'] == 2 * measured['rho']).all()
+        assert np.isnan(logged['my_bound']).all()
+        for column in set(COLUMNS) - {'my_bound', 'train_seconds', 'eval_seconds'}:
+            assert np.array_equal(measured[column], logged[column][::2], equal_nan=True), column
+        last = read_metrics(tmp_path / 'last' / 'CONV-3-4' / 'evaluation.csv')
+        assert last['epoch'].tolist() == [6] and last['my_bound'][0] == measured['my_bound'][-1]
+
+        after = contents(folder)
+        new = {folder / name / 'evaluation.csv' for name in ('CONV-3-4', 'CONV-3-5')}
+        assert set(after) - set(before) == new
+        changed = {path.name for path in before if before[path] != after[path]}
+        assert changed == {f'{name}.{suffix}' for name in ('figure', 'sweep') for suffix in ('png', 'pdf')} | {'summary.csv'}
+        succeeds('--results-path', folder, '--plot')
+        assert contents(folder) == after
+    finally:
+        COLUMNS.remove('my_bound')
+
+
+def test_evaluate_without_weights(tmp_path):
+    train_small(tmp_path / 'run', '--prepare')
+    assert 'CONV-3-4: has no weights yet' in succeeds('--results-path', tmp_path / 'run', '--evaluate')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Networks side by side
+# ----------------------------------------------------------------------------------------------------------------------
+
+SWEEP = ('--width', '4', '5', '--seed', '0', '1')
+NETWORKS = [f'CONV-3-{width}-seed{seed}' for width in (4, 5) for seed in (0, 1)]
+
+
+@pytest.fixture(scope='module')
+def one_by_one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('sweep') / 'run'
+    train_small(folder, *SWEEP, '--epochs', '40', '--threads', '1')
+    return folder
+
+
+@pytest.mark.parametrize('how', ['SIGKILL', 'SIGTERM', 'Ctrl-C'])
+def test_jobs_end_with_their_parent_and_go_on(tmp_path, one_by_one, how):
+    folder = tmp_path / 'run'
+    flags = ('--epochs', '40', '--jobs', '2', '--results-path', folder)
+    process = start(*SMALL, *SWEEP, *flags, start_new_session=True)
+    wait_for(lambda: min(rows(folder, name) for name in NETWORKS[:2]) > 3, process, 120)
+    if how == 'Ctrl-C':  # the terminal sends it to all processes of the group
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.Signals[how])
+    _, stderr = process.communicate(timeout=60)
+    number = signal.SIGINT if how == 'Ctrl-C' else signal.Signals[how]
+    assert process.returncode == (-9 if how == 'SIGKILL' else 128 + number)
+    go_on = f'go on with: python train.py --results-path {folder} --resume\n'
+    assert stderr == ('' if how == 'SIGKILL' else f'train.py: stopped by {number.name}; {go_on}')
+    for name in NETWORKS[:2]:
+        with locked(folder / name / '.lock', seconds=10) as ended:
+            assert ended
+    begun = [name for name in NETWORKS if rows(folder, name) > 0]
+    stopped = [load_checkpoint(folder / name / 'model.pt', 'cpu')['state'] for name in begun]
+    assert any(state['step'] > 0 for state in stopped) and any(rows(folder, name) < 41 for name in NETWORKS)
+    for state, name in zip(stopped, begun):
+        assert len(state['lines']) == rows(folder, name)
+    if how == 'SIGKILL':
+        status, stdout, stderr = run('--results-path', folder, '--resume')
+        assert (status, stderr) == (0, '') and 'finished already' in resume(folder, '--jobs', '1')
+    else:
+        resume(folder, '--jobs', '1')
+    assert all(same(folder, one_by_one, name) for name in NETWORKS)
+    assert (folder / 'summary.csv').read_bytes().count(b'\n') == 1 + 4 and (folder / 'sweep.png').exists()
+
+
+def test_a_job_that_fails_does_not_stop_the_others(tmp_path):
+    folder = tmp_path / 'run'
+    status, stdout, _ = run(*SMALL, '--lr', '0.01', '1e9', '0.02', '--jobs', '2', '--results-path', folder)
+    assert status == 1 and 'CONV-3-4-lr1000000000.0: the loss became NaN or infinite' in stdout
+    assert [rows(folder, f'CONV-3-4-lr{lr}') for lr in (0.01, 1e9, 0.02)] == [7, 1, 7]
+    assert '\nthreads = 1 ' in (folder / 'global_settings.py').read_text()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Odd environments: a clear line or nothing, never a traceback
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('flags', [(), ('--plot',), ('--status',), ('--resume',)])
+def test_paths_that_the_locale_cannot_print(tmp_path, uninterrupted, flags):
+    folder = tmp_path / 'größe-π'
+    if flags:
+        shutil.copytree(uninterrupted, folder)
+    environment = os.environ | {'LC_ALL': 'C', 'PYTHONCOERCECLOCALE': '0', 'PYTHONUTF8': '0'}
+    arguments = flags or (*SMALL, '--epochs', '1')
+    status, _, stderr = run(*arguments, '--results-path', folder, env=environment)
+    assert (status, stderr) == (0, '')
+    assert rows(folder) == (7 if flags else 2)
+
+
+@pytest.mark.parametrize('close', ['>&-', '>&- 2>&-', '| true'])
+def test_an_output_that_is_closed(tmp_path, close):
+    """Nobody listens; what is trained is there all the same, or can be gone on with."""
+    command = [sys.executable, str(ROOT / 'train.py'), *SMALL, '--results-path', str(tmp_path / 'run')]
+    done = subprocess.run(['sh', '-c', f'"$@" {close}', 'sh', *command], stderr=subprocess.PIPE, text=True)
+    assert 'Traceback' not in done.stderr and 'Exception' not in done.stderr and done.stderr.count('\n') <= 1
+    assert rows(tmp_path / 'run') == 7 or close == '| true'
+    resume(tmp_path / 'run')
+    assert rows(tmp_path / 'run') == 7
+
+
+def test_isolated_python(tmp_path):
+    """`python -I` leaves the script's folder out of the path."""
+    command = [sys.executable, '-I', str(ROOT / 'train.py'), *SMALL, '--epochs', '1', '--results-path', str(tmp_path / 'run')]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, '') and rows(tmp_path / 'run') == 2

@@ -1,0 +1,299 @@
+"""What a training computes and logs: SGD, its rows, sparse networks, and that a kill at any moment changes none of it."""
+
+import fcntl
+import os
+import pty
+import random
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, TIMINGS, main, numbers, resume, rows, run, same, settings_of, succeeds, train_small
+
+import train
+from measures.norms import classification_margins, margin_error, measure_data
+from models import get_network
+from records import COLUMNS, load_checkpoint, read_metrics
+from utils import BOUNDS, evaluate_bounds
+
+
+def test_quick_start(tmp_path):
+    status, stdout, stderr = run('--settings', 'conf/digits.py', '--results-dir', tmp_path / 'results', cwd=ROOT)
+    assert (status, stderr) == (0, '')
+    folder = tmp_path / 'results' / '1'
+    left = {str(path.relative_to(folder)) for path in folder.rglob('*') if not path.name.startswith('.')}
+    files = {'CONV-3-32/metrics.csv', 'CONV-3-32/model.pt', 'figure.png', 'figure.pdf', 'global_settings.py'}
+    assert left == files | {'CONV-3-32'}
+    table = read_metrics(folder / 'CONV-3-32' / 'metrics.csv')
+    assert list(table) == COLUMNS
+    assert table['epoch'].tolist() == list(range(151))
+    assert table['test_error'][-1] < 0.10 < 0.8 < table['test_error'][0]
+    assert table['train_seconds'].sum() < 60
+    assert (table['generalization_gap'] == table['test_error'] - table['train_error']).all()
+    assert (table['density'] == 1).all() and (table['round'] == 0).all()
+    assert all(np.isfinite(table[column]).all() for column in BOUNDS)
+    assert stdout.count('\n') == 1 + 151 + 2  # a plain line per epoch where the output is no terminal
+    assert re.search(r'CONV-3-32 epoch 150/150 lr 0\.0001 test 0\.0\d+ .*our 2\^\d', stdout)
+    assert (folder / 'figure.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
+    assert (folder / 'figure.pdf').read_bytes()[:5] == b'%PDF-'
+    header = (folder / 'global_settings.py').read_text()
+    for word in ('# date: 20', 'Python 3.', f'torch {torch.__version__}', 'device: cpu', '# commit: ', '\nthreads = 1 '):
+        assert word in header
+    loaded = load_checkpoint(folder / 'CONV-3-32' / 'model.pt', 'cpu')
+    assert loaded['state']['epoch'] == 151
+
+
+def test_metrics_are_those_of_the_network_that_is_left(uninterrupted, digits):
+    """The last row, computed anew from the checkpoint without the training program."""
+    settings = settings_of(dataset_name='digits', width=4)
+    net = get_network(settings, digits.input_shape, 10)
+    net.load_state_dict(load_checkpoint(uninterrupted / 'CONV-3-4' / 'model.pt', 'cpu')['network'])
+    with torch.no_grad():
+        train_outputs, test_outputs = net(digits.train_images), net(digits.test_images)
+    targets = torch.eye(10)[digits.train_labels]
+    margins = classification_margins(train_outputs, digits.train_labels)
+    expected = {
+        'train_loss': ((train_outputs - targets) ** 2).mean().item(),
+        'train_error': (train_outputs.argmax(1) != digits.train_labels).float().mean().item(),
+        'test_error': (test_outputs.argmax(1) != digits.test_labels).float().mean().item(),
+        'train_margin_error': margin_error(margins, 1.0),
+        'lr': 0.01,
+    }
+    expected |= evaluate_bounds(net, measure_data(net, digits.train_images), margins)
+    table = read_metrics(uninterrupted / 'CONV-3-4' / 'metrics.csv')
+    for column, value in expected.items():
+        assert table[column][-1] == pytest.approx(value, rel=1e-5), column
+
+
+def test_training_is_sgd_on_the_loss_with_weight_normalization(tmp_path, digits):
+    """Two epochs of the program against a loop written out with PyTorch's own weight normalization and optimizer."""
+    train_small(tmp_path / 'run', '--epochs', '2', '--milestones', '1')
+    torch.manual_seed(0)
+    layers, channels = [], 1
+    for _ in range(3):
+        layers += [torch.nn.Conv2d(channels, 4, 2, bias=False), torch.nn.ReLU()]
+        channels = 4
+    net = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(100, 10, bias=False))
+    for layer in net[:6:2]:
+        torch.nn.utils.parametrizations.weight_norm(layer, dim=None)
+    for epoch, lr in ((1, 0.01), (2, 0.001)):
+        if epoch == 1:
+            optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, weight_decay=3e-3)
+        optimizer.param_groups[0]['lr'] = lr
+        order = torch.from_numpy(np.random.default_rng((0, epoch)).permutation(1437))
+        for batch in order.split(32):
+            targets = torch.nn.functional.one_hot(digits.train_labels[batch], 10).float()
+            loss = ((net(digits.train_images[batch]) - targets) ** 2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        loss = ((net(digits.train_images) - torch.eye(10)[digits.train_labels]) ** 2).mean().item()
+    assert read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')['train_loss'][-1] == pytest.approx(loss, rel=1e-4)
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    folder = tmp_path / 'run'
+    status, _, stderr = main(*SMALL, '--lr', '1e9', '0.01', '--results-path', folder)
+    assert status == 1 and stderr.count('\n') == 1 and 'the loss became NaN or infinite' in stderr and 'lr' in stderr
+    kept = load_checkpoint(folder / 'CONV-3-4-lr1000000000.0' / 'model.pt', 'cpu')
+    assert all(weight.isfinite().all() for weight in kept['network'].values())
+    assert len(kept['state']['lines']) == rows(folder, 'CONV-3-4-lr1000000000.0') == 1
+    assert rows(folder, 'CONV-3-4-lr0.01') == 7  # the rest of the sweep is trained all the same
+
+
+def test_periods(tmp_path, uninterrupted):
+    folder = tmp_path / 'run'
+    train_small(folder, '--epochs', '5', '--eval-every', '2', '--checkpoint-every', '3')
+    table, every = (read_metrics(path / 'CONV-3-4' / 'metrics.csv') for path in (folder, uninterrupted))
+    assert table['epoch'].tolist() == [0, 2, 4, 5]
+    assert table['our_bound'].tolist() == every['our_bound'][[0, 2, 4, 5]].tolist()
+
+
+def test_early_stopping(tmp_path):
+    flags = ('--early-stop-epoch', '4', '--early-stop-accuracy', '0.5', '--checkpoint-every', '100')
+    train_small(tmp_path / 'run', '--lr', '1e-9', *flags)
+    assert read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')['epoch'].tolist() == [0, 1, 2, 3, 4]
+    assert load_checkpoint(tmp_path / 'run' / 'CONV-3-4' / 'model.pt', 'cpu')['state']['epoch'] == 5
+    assert 'finished already' in resume(tmp_path / 'run')
+    assert rows(tmp_path / 'run') == 5
+
+
+@pytest.mark.parametrize('flags', [('--loss', 'CE'), ('--loss', 'L1'), ('--normalize', 'True'), ('--precision', 'bf16')])
+def test_other_settings_learn_too(tmp_path, flags):
+    train_small(tmp_path / 'run', '--epochs', '20', '--width', '8', '--lr', '0.05', *flags)
+    table = read_metrics(tmp_path / 'run' / 'CONV-3-8' / 'metrics.csv')
+    assert table['train_loss'][-1] < 0.95 * table['train_loss'][0]
+    assert 'L1' in flags or table['train_error'][-1] < 0.5  # the mean absolute error is content with zeros for a long time
+
+
+def test_a_network_that_bounds_do_not_cover(tmp_path):
+    """It is trained, the reason is said once and kept, its cells are empty, and a resume goes on to the same digits."""
+    folder, flags = tmp_path / 'run', ('--bias', 'True', '--layers-every', '2', '--train-samples', '320')
+    stdout = train_small(folder, *flags, '--width', '4', '5')
+    assert stdout.count('bounds that do not cover it are not logged: ') == 2 and stdout.count(' has a bias') == 2
+    assert '# CONV-3-5: bounds that do not cover it' in (folder / 'global_settings.py').read_text()
+    table = read_metrics(folder / 'CONV-3-4' / 'metrics.csv')
+    missing = {column for column, values in table.items() if np.isnan(values).all()}
+    assert {'our_bound', 'rho', 'corrected_bound', 'certified_error', 'pac_bayes_error'} <= missing
+    assert not missing & {'train_error', 'test_error', 'test_set_bound', 'density', 'path_norm', 'path_bound'}
+    assert 'nan' not in (folder / 'CONV-3-4' / 'metrics.csv').read_text() and ' nan' not in stdout
+
+    train_small(tmp_path / 'short', *flags, '--epochs', '3', '--width', '4', '5')
+    resume(tmp_path / 'short', '--epochs', '6')
+    assert same(folder, tmp_path / 'short') and same(folder, tmp_path / 'short', 'CONV-3-5')
+
+
+def test_threads_are_written_down_and_kept(tmp_path, monkeypatch):
+    folder = tmp_path / 'run'
+    train_small(folder, '--threads', '2', '--epochs', '1')
+    monkeypatch.setattr(train, 'TORCH_THREADS', 3)
+    resume(folder, '--epochs', '2')
+    assert torch.get_num_threads() == 2
+    assert load_checkpoint(folder / 'CONV-3-4' / 'model.pt', 'cpu')['threads'] == 2
+    torch.set_num_threads(1)
+
+    succeeds(*SMALL, '--epochs', '1', '--results-path', tmp_path / 'slurm', '--prepare')  # each task has its own number
+    assert '\nthreads = 0 ' in (tmp_path / 'slurm' / 'global_settings.py').read_text()
+    resume(tmp_path / 'slurm')
+    assert load_checkpoint(tmp_path / 'slurm' / 'CONV-3-4' / 'model.pt', 'cpu')['threads'] == torch.get_num_threads() == 3
+    monkeypatch.setattr(train, 'TORCH_THREADS', 1)
+    resume(tmp_path / 'slurm', '--epochs', '2')
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A kill at any moment, and more epochs than were asked for at first
+# ----------------------------------------------------------------------------------------------------------------------
+
+TINY = ('--train-samples', '320', '--epochs', '3')  # 10 steps an epoch
+KINDS = {
+    'dense': (*TINY, '--layers-every', '2', '--eval-every', '2', '--snapshot-every', '1', '--checkpoint-every', '2'),
+    'batch norm': (*TINY, '--network', 'CONVBN', '--normalization', 'batch', '--layers-every', '1'),
+    'rounds': (*TINY, '--prune-rounds', '2', '--prune-fraction', '0.5', '--rewind-epoch', '1', '--layers-every', '3'),
+    'fine-tuning': (*TINY, '--prune-rounds', '1', '--prune-fraction', '0.8', '--rewind-epoch', '-1', '--checkpoint-every', '5'),
+    'gradient': (*TINY, '--density', '0.2', '--initial-mask', 'erk', '--regrow', 'gradient', '--regrow-every', '4'),
+    'random': (*TINY, '--density', '0.2', '--initial-mask', 'random', '--regrow', 'random', '--regrow-every', '3'),
+}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_kill_at_any_moment_changes_nothing(tmp_path, kill_at, kind):
+    """Killed twice at a moment of every name there is, each time by a resume of what the kill before has left."""
+    whole, folder = tmp_path / 'whole', tmp_path / 'run'
+    names = sorted(set(kill_at(None, 0, *SMALL, *KINDS[kind], '--results-path', whole)))
+    (network,) = (path.name for path in whole.iterdir() if path.is_dir())
+    chance = random.Random(kind)
+    for name in chance.sample(names * 2, 2 * len(names)):
+        arguments = ('--resume',) if (folder / 'global_settings.py').exists() else (*SMALL, *KINDS[kind])
+        kill_at(name, chance.randint(1, 12 if name == 'step' else 4), *arguments, '--results-path', folder)
+    kill_at(None, 0, '--results-path', folder, '--resume')
+    assert same(whole, folder, network)
+    network += '/model.pt'
+    left, expected = (load_checkpoint(path / network, 'cpu')['network'] for path in (folder, whole))
+    assert all((left[name] == expected[name]).all() for name in expected)
+
+
+def test_rounds_are_logged_from_the_pruned_network_on(tmp_path):
+    train_small(tmp_path / 'run', *KINDS['rounds'])
+    table = read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')
+    assert table['round'].tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert table['epoch'].tolist() == [0, 1, 2, 3, 0, 2, 3, 0, 2, 3]
+    weights = 4 * 4 + 2 * 4 * 4 * 4 + 100 * 10
+    left = [weights, weights - round(0.5 * weights)]
+    left.append(left[1] - round(0.5 * left[1]))
+    assert table['density'] == pytest.approx([left[int(number)] / weights for number in table['round']], rel=1e-12)
+    figures = {path.name for path in (tmp_path / 'run').glob('*.p[nd][gf]')}
+    assert figures == {f'{name}.{suffix}' for name in ('figure', 'density', 'layers') for suffix in ('png', 'pdf')}
+
+
+def test_a_density_of_1_is_the_dense_network(tmp_path, uninterrupted):
+    train_small(tmp_path / 'run', '--density', '1', '--initial-mask', 'erk')
+    assert same(tmp_path / 'run', uninterrupted)
+    train_small(tmp_path / 'rounds', '--prune-rounds', '1', '--epochs', '6')  # masks of ones until the first pruning
+    path = 'CONV-3-4/metrics.csv'
+    assert numbers(tmp_path / 'rounds' / path)[: 1 + 7] == numbers(uninterrupted / path)
+
+
+@pytest.mark.parametrize('flags', [(), ('--eval-every', '2'), ('--layers-every', '2', '--snapshot-every', '3')])
+def test_resume_to_more_epochs(tmp_path, flags):
+    """What only the end of the shorter run has caused is taken back."""
+    train_small(tmp_path / 'whole', *flags)
+    train_small(tmp_path / 'run', '--epochs', '3', *flags)
+    resume(tmp_path / 'run', '--epochs', '6')
+    assert same(tmp_path / 'run', tmp_path / 'whole')
+    assert '\nepochs = 6 ' in (tmp_path / 'run' / 'global_settings.py').read_text()
+    seconds = read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')['train_seconds']
+    assert (seconds[1:] > 0).all() and seconds[0] == 0
+
+
+def test_resume_to_more_epochs_takes_back_certificates(tmp_path, monkeypatch):
+    """Certificates are due every 2 epochs and at the last; those of the last row alone go when it is the last no more."""
+    monkeypatch.setattr(train, 'certify', lambda net, images, labels, delta, between: {'pac_bayes_error': 0.5})
+    train_small(tmp_path / 'whole', '--certify-every', '2')
+    train_small(tmp_path / 'run', '--certify-every', '2', '--epochs', '3')
+    resume(tmp_path / 'run', '--epochs', '6')
+    assert same(tmp_path / 'run', tmp_path / 'whole')
+    certified = read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')['pac_bayes_error']
+    assert np.flatnonzero(certified == 0.5).tolist() == [0, 2, 4, 6] and np.isnan(certified[[1, 3, 5]]).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is said while it trains
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_report_shows_what_fits_most_wanted_first():
+    row = {'test_error': 0.1, 'train_error': 0.05, 'generalization_gap': 0.05, 'pac_bayes_error': 0.4, 'our_bound': 8.0}
+    row |= {column: float('nan') for column in BOUNDS if column not in row}
+    assert train.report(row) == 'test 0.1000 certified 0.4000 our 2^3.0 train 0.0500 gap +0.0500'
+    for width in range(60):
+        assert len(train.report(row, width)) <= width and train.report(row).startswith(train.report(row, width))
+
+
+@pytest.mark.parametrize('columns', [80, 160, 250])
+def test_progress_bar_on_a_terminal(tmp_path, columns):
+    """In a pseudo-terminal: one bar of at most its width, whole words beside it, test error first; no plain lines."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('4H', 50, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name != 'COLUMNS'}
+    command = [sys.executable, str(ROOT / 'train.py'), *SMALL, '--results-path', str(tmp_path / 'run')]
+    process = subprocess.Popen(command, stdout=slave, stderr=slave, env=environment)
+    os.close(slave)
+    seen = b''
+    while True:
+        try:
+            if not (chunk := os.read(master, 65536)):
+                break
+        except OSError:
+            break
+        seen += chunk
+    assert process.wait(60) == 0
+    text = seen.decode()
+    assert 'clamping' not in text and 'Warning' not in text
+    states = [line.strip() for line in re.split(r'[\r\n]', text) if 'epoch ' in line]
+    assert all(len(state) <= columns for state in states)
+    table = read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')
+    last = {column: values[-1] for column, values in table.items()}
+    whole = train.report(last)
+    shown = re.search(r'epoch 6\.00/6 \[\d\d:\d\d<00:00\], (.*)$', states[-1])[1]
+    assert shown.startswith(f'test {last["test_error"]:.4f}')
+    assert whole == shown or whole.startswith(f'{shown} ')
+    assert columns < 160 or 'our 2^' in shown
+    assert text.count('\n') == 1 + 1 + 2
+
+
+def test_paper_run_learns_mnist(tmp_path, mnist):
+    """Width 4 and one epoch: enough to see the real files go through the program."""
+    environment = {name: value for name, value in os.environ.items() if name != 'OMP_NUM_THREADS'}
+    flags = ('--width', '4', '--epochs', '1', '--certify-every', '0', '--results-path', tmp_path / 'run')
+    status, stdout, stderr = run(*flags, env=environment, cwd=ROOT, timeout=600)
+    assert (status, stderr) == (0, '') and 'MNIST, 60000 training and 10000 test images' in stdout
+    assert read_metrics(Path(tmp_path, 'run', 'CONV-3-4', 'metrics.csv'))['test_error'][-1] < 0.12
