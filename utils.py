@@ -94,7 +94,7 @@ def sedghi_bound(network, data, delta, gamma):
 def corrected_bound(network, data, delta, gamma):
     """Corrected bound: `our_bound` with the classifier's own fan-in and its number of classes in it.
 
-    Derived here, see README: the classifier is peeled in the group norm N21, the sum of the l2 norms over channels of
+    Derived here, see docs/bounds.md: the classifier is peeled in the group norm N21, the sum of the l2 norms over channels of
     its rows cut into positions, which is `b` of the last layer.
     """
     rho = product(network.b[-1], network.F[:-1])
