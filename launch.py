@@ -27,9 +27,8 @@ from machine import (
     check_stop,
     choose_device,
     choose_precision,
+    guarded,
     keep_freed_memory,
-    on_signal,
-    stop,
 )
 from measures.geometry import not_covered
 from measures.norms import measure_data
@@ -373,33 +372,19 @@ def main(train, evaluate, argv=None):
         train: function of (settings, dataset, folder, device) that trains one network, from its checkpoint where there is one.
         evaluate: function of (net, settings, dataset, data, round, epoch) that gives a row of metrics.csv.
     """
-    stop.deferred, stop.signal = False, None
-    for stream in ('stdout', 'stderr'):  # a stream may be closed, or of a locale that a path does not fit
-        if getattr(sys, stream) is None:
-            setattr(sys, stream, open(os.devnull, 'w'))
-        with contextlib.suppress(AttributeError):
-            getattr(sys, stream).reconfigure(errors='backslashreplace')
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    options, go_on = None, ''
-    try:
+    options = None
+
+    def program():
+        nonlocal options
         options, flags = parse_command_line(argv)
         options.folder = None if options.results_path is None else Path(options.results_path)
         return run(options, flags, train, evaluate)
-    except BadInput as error:
-        status, message = 2, f'error: {error}'
-    except Interrupted:
-        status, message = 128 + stop.signal, f'stopped by {signal.Signals(stop.signal).name}'
-    except OSError as error:
-        status, message = 1, f'error: {error}'
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
-            raise
-        mend = 'end other programs that hold memory, or choose a smaller width or batch_size'
-        status, message = 1, f'error: not enough memory ({str(error).partition(". ")[0]}); {mend}'
-    reads = options and (options.plot or options.status or options.evaluate)
-    if status != 2 and options and not reads and options.folder and (options.folder / 'global_settings.py').exists():
+
+    def go_on():
+        reads = options is None or options.plot or options.status or options.evaluate
+        if reads or not options.folder or not (options.folder / 'global_settings.py').exists():
+            return ''
         only = '' if options.run is None else f' --run {options.run}'
-        go_on = f'; go on with: python train.py --results-path {shlex.quote(str(options.folder))} --resume{only}'
-    print(f'train.py: {" ".join(message.splitlines())}{go_on}', file=sys.stderr)
-    return status
+        return f'; go on with: python train.py --results-path {shlex.quote(str(options.folder))} --resume{only}'
+
+    return guarded('train.py', program, go_on)

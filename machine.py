@@ -6,6 +6,7 @@ import functools
 import os
 import re
 import signal
+import sys
 from types import SimpleNamespace
 
 import torch
@@ -49,6 +50,37 @@ def deferred_stop():
     check_stop()
 
 
+def guarded(name, program, go_on):
+    """The exit status of a program: what `program()` returns, 1 where the machine failed, 2 for bad input, 128 + signal.
+
+    What ends it is said in one line, with what `go_on()` adds to it unless the input was bad.
+    """
+    stop.deferred, stop.signal = False, None
+    for stream in ('stdout', 'stderr'):  # a stream may be closed, or of a locale that a path does not fit
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, 'w'))
+        with contextlib.suppress(AttributeError):
+            getattr(sys, stream).reconfigure(errors='backslashreplace')
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    try:
+        return program()
+    except BadInput as error:
+        status, message = 2, f'error: {error}'
+    except Interrupted:
+        status, message = 128 + stop.signal, f'stopped by {signal.Signals(stop.signal).name}'
+    except OSError as error:
+        status, message = 1, f'error: {error}'
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error))):
+            raise
+        reason = re.split(r'[.] |\n', str(error))[0]
+        mend = 'end other programs that hold memory, or choose a smaller width or batch_size'
+        status, message = 1, f'error: not enough memory ({reason}); {mend}'
+    print(f'{name}: {" ".join(message.splitlines())}{go_on() if status != 2 else ""}', file=sys.stderr)
+    return status
+
+
 def keep_freed_memory():
     """Lets glibc keep freed memory, where it is the C library.
 
@@ -69,7 +101,7 @@ def choose_device(name):
     match = re.fullmatch(r'cpu|cuda(?::(\d+))?', name)
     if not match or (name != 'cpu' and int(match[1] or 0) >= torch.cuda.device_count()):
         raise BadInput(f'device = {name!r}: not on this machine; use auto, cpu, cuda or cuda:N')
-    device = torch.device(name)
+    device = torch.device(name if name == 'cpu' else f'cuda:{match[1] or 0}')  # set_device wants the number
     if device.type == 'cuda':
         try:
             torch.cuda.set_device(device)  # graphs are captured on the current device

@@ -51,6 +51,7 @@ from utils import BOUNDS, evaluate_bounds
 
 LOSSES = {'MSE': F.mse_loss, 'CE': F.cross_entropy, 'L1': F.l1_loss}  # of outputs and one-hot targets
 TORCH_THREADS = torch.get_num_threads()
+captures = SimpleNamespace(failed=False)  # of CUDA graphs: after one that failed, torch's allocator may not begin another
 
 
 def learning_rate(settings, epoch):
@@ -95,7 +96,7 @@ def graphed(step, batch_size, device):
     (indices, learning rate, masks) lies in tensors that the graph reads, so it is captured once.
     """
     indices_of_graph = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    state = SimpleNamespace(graph=None, plain_steps=0, failed=False, stream=torch.cuda.Stream())
+    state = SimpleNamespace(graph=None, plain_steps=0, stream=torch.cuda.Stream())
 
     def capture():
         before = torch.cuda.current_stream()
@@ -105,14 +106,14 @@ def graphed(step, batch_size, device):
                 step(indices_of_graph)
         except RuntimeError as error:
             torch.cuda.set_stream(before)
-            state.failed = True
-            reason = str(error).strip().partition('\n')[0]
+            captures.failed = True
+            reason = str(error.__context__ or error).strip().partition('\n')[0]  # to end a capture that failed fails too
             tqdm.write(f'training goes on without a CUDA graph, which could not be captured: {reason}')
         else:
             state.graph = graph
 
     def call(indices):
-        if state.plain_steps >= 3 and len(indices) == batch_size and state.graph is None and not state.failed:
+        if state.plain_steps >= 3 and len(indices) == batch_size and state.graph is None and not captures.failed:
             capture()
         if state.graph is not None and len(indices) == batch_size:
             indices_of_graph.copy_(indices)

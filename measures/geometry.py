@@ -1,5 +1,6 @@
 """The layers of a network as linear maps on their real input, found by tracing one forward pass; what is not covered."""
 
+import contextlib
 import math
 import operator
 from collections import namedtuple
@@ -24,6 +25,33 @@ _SIZES = ('size', 'shape', getattr, operator.getitem)  # what a traced x.size(0)
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module, name):
         return isinstance(module, (nn.Conv2d, nn.Linear)) or super().is_leaf_module(module, name)
+
+
+@contextlib.contextmanager
+def evaluation_mode(net):
+    """Runs what it encloses in evaluation mode, and leaves each module in the mode it was in."""
+    training = [module for module in net.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def ieee_float32():
+    """Products of float32 matrices and convolutions in float32 on CUDA, whatever training asks for."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = 'ieee'
+        yield
+    finally:
+        for switch, precision in zip(switches, before):
+            switch.fp32_precision = precision
 
 
 def trace(net):
@@ -55,17 +83,12 @@ def trace(net):
                 raise BadInput(f'{what} has a forward pass of its own, which is not covered')
         elif 'forward' in vars(module) and _Tracer().is_leaf_module(module, name):
             raise BadInput(f'{what} has a forward pass of its own, which is not covered')
-    training = [module for module in net.modules() if module.training]
     try:
-        for module in training:
-            module.training = False  # what is measured is the network in evaluation mode
-        graph = _Tracer().trace(net)
+        with evaluation_mode(net):  # what is measured is the network in evaluation mode
+            graph = _Tracer().trace(net)
     except Exception as error:  # whatever the network's own code raises when it is run on symbols
         reason = str(error).partition('\n')[0]
         raise BadInput(f'{kind}: its forward pass cannot be traced ({reason})') from None
-    finally:
-        for module in training:
-            module.training = True
     for node in reversed(graph.nodes):  # each after its users
         if node.target in ('view', 'reshape', torch.reshape) and _is_batch_by_rest(*node.args[1:]):
             node.op, node.target, node.args = 'call_method', 'flatten', (node.args[0], 1)

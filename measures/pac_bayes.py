@@ -1,7 +1,6 @@
 """PAC-Bayes certificates of a trained network; docs/certificate.md has their statement and proof, in these symbols."""
 
 import bisect
-import contextlib
 import math
 from functools import lru_cache
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from conf import BadInput
-from measures.geometry import trace_layers
+from measures.geometry import ieee_float32, trace_layers
 from measures.norms import dft_norm
 
 PRIOR_IMAGES = 2000  # n0, images set aside for the prior and the losses; never more than a tenth of the sample
@@ -231,20 +230,6 @@ def _classifier_kl(lam, rank, vectors, means, square, labels):
     return kl
 
 
-@contextlib.contextmanager
-def _ieee_float32():
-    """Products of float32 matrices and convolutions in float32 on CUDA, whatever training asks for."""
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = 'ieee'
-        yield
-    finally:
-        for switch, precision in zip(switches, before):
-            switch.fp32_precision = precision
-
-
 def _bound(table, count, m1, nats, gap, point, gibbs=False):
     """A bound of the statement, and above 1 a number that still tells how far from 1 a search is.
 
@@ -272,7 +257,7 @@ def _bound(table, count, m1, nats, gap, point, gibbs=False):
 
 def _best(table, m1, nats, gap, point, gibbs=False):
     """The smallest bound over c, beta and gamma that a search on the first few thousand samples finds, on all of them."""
-    point, _ = _climb(lambda point: _bound(table, 4000, m1, nats, gap, point, gibbs), point, (4, 1))
+    point, _ = _climb(lambda point: _bound(table, 4000, m1, nats, gap, point, gibbs), point, (1,))
     return _bound(table, len(table.x), m1, nats, gap, point, gibbs), point
 
 
@@ -346,7 +331,7 @@ def certify(net, images, labels, delta=0.001, between=None):
         part = (prior[: SEARCH[0]], sample[: SEARCH[2]], SEARCH[1]) if few else (prior, sample, RANK)
         return _measure(kernels, layers, data, *part, between)
 
-    with _ieee_float32():
+    with ieee_float32():
         trained = _trained(hidden, classifier, layers, measured, fixed, m1)
         rounded, gibbs = _rounded(hidden, classifier, measured, fixed, m1)
     return {column: min(1.0, bound) for column, bound in zip(COLUMNS, (trained, rounded, gibbs))}

@@ -4,7 +4,6 @@ The quantities of Galanti, Galanti and Ben-Shaul, "Comparative Generalization Bo
 docs/depth.md has the formulas, the protocol and the theorem that `comparative_estimate` follows.
 """
 
-import contextlib
 import math
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from conf import BadInput
+from measures.geometry import evaluation_mode, ieee_float32
 
 # Images per forward pass: on a CPU few enough that the activations stay in its cache.
 BATCH = {'cpu': 32, 'cuda': 256}
@@ -48,7 +48,7 @@ def measure_representations(net, train_images, train_labels, test_images, test_l
         if images.dim() < 2 or labels.shape != images.shape[:1] or labels.is_floating_point() or not len(labels):
             shapes = f'{tuple(images.shape)} and {tuple(labels.shape)}'
             raise BadInput(f'{part} images and labels of shapes {shapes}: must be (m, ...) and integers (m,), m at least 1')
-    with evaluation_mode(net), _full_float32(), parametrize.cached():
+    with evaluation_mode(net), ieee_float32(), parametrize.cached():
         centers = _class_means(modules, *train, between)
         train_errors, train_cdnvs = _compare(modules, *train, centers, train_labels.unique(), centers, between)
         means = _class_means(modules, *test, between)
@@ -56,29 +56,6 @@ def measure_representations(net, train_images, train_labels, test_images, test_l
     columns = [center.shape[1] for center in centers], train_errors, test_errors, train_cdnvs, test_cdnvs
     names = 'size', 'train_ncc_error', 'test_ncc_error', 'train_cdnv', 'test_cdnv'
     return [dict(zip(names, row)) for row in zip(*columns)]
-
-
-@contextlib.contextmanager
-def evaluation_mode(net):
-    """Runs what it encloses in evaluation mode, and leaves each module in the mode it was in."""
-    training = [module for module in net.modules() if module.training]
-    net.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextlib.contextmanager
-def _full_float32():
-    """Matrix products in full float32, on CUDA too: TF32 would decide near ties."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = 'ieee'
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def _ends_layer(module):

@@ -1,0 +1,408 @@
+"""Narrower networks: the multi-task lasso, its solver, balancing, the width theorem, and the command."""
+
+import csv
+import itertools
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DIGITS, ROOT, run
+from torch import nn
+
+import compress as room
+from compress import balance, compress, load
+from conf import BadInput
+from docs.width_theorem import exact_lasso, vertex, width_bound
+from measures.geometry import trace_layers
+from measures.lasso import group_lasso, norms, ridge, scaled
+from measures.masks import neuron_norms
+from measures.norms import measure_network
+from models.weight_norm import weight_norm
+
+IMAGES = torch.rand(40, 1, 7, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def chain(widths=(4, 5), seed=0, wrap=lambda layer: layer):
+    """A small bias-free chain in float64: convolutions with strides and padding, then a classifier."""
+    torch.manual_seed(seed)
+    first = wrap(nn.Conv2d(1, widths[0], 3, stride=2, padding=1, bias=False))
+    second = wrap(nn.Conv2d(widths[0], widths[1], 2, stride=2, padding=2, dilation=2, bias=False))
+    net = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(9 * widths[1], 3, bias=False))
+    return net.double()
+
+
+def mlp(widths=(6, 5), seed=0):
+    torch.manual_seed(seed)
+    sizes = (49, *widths, 3)
+    layers = [nn.Linear(*pair, bias=False) for pair in itertools.pairwise(sizes)]
+    return nn.Sequential(nn.Flatten(), *(module for layer in layers for module in (layer, nn.ReLU())))[:-1].double()
+
+
+def rescaled(net, layer, factors):
+    """The same function: channel k of a hidden layer (by its place) times factors[k], taken back by the next layer."""
+    net = balance(net, (1, 7, 7))  # a copy of plain layers; of one scale
+    weights = [module.weight.data for module in net if hasattr(module, 'weight')]
+    weights[layer].mul_(factors.view(-1, *(1,) * (weights[layer].ndim - 1)))
+    outgoing = weights[layer + 1].view(len(weights[layer + 1]), len(factors), -1)
+    outgoing.div_(factors[:, None])
+    return net
+
+
+def random_problem(K=6, taps=3, D=4, N=30, seed=0):
+    """(problem, start) of nonnegative features Phi (K taps, N) and targets V0 Phi, and V0."""
+    generator = torch.Generator().manual_seed(seed)
+    phi = torch.randn(K * taps, N, generator=generator, dtype=torch.float64).relu()
+    V0 = torch.randn(D, K, taps, generator=generator, dtype=torch.float64)
+    psi = V0.flatten(1) @ phi
+    gram = phi @ phi.T / N
+    cross, energy = (psi @ phi.T / N).view(V0.shape), (psi.square().sum() / N).item()
+    return SimpleNamespace(gram=lambda V: (V.flatten(1) @ gram).view(-1, K, taps), cross=cross, energy=energy), V0
+
+
+# The solver
+
+
+@pytest.mark.parametrize('lam', [0.9, 0.3, 0.03, 0.003])
+def test_solution_meets_the_optimality_conditions(lam):
+    problem, start = random_problem()
+    V, report = group_lasso(problem, lam, start, tolerance=1e-9)
+    assert report['penalty'] == pytest.approx(lam * norms(problem.cross).max().item())
+    assert -1e-12 <= report['gap'] <= 1e-9
+    R, active = problem.cross - problem.gram(V), norms(V) > 0
+    assert active.any()
+    assert (norms(R) <= report['penalty'] * (1 + 1e-4)).all()
+    wanted = report['penalty'] * V / norms(V)[:, None]  # on the active set R_k is the penalty in the direction of V_k
+    assert torch.allclose(R[:, active], wanted[:, active], atol=1e-3 * report['penalty'])
+    assert norms(V).sum() <= norms(start).sum()  # the start fits exactly, so the penalty can only fall
+
+
+@pytest.mark.parametrize('steps', [0, 10, 50, 200])
+def test_gap_bounds_the_distance_to_the_optimum_at_every_check(steps):
+    problem, start = random_problem()
+
+    def objective(V, penalty):
+        fit = problem.energy - 2 * (V * problem.cross).sum() + (V * problem.gram(V)).sum()
+        return (fit / 2 + penalty * norms(V).sum()).item()
+
+    best, report = group_lasso(problem, 0.05, start, tolerance=1e-11)
+    V, early = group_lasso(problem, 0.05, start, tolerance=0, steps=steps)
+    value, least = objective(V, report['penalty']), objective(best, report['penalty'])
+    assert value - least <= early['gap'] * value + 1e-10 * value
+    assert early['gap'] >= -1e-12
+
+
+def test_from_lam_max_on_nothing_is_left():
+    problem, start = random_problem()
+    assert norms(group_lasso(problem, 1.001, start)[0]).max() == 0
+    assert norms(group_lasso(problem, 0.99, start, tolerance=1e-7)[0]).count_nonzero() == 1
+
+
+def test_small_lam_gives_the_targets_back():
+    problem, start = random_problem()
+    V, _ = group_lasso(problem, 1e-7, start, tolerance=1e-4)
+    residual = problem.energy - 2 * (V * problem.cross).sum() + (V * problem.gram(V)).sum()
+    assert residual <= 1e-6 * problem.energy
+
+
+def test_orthonormal_features_have_a_closed_form():
+    cross = torch.randn(3, 5, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    problem = SimpleNamespace(gram=lambda V: V, cross=cross, energy=cross.square().sum().item())
+    V, report = group_lasso(problem, 0.6, torch.ones_like(cross), tolerance=1e-12)
+    assert torch.allclose(V, cross * (1 - report['penalty'] / norms(cross)).clamp(min=0)[:, None], atol=1e-6)
+
+
+def test_ridge_solves_its_normal_equations():
+    problem, start = random_problem()
+    V, report = group_lasso(problem, 0.3, start, tolerance=1e-6)
+    kept = norms(V) > 0
+    assert not kept.all()
+    decay = 0.1 * report['penalty'] / norms(V)
+    refitted = ridge(problem, decay, V, lambda: None)
+    gradient = problem.cross - problem.gram(refitted) - torch.where(kept, decay, 0)[:, None] * refitted
+    assert gradient[:, kept].abs().max() < 1e-6 * problem.cross.abs().max() and refitted[:, ~kept].abs().max() == 0
+
+
+# The problem of a layer
+
+
+@pytest.mark.parametrize('net', [chain(), mlp()], ids=['conv', 'mlp'])
+@pytest.mark.parametrize('index', [1, 2])
+def test_gram_is_that_of_explicit_toeplitz_rows(net, index, monkeypatch):
+    layers, weights = room._tensors(net, (1, 7, 7))
+    made = room._problem(layers[: index + 1], weights[:index], weights[: index + 1], IMAGES, lambda: None)
+    monkeypatch.setattr(room, 'GRAM_COLUMNS', 1)
+    kept = room._problem(layers[: index + 1], weights[:index], weights[: index + 1], IMAGES, lambda: None)
+    monkeypatch.setattr(room, 'CHUNK', 100)
+    chunks = room._problem(layers[: index + 1], weights[:index], weights[: index + 1], IMAGES, lambda: None)
+
+    modules = list(net)
+    cut = modules.index(layers[index].module)
+    maps = nn.Sequential(*modules[:cut])(IMAGES).detach()
+    targets = layers[index].module(maps).detach()
+    shape = layers[index].shape
+    rows, columns = (torch.from_numpy(axis).double() for axis in layers[index].taps)
+    maps = maps.view(len(maps), shape[1], rows.shape[2], columns.shape[2])
+    phi = torch.einsum('nchw,aph,bqw->cabnpq', maps, rows, columns).flatten(3).flatten(0, 2)
+    gram, psi = phi @ phi.T / phi.shape[1], targets.reshape(len(maps), shape[0], -1).transpose(0, 1).flatten(1)
+    V = torch.randn(2, shape[1], shape[2] * shape[3], dtype=torch.float64)
+    for problem in (made, kept, chunks):
+        assert torch.allclose(problem.gram(V).flatten(1), V.flatten(1) @ gram)
+        assert torch.allclose(problem.cross.flatten(1), psi @ phi.T / phi.shape[1])
+        assert problem.energy == pytest.approx((psi.square().sum() / phi.shape[1]).item())
+
+
+def test_few_images_are_taken_evenly(monkeypatch):
+    monkeypatch.setattr(room, 'FIT_IMAGES', 10)
+    layers, weights = room._tensors(chain(), (1, 7, 7))
+    few = room._problem(layers[:2], weights[:1], weights[:2], IMAGES, lambda: None)
+    assert few.energy == pytest.approx(room._problem(layers[:2], weights[:1], weights[:2], IMAGES[::4], lambda: None).energy)
+
+
+# Balance
+
+
+@pytest.mark.parametrize('net', [chain(), mlp(), chain(wrap=weight_norm)], ids=['conv', 'mlp', 'weight norm'])
+def test_balanced_network_is_the_same_function_with_equal_norms(net):
+    balanced = balance(net, (1, 7, 7))
+    assert torch.allclose(balanced(IMAGES), net(IMAGES), rtol=1e-12, atol=1e-14)
+    for incoming, outgoing, _ in neuron_norms(balanced, (1, 7, 7)):
+        assert torch.allclose(incoming, outgoing, rtol=1e-10)
+    assert measure_network(balanced, (1, 7, 7)).rho < measure_network(net, (1, 7, 7)).rho
+
+
+def test_balance_of_one_hidden_layer_attains_the_sum_over_neurons():
+    net = mlp((6,))
+    ((incoming, outgoing, _),) = neuron_norms(net, (1, 7, 7))
+    table = measure_network(balance(net, (1, 7, 7)), (1, 7, 7))
+    assert table.rho == pytest.approx((incoming * outgoing).sum().item(), rel=1e-12)
+
+
+def test_neuron_that_feeds_nothing_becomes_zero_on_both_sides():
+    net = chain()
+    with torch.no_grad():
+        net[2].weight[:, 1] = 0
+        net[2].weight[3] = 0
+    balanced = balance(net, (1, 7, 7))
+    (first, second, _), (third, fourth, _) = neuron_norms(balanced, (1, 7, 7))
+    assert first[1] == second[1] == third[3] == fourth[3] == 0
+    assert torch.allclose(balanced(IMAGES), net(IMAGES), rtol=1e-12, atol=1e-14)
+
+
+# compress
+
+
+@pytest.mark.parametrize('net', [chain(wrap=weight_norm), mlp()], ids=['conv', 'mlp'])
+def test_tiny_lam_keeps_the_function(net):
+    narrow, report = compress(net, IMAGES, 1e-7)
+    assert (narrow(IMAGES) - net(IMAGES)).norm() < 1e-3 * net(IMAGES).norm()
+    assert [layer['residual'] < 1e-3 for layer in report] == [True, True]
+
+
+@pytest.mark.parametrize('refit', ['none', 'ridge'])
+def test_copies_of_a_channel_are_merged(refit):
+    """A network with a channel copied thrice is compressed to the function that the network without copies is."""
+    net, copied = mlp((6, 5)), mlp((8, 5))
+    with torch.no_grad():
+        copied[1].weight[:6], copied[1].weight[6:] = net[1].weight, net[1].weight[:1]
+        copied[3].weight[:, :6], copied[5].weight[:] = net[3].weight, net[5].weight
+        copied[3].weight[:, 6:] = net[3].weight[:, :1] / 3
+        copied[3].weight[:, 0] /= 3
+    assert torch.allclose(net(IMAGES), copied(IMAGES))
+    one, _ = compress(net, IMAGES, 0.02, refit, 1e-7)
+    other, _ = compress(copied, IMAGES, 0.02, refit, 1e-7)
+    assert torch.allclose(one(IMAGES), other(IMAGES), rtol=0, atol=2e-3 * one(IMAGES).abs().max().item())
+
+
+def test_rescaling_and_permuting_change_nothing():
+    net, generator = chain((6, 7)), torch.Generator().manual_seed(3)
+    narrow, report = compress(net, IMAGES, 0.1, 'ridge', 1e-5)
+    lost = (narrow(IMAGES) - net(IMAGES)).norm() / net(IMAGES).norm()  # the last fit's targets are the original's outputs
+    assert report[-1]['residual'] == pytest.approx(lost.item(), rel=1e-6)
+    assert 0 < report[0]['channels'] < 6 or 0 < report[1]['channels'] < 7
+    for layer, width in ((0, 6), (1, 7)):
+        factors = 2.0 ** torch.randint(-6, 7, (width,), generator=generator)
+        other, again = compress(rescaled(net, layer, factors), IMAGES, 0.1, 'ridge', 1e-5)
+        assert [row['channels'] for row in again] == [row['channels'] for row in report]
+        assert torch.allclose(other(IMAGES), narrow(IMAGES), rtol=1e-6, atol=1e-9)
+    order = torch.randperm(6, generator=generator)
+    permuted = balance(net, (1, 7, 7))
+    with torch.no_grad():
+        permuted[0].weight.copy_(permuted[0].weight[order].clone())
+        permuted[2].weight.copy_(permuted[2].weight[:, order].clone())
+    other, again = compress(permuted, IMAGES[torch.randperm(40, generator=generator)], 0.1, 'ridge', 1e-5)
+    assert [row['channels'] for row in again] == [row['channels'] for row in report]
+    assert torch.allclose(other(IMAGES), narrow(IMAGES), rtol=1e-4, atol=1e-6)
+
+
+def test_costs_and_refit_are_those_of_the_statement():
+    """In features of filters of norm 1, the residual's correlation with a kept channel is the gradient of its penalty."""
+    net = mlp((8,))
+    with torch.no_grad():
+        phi = (IMAGES.flatten(1) @ F.normalize(net[1].weight).T).relu()
+        largest, sizes = (net(IMAGES).T @ phi).norm(dim=0).max(), {}
+        for refit in ('none', 'ridge'):
+            narrow, (report,) = compress(net, IMAGES, 0.1, refit, 1e-9)
+            shares = ((net(IMAGES) - narrow(IMAGES)).T @ phi).norm(dim=0) / largest
+            ((incoming, outgoing, _),) = neuron_norms(narrow, (1, 7, 7))
+            sizes[refit] = incoming * outgoing
+            if refit == 'none':  # lam lam_max on the kept channels, less on the others
+                kept = shares > 0.1 * (1 - 1e-3)
+                assert (shares < 0.1 * (1 + 1e-3)).all() and report['channels'] == kept.sum() < 8
+    assert torch.allclose(shares[kept], 0.01 * sizes['ridge'] / sizes['none'], rtol=1e-3)
+
+
+def test_equal_costs_would_not_be_invariant():
+    """Why a channel costs the norm of its filter: with equal costs the solution hangs on the scale of the channels."""
+    problem, start = random_problem()
+    scale = 2.0 ** torch.arange(-3, 3, dtype=torch.float64)[:, None]
+    V, _ = group_lasso(problem, 0.3, start, 1e-6)
+    U, _ = group_lasso(scaled(problem, scale), 0.3, start / scale, 1e-6)
+    assert ((norms(V) > 0) != (norms(U) > 0)).any()
+
+
+def test_dead_channels_are_dropped():
+    net = chain()
+    with torch.no_grad():
+        net[0].weight[2] = -net[0].weight[2].abs()  # never fires on images of positive pixels
+    narrow, report = compress(net, IMAGES, 1e-6, 'none')
+    assert report[0]['channels'] == 3
+    assert trace_layers(narrow, (1, 7, 7))[0].shape == (3, 1, 3, 3)
+
+
+def test_digits_within_one_image_at_two_thirds_of_the_weights(digits, trained):
+    net, _ = room.load_network(trained / 'CONV-2-16')
+    narrow, _ = compress(net, digits.train_images, 1e-3)
+
+    def error(net):
+        return (net(digits.test_images).argmax(1) != digits.test_labels).sum().item()
+
+    with torch.no_grad():
+        assert error(narrow) <= error(net) + 1
+    before, after = (measure_network(each, digits.input_shape) for each in (balance(net, digits.input_shape), narrow))
+    assert after.W.sum() < 0.65 * before.W.sum()
+    assert after.rho <= before.rho
+    plain, _ = compress(net, digits.train_images, 1e-3, 'none')
+    assert measure_network(plain, digits.input_shape).rho < after.rho
+
+
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        ({'lam': 0.0}, 'lam'),
+        ({'lam': 1.0}, 'lam'),
+        ({'lam': math.nan}, 'lam'),
+        ({'refit': 'least squares'}, 'refit'),
+        ({'images': IMAGES * math.nan}, 'images'),
+        ({'images': IMAGES[:0]}, 'images'),
+        ({'net': nn.Sequential(nn.Flatten(), nn.Linear(49, 4), nn.ReLU(), nn.Linear(4, 3)).double()}, 'bias'),
+    ],
+)
+def test_bad_arguments_are_named(arguments, words):
+    with pytest.raises(BadInput, match=words):
+        compress(**({'net': mlp(), 'images': IMAGES, 'lam': 0.1} | arguments))
+
+
+def test_a_layer_that_dies_is_named():
+    net = mlp()
+    with torch.no_grad():
+        net[1].weight.copy_(-net[1].weight.abs())
+    with pytest.raises(BadInput, match='layer 1 loses all its channels'):
+        compress(net, IMAGES, 0.1)
+
+
+# The width theorem
+
+
+@pytest.mark.parametrize('K, N, D, rank', [(9, 3, 2, 3), (30, 5, 5, 5), (40, 8, 3, 4), (20, 6, 5, 2)])
+def test_solutions_within_the_sharper_width_bound(K, N, D, rank):
+    """On random exact problems a solution is found that meets its constraints, is optimal, and is as narrow as proved."""
+    rng, counts = np.random.default_rng(0), []
+    for _ in range(25):
+        features = rng.standard_normal((K, rank)) @ rng.standard_normal((rank, N))
+        targets = rng.standard_normal((D, K)) @ features
+        q = min(D, rank)
+        t, dual, gap = exact_lasso(features, targets)
+        sparse = vertex(t, dual, features)
+        V = (dual @ features.T) * sparse
+        assert gap < 1e-6 and np.linalg.norm(V @ features - targets) < 1e-6 * np.linalg.norm(targets)
+        assert np.linalg.norm(V, axis=0).sum() == pytest.approx(t.sum(), rel=1e-6)
+        counts.append(np.count_nonzero(sparse))
+    assert max(counts) <= width_bound(rank, q) <= rank * (rank + 1) / 2
+    if (N, D) == (3, 2):
+        assert max(counts) == 5  # attained; rank times rank would be 6
+
+
+# Files and the command
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A results folder with CONV-2-16, trained on the digits as the quick start trains."""
+    folder = tmp_path_factory.mktemp('trained') / '1'
+    flags = '--depth', 2, '--width', 16, '--eval-every', 150, '--certify-every', 0
+    status, _, errors = run(*DIGITS, *flags, '--results-path', folder, '--results-dir', folder.parent)
+    assert status == 0, errors
+    return folder
+
+
+def command(*arguments):
+    words = [sys.executable, str(ROOT / 'compress.py'), *map(str, arguments)]
+    process = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    return process.returncode, process.stdout, process.stderr
+
+
+def test_command_leaves_a_folder_of_its_own(trained, digits):
+    status, _, errors = command(trained, '--lam', '1e-2', '0.1', '--refit', 'none')
+    assert status == 0, errors
+    folder = trained.parent / '2'
+    assert 'compress.py' in (folder / 'global_settings.py').read_text().splitlines()[0]
+    rows = list(csv.DictReader((folder / 'CONV-2-16' / 'compress.csv').read_text().splitlines()))
+    assert [float(row['lam']) for row in rows] == [0, 0.01, 0.1]
+    assert rows[0]['channels'] == '16|16'
+    assert (folder / 'figure.png').exists() or (folder / 'compress.png').exists()
+    source, _ = room.load_network(trained / 'CONV-2-16')
+    for row in rows:
+        net = load(folder / 'CONV-2-16' / f'lam-{row["lam"]}.pt')
+        with torch.no_grad():
+            wrong = (net(digits.test_images).argmax(1) != digits.test_labels).double().mean().item()
+        table = measure_network(net, digits.input_shape)
+        assert wrong == float(row['test_error']) and table.W.sum() == int(row['weights'])
+        assert table.rho == pytest.approx(float(row['rho']))
+    assert torch.allclose(load(folder / 'CONV-2-16' / 'lam-0.pt')(digits.test_images), source(digits.test_images), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        (('--lam', 2), 'lam'),
+        (('--lam', 'small'), 'lam'),
+        (('--lam', 0.1, '--run', 2), '--run 2'),
+        (('--lam', 0.1, '--refit', 'exact'), 'refit'),
+        ((), '--lam'),
+    ],
+)
+def test_bad_command_lines_are_one_line(trained, arguments, words):
+    before = sorted(path.name for path in trained.parent.iterdir())
+    status, _, errors = command(trained, *arguments)
+    assert (status, errors.count('\n')) == (2, 1) and words in errors
+    assert sorted(path.name for path in trained.parent.iterdir()) == before
+
+
+def test_folders_without_networks_are_refused(tmp_path, trained):
+    status, _, errors = command(tmp_path, '--lam', 0.1)
+    assert status == 2 and 'not a results folder' in errors
+    (tmp_path / 'global_settings.py').write_text((trained / 'global_settings.py').read_text())
+    status, _, errors = command(tmp_path, '--lam', 0.1)
+    assert status == 2 and 'checkpoint' in errors and errors.count('\n') == 1
+
+
+def test_files_that_hold_no_network_are_refused(tmp_path, trained):
+    with pytest.raises(BadInput, match='no such file'):
+        load(tmp_path / 'none.pt')
+    with pytest.raises(BadInput, match='does not hold'):
+        load(trained / 'CONV-2-16' / 'model.pt')
