@@ -84,11 +84,11 @@ def check(settings):
         check_memory(settings, net, torch.empty(1, *dataset.input_shape), min(m, batch), device)
     missing = []
     if reason := not_covered(net, dataset.input_shape):
-        missing.append(f'{settings.name}: bounds that do not cover it are not logged: {reason}')
+        missing.append(f'bounds that do not cover {settings.network} stay empty: {reason}')
     elif settings.certify_every and settings.normalize:
-        missing.append('no certificates are logged: normalize = True takes the statistics of the whole training set')
+        missing.append('certificates stay empty: normalize = True takes the statistics of the whole training set')
     elif settings.certify_every and settings.label_noise:
-        missing.append('no certificates are logged: with label_noise the training samples are not independent')
+        missing.append('certificates stay empty: with label_noise the training samples are not independent')
     return missing
 
 

@@ -243,7 +243,7 @@ class Run:
         self.state = {'round': 0, 'epoch': 0, 'step': 0, 'train_seconds': 0.0}
         self.state |= {'columns': COLUMNS, 'lines': [], 'layer_lines': []}
         self.rewind_to = None  # the network's state after rewind_epoch
-        self.data_print = fingerprint(dataset)
+        self.fingerprint = fingerprint(dataset)
         if (folder / 'model.pt').exists():
             self.restore()
         elif (folder / 'metrics.csv').exists() and (folder / 'metrics.csv').read_bytes().count(b'\n') > 1:
@@ -262,7 +262,7 @@ class Run:
 
     def restore(self):
         """Puts the checkpoint into the network, its optimizer and the state. Raises BadInput where it does not fit."""
-        checkpoint = load_run(self.folder / 'model.pt', self.settings, self.net, self.data_print, self.steps)
+        checkpoint = load_run(self.folder / 'model.pt', self.settings, self.net, self.fingerprint, self.steps)
         torch.set_num_threads(self.settings.threads or checkpoint.get('threads', TORCH_THREADS))
         self.net.load_state_dict(checkpoint['network'])
         for index, weight in enumerate(self.net.parameters()):
@@ -307,7 +307,7 @@ class Run:
         self.timed += 1
         seconds = (time.perf_counter() - start) / 20 * self.steps
         if self.timed == 20 and seconds > 60:
-            tqdm.write(f'{self.settings.name}: an epoch takes about {seconds / 60:.0f} minutes of training')
+            tqdm.write(f'{self.settings.name}: an epoch takes about {seconds:.0f} s of training')
 
     def prune(self):
         """Kills weights of the trained network, as the round says."""
@@ -366,7 +366,7 @@ class Run:
 
     def save(self):
         require_finite(self.loss_sum, *self.net.state_dict().values())
-        saved = {'settings': vars(self.settings), 'data': self.data_print, 'threads': torch.get_num_threads()}
+        saved = {'settings': vars(self.settings), 'data': self.fingerprint, 'threads': torch.get_num_threads()}
         saved |= {'network': self.net.state_dict(), 'momentum': self.optimizer.state_dict()['state'], 'state': self.state}
         save_checkpoint(self.folder / 'model.pt', saved | {'place': self.place, 'rewind_to': self.rewind_to})
 

@@ -112,10 +112,15 @@ FOLDERS = ('data_dir', 'results_dir')
 NOT_SWEPT = (*FOLDERS, 'milestones', 'threads', 'jobs')  # a list in one of these is not a sweep
 
 
+def _plain(value):
+    """Python's numbers and lists for those of numpy."""
+    return value.tolist() if hasattr(value, 'tolist') else value
+
+
 def _check(name, value):
     """The knob's checked value, or the list of its checked values where it is swept. Raises BadInput."""
     text, check = RULES[name]
-    value = list(value) if isinstance(value, range) else value.tolist() if hasattr(value, 'tolist') else value  # of numpy
+    value = list(value) if isinstance(value, range) else _plain(value)
     if name in NOT_SWEPT or not isinstance(value, (list, tuple)):
         if (checked := check(value)) is None:
             raise BadInput(f'{name} = {value!r}: must be {text}')
@@ -123,7 +128,7 @@ def _check(name, value):
     if not value:
         raise BadInput(f'{name} = []: an empty sweep; give at least one value, each {text}')
     values = []
-    for entry in value:
+    for entry in map(_plain, value):
         if (checked := check(entry)) is None:
             raise BadInput(f'{name} = {list(value)!r}: {entry!r} must be {text}')
         if checked in values:
