@@ -268,7 +268,7 @@ def show_status(runs, folder):
         rows = [{column: table[column][k] for column in table} for k in range(len(table['epoch']))][-3:]
         state = 'finished' if finished(settings, rows) else 'left'
         if (folder / settings.name).is_dir() and state == 'left':
-            with locked(folder / settings.name / '.lock', seconds=0) as free:
+            with contextlib.suppress(OSError), locked(folder / settings.name / '.lock', seconds=0) as free:  # or read-only
                 state = state if free else 'running'
         if not rows:
             print(f'{settings.name:40} {state:9}')

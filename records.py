@@ -7,6 +7,7 @@ import contextlib
 import csv
 import fcntl
 import io
+import math
 import os
 import time
 import warnings
@@ -131,6 +132,22 @@ def read_layers(path):
     return read_table(path, LAYER_COLUMNS, ('epoch', 'round', 'layer'))
 
 
+def report(row, width=math.inf):
+    """A row of metrics.csv in words, most wanted first, as many as fit; bounds as powers of 2, as on the figure's axis."""
+    wanted = {'test_error': 'test {:.4f}', 'pac_bayes_error': 'certified {:.4f}', 'our_bound': ''}
+    wanted |= {'train_error': 'train {:.4f}', 'generalization_gap': 'gap {:+.4f}'}
+    for column in BOUNDS:
+        is_power = column.endswith('_bound') and 0 < row[column] < math.inf
+        wanted[column] = f'{column.removesuffix("_bound").replace("_", " ")} {"2^{:.1f}" if is_power else "{:.3g}"}'
+    items = []
+    for column, text in wanted.items():
+        if (value := row.get(column, math.nan)) == value:  # else the cell is empty
+            items.append(text.format(math.log2(value) if '2^' in text else value))
+    while len(' '.join(items)) > width:
+        items.pop()
+    return ' '.join(items)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings, checkpoints and networks of a folder
 # ----------------------------------------------------------------------------------------------------------------------
@@ -146,7 +163,7 @@ def finished(settings, rows):
     if not rows:
         return False
     last = rows[-1]
-    if (last.get('round', 0), last['epoch']) == (settings.prune_rounds, settings.epochs):
+    if (last.get('round', 0), last['epoch']) >= (settings.prune_rounds, settings.epochs):
         return True
     recent = [row for row in rows[-3:] if row['epoch'] > 0 and row.get('round') == last.get('round')]
     hopeless = len(recent) == 3 and all(1 - row['train_error'] < settings.early_stop_accuracy for row in recent)
@@ -228,7 +245,7 @@ def load_run(path, settings, net, data, steps):
         _forget_the_end(state, SimpleNamespace(**before))
     if state['columns'] != COLUMNS:  # bounds came or went since
         columns = [*COLUMNS, *(column for column in state['columns'] if column not in COLUMNS)]
-        rows = [dict(zip(state['columns'], line.rstrip('\n').split(','))) for line in state['lines']]
+        rows = [{'round': '0'} | dict(zip(state['columns'], line.rstrip('\n').split(','))) for line in state['lines']]
         state['lines'] = [','.join(row.get(column, '') for column in columns) + '\n' for row in rows]
         state['columns'] = columns
     return checkpoint | {'state': state}

@@ -11,7 +11,7 @@ python train.py --results-path results/7 --status     show which networks are fi
 
 import contextlib
 import functools
-import math
+import os
 import shutil
 import sys
 import time
@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -I leaves it out
 
 import launch
 import sparsify
@@ -44,10 +46,11 @@ from records import (
     finished,
     load_run,
     parse_line,
+    report,
     save_checkpoint,
     write_file,
 )
-from utils import BOUNDS, evaluate_bounds
+from utils import evaluate_bounds
 
 LOSSES = {'MSE': F.mse_loss, 'CE': F.cross_entropy, 'L1': F.l1_loss}  # of outputs and one-hot targets
 TORCH_THREADS = torch.get_num_threads()
@@ -201,22 +204,6 @@ def require_finite(*tensors):
         raise Diverged
 
 
-def report(row, width=math.inf):
-    """A row of metrics.csv in words, most wanted first, as many as fit; bounds as powers of 2, as on the figure's axis."""
-    wanted = {'test_error': 'test {:.4f}', 'pac_bayes_error': 'certified {:.4f}', 'our_bound': ''}
-    wanted |= {'train_error': 'train {:.4f}', 'generalization_gap': 'gap {:+.4f}'}
-    for column in BOUNDS:
-        is_power = column.endswith('_bound') and 0 < row[column] < math.inf
-        wanted[column] = f'{column.removesuffix("_bound").replace("_", " ")} {"2^{:.1f}" if is_power else "{:.3g}"}'
-    items = []
-    for column, text in wanted.items():
-        if (value := row.get(column, math.nan)) == value:  # else the cell is empty
-            items.append(text.format(math.log2(value) if '2^' in text else value))
-    while len(' '.join(items)) > width:
-        items.pop()
-    return ' '.join(items)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # A training
 # ----------------------------------------------------------------------------------------------------------------------
@@ -246,7 +233,7 @@ class Run:
         self.fingerprint = fingerprint(dataset)
         if (folder / 'model.pt').exists():
             self.restore()
-        elif (folder / 'metrics.csv').exists() and (folder / 'metrics.csv').read_bytes().count(b'\n') > 1:
+        elif (folder / 'metrics.csv').exists() and (folder / 'metrics.csv').read_bytes().count(b'\n') > 2:
             raise BadInput(f'{folder / "model.pt"}: is missing; put it back, or move {folder} away to train this network anew')
         else:
             sparsify.start(self.net, settings, images, targets, loss)

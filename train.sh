@@ -72,10 +72,19 @@ for environment in "$repo/venv" "$repo/.venv" "${VIRTUAL_ENV:-}"; do # the last 
     fi
 done
 
-case " $* " in *' --help '* | *' -h '*) exec "$python" "$repo/train.py" --help ;; esac
+case " $* " in # what trains nothing is no job
+*' --help '* | *' -h '*) exec "$python" "$repo/train.py" --help ;;
+*' --plot'* | *' --status '* | *' --evaluate '* | *' --prepare '*) exec "$python" "$repo/train.py" "$@" ;;
+esac
 if ! command -v sbatch >/dev/null; then
     exec "$python" "$repo/train.py" "$@"
 fi
+case " $* " in
+*' --run '* | *' --run='*)
+    echo "train.sh: error: --run: a job has a task for each network; leave it out, or train one here with train.py" >&2
+    exit 2
+    ;;
+esac
 if ! gpus=$(sinfo --noheader --format=%G); then
     echo "train.sh: error: Slurm does not answer; to train on this machine: $python $repo/train.py $*" >&2
     exit 1
@@ -85,7 +94,10 @@ fi
 prepared=$("$python" "$repo/train.py" --prepare "$@") || exit
 prepared=$(printf "%s\n" "$prepared" | tail -n 1) # a settings file may have printed something before
 count=${prepared%% *}
+networks="$count networks"
+[ "$count" -ne 1 ] || networks='1 network'
 folder=$(CDPATH="" cd -- "${prepared#* }" && pwd) || exit
+case " $* " in *' --resume '*) resumed=yes ;; *) resumed='' ;; esac
 
 limit=$(sed -n 's/^#SBATCH --array=[^%]*\(%[0-9]*\).*/\1/p' "$script" | tail -n 1)
 case ${SBATCH_ARRAY_INX:-} in *%*) limit=%${SBATCH_ARRAY_INX##*%} ;; esac
@@ -95,14 +107,27 @@ case $gpus in *gpu*) [ -n "$asked" ] || set -- "$@" --gres=gpu:1 ;; esac
 if [ -n "${SLURM_JOB_ID:-}" ]; then # submitted by a job, which may have been sent to a partition by sbatch's own flags
     set -- "$@" --partition="$SLURM_JOB_PARTITION" ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"}
 fi
-job=$(sbatch "$@" "$script" --task "$repo" "$python" "$folder") || exit
+if ! job=$(sbatch "$@" "$script" --task "$repo" "$python" "$folder"); then
+    [ -n "$resumed" ] || { rm "$folder/global_settings.py" && rmdir "$folder"; } # nothing was trained in it
+    exit 1
+fi
 job=${job%%;*}
 
 cat <<END
-job $job: a task for each of $count networks, in $folder
+job $job: a task for each of $networks, in $folder
     squeue --job $job                                  what runs and what waits
     tail -f $folder/slurm-1.log                        what the first task says
     $python $repo/train.py --results-path $folder --plot
     scancel $job                                       stop it; the next line goes on
     sh $script --results-path $folder --resume
 END
+
+# Slurm may send the signal up to a minute early; what is left of the limit before that must be enough to train in.
+signal=${SBATCH_SIGNAL:-$(sed -n 's/^#SBATCH --signal=//p' "$script" | tail -n 1)}
+case $signal in *@*) lead=${signal##*@} ;; *) lead=60 ;; esac
+seconds=$(squeue --noheader --job "$job" --format=%l | head -n 1 | # days-hours:minutes:seconds, or UNLIMITED
+    awk -F '[-:]' '/^[0-9]/ { for (i = 1; i <= NF; i++) time = time * (/-/ && i == 2 ? 24 : 60) + $i; print time }')
+if [ -n "$seconds" ] && [ "$seconds" -lt $((lead + 120)) ]; then
+    echo "train.sh: warning: of a time limit of $seconds s, a task that ends $lead s before it may train nothing;" \
+        "give more time (SBATCH_TIMELIMIT), or a smaller lead (SBATCH_SIGNAL=B:USR1@60)" >&2
+fi

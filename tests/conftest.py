@@ -45,13 +45,20 @@ def run(*arguments, timeout=300, **options):
     return process.returncode, stdout, stderr
 
 
+def out_of_time(*_):
+    pytest.fail('not done in 300 seconds')
+
+
 def main(*arguments):
     """As `run`, in this process, which is quicker."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    signal.signal(signal.SIGALRM, out_of_time)
+    signal.alarm(300)
     with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
         try:
             status = launch.main(train.train, train.evaluate, [str(argument) for argument in arguments])
         finally:
+            signal.alarm(0)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     return status or 0, stdout.getvalue(), stderr.getvalue()
@@ -138,8 +145,8 @@ def numbers(path, without=TIMINGS):
 
 def same(folder, other, name='CONV-3-4'):
     """Whether a network has the same tables in two results folders, timings aside."""
-    tables = [sorted(path.name for path in (results / name).glob('*.csv')) for results in (folder, other)]
-    return tables[0] == tables[1] and all(numbers(folder / name / table) == numbers(other / name / table) for table in tables[0])
+    tables, others = ({path.name: numbers(path) for path in (results / name).glob('*.csv')} for results in (folder, other))
+    return tables == others
 
 
 def rows(folder, name='CONV-3-4'):

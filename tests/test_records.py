@@ -34,7 +34,7 @@ def folder(tmp_path, uninterrupted):
     return tmp_path / 'run'
 
 
-@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('seed', range(2))
 def test_resume_after_kills(tmp_path, seed):
     """SIGKILL at random moments, again and again and ever later, until a resume gets to the end."""
     chance, folder = random.Random(seed), tmp_path / 'run'
@@ -110,7 +110,8 @@ def test_a_refused_resume_changes_nothing(tmp_path, flags):
     path = tmp_path / 'run' / 'CONV-3-5' / 'model.pt'
     path.write_bytes(path.read_bytes()[:1000])
     before = contents(tmp_path / 'run')
-    assert 'CONV-3-5/model.pt: not a checkpoint, or a damaged one' in refused('--results-path', tmp_path / 'run', '--resume', *flags)
+    line = refused('--results-path', tmp_path / 'run', '--resume', *flags)
+    assert 'CONV-3-5/model.pt: not a checkpoint, or a damaged one' in line
     assert contents(tmp_path / 'run') == before
 
 
@@ -179,21 +180,22 @@ def test_a_folder_of_before_goes_on(tmp_path, uninterrupted, monkeypatch, epochs
     monkeypatch.setattr(train, 'certify', lambda *arguments: {'pac_bayes_error': 0.5})
     train_small(folder, '--epochs', epochs)
     aged(folder)
-    before, old = contents(folder), numbers(path / 'metrics.csv')
+    old = numbers(path / 'metrics.csv')
     assert re.search(rf'CONV-3-4 +finished +0 +{epochs}/{epochs} ', succeeds('--results-path', folder, '--status'))
     assert f'drew {folder}/figure.png' in succeeds('--results-path', folder, '--plot')
+    before = contents(folder)
     table = read_metrics(path / 'metrics.csv')
     assert np.isnan(table['path_norm']).all() and (table['round'] == 0).all() and list(table) == COLUMNS
     net, settings = load_network(path)
     assert (settings.width, settings.prune_rounds, settings.certify_every) == (4, 0, 10)
-    assert {name: contents(folder)[name] for name in before} == before
+    assert contents(folder) == before
 
     assert 'finished already' in resume(folder)
     assert numbers(path / 'metrics.csv', without={*COLUMNS} - {*OLD_COLUMNS[:-2]}) == old
     if epochs == 3:
         resume(folder, '--epochs', '6')
         new = read_metrics(path / 'metrics.csv')
-        assert np.isnan(new['path_bound']).tolist() == [True] * 4 + [False] * 3
+        assert (new['round'] == 0).all() and np.isnan(new['path_bound']).tolist() == [True] * 4 + [False] * 3
         whole = read_metrics(uninterrupted / 'CONV-3-4' / 'metrics.csv')
         assert all((new[column] == whole[column]).all() for column in OLD_COLUMNS[:-2])
     succeeds('--results-path', folder, '--evaluate')

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL, rows, run, same
+from conftest import ROOT, SMALL, contents, rows, same, train_small
 
 from records import read_metrics
 
@@ -108,7 +108,7 @@ PartitionName=debug Nodes={host} Default=YES MaxTime=INFINITE State=UP
 def submit(*arguments, script=ROOT / 'train.sh', command='sh', cwd=None, **environment):
     """Submits a sweep with train.sh; returns (job id, results folder, what train.sh printed)."""
     output = shell(command, script, *SMALL, *arguments, cwd=cwd, VIRTUAL_ENV=sys.prefix, **environment)
-    job, folder = re.search(r'^job (\d+): a task for each of \d+ networks, in (.*)$', output, re.M).groups()
+    job, folder = re.search(r'^job (\d+): a task for each of \d+ networks?, in (.*)$', output, re.M).groups()
     return job, Path(folder), output
 
 
@@ -118,7 +118,7 @@ def state(job, task=1):
     return dict(fields)
 
 
-def wait_until(condition, seconds=180):
+def wait_until(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, shell('scontrol', 'show', 'job')
@@ -136,8 +136,7 @@ def wait_for_array(job, tasks=1):
 
 def whole(tmp_path, *arguments):
     """The same sweep, uninterrupted and without Slurm."""
-    status, _, stderr = run(*SMALL, *arguments, '--results-path', tmp_path / 'whole')
-    assert (status, stderr) == (0, '')
+    train_small(tmp_path / 'whole', *arguments)
     return tmp_path / 'whole'
 
 
@@ -153,7 +152,7 @@ def test_an_array_of_four_leaves_one_figure(slurm, tmp_path):
     arguments = ('--depth', '2', '3', '--width', '4', '5', '--results-dir', tmp_path)
     job, folder, output = submit(*arguments)
     assert folder == tmp_path / '1'
-    for hint in (f'squeue --job {job}', f'{folder}/slurm-1.log', f'--results-path {folder} --plot'):
+    for hint in ('each of 4 networks', f'squeue --job {job}', f'{folder}/slurm-1.log', f'--results-path {folder} --plot'):
         assert hint in output
     assert wait_for_array(job, 4) == ['COMPLETED'] * 4
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {'CONV-2-4', 'CONV-2-5', 'CONV-3-4', 'CONV-3-5'}
@@ -182,13 +181,13 @@ def test_a_requeued_task_goes_on(slurm, tmp_path):
 def test_a_task_whose_time_is_up_goes_on(slurm, tmp_path):
     """A limit of one minute, of which the signal leaves a few seconds: Slurm may send it up to a minute early."""
     limits = {'SBATCH_TIMELIMIT': '1', 'SBATCH_SIGNAL': 'B:USR1@45'}
-    job, folder, _ = submit('--epochs', '800', '--results-dir', tmp_path, **limits)
+    job, folder, _ = submit('--epochs', '500', '--results-dir', tmp_path, **limits)
     wait_until(lambda: state(job)['Restarts'] != '0')
-    assert 0 < rows(folder) < 801
+    assert 0 < rows(folder) < 501
     start_again(job, 'TimeLimit=10')
     assert wait_for_array(job) == ['COMPLETED']
     assert 'stopped by SIGTERM' in (folder / 'slurm-1.log').read_text()
-    other = whole(tmp_path, '--epochs', '800')
+    other = whole(tmp_path, '--epochs', '500')
     assert same(folder, other)
 
 
@@ -204,7 +203,8 @@ def test_a_failing_task_is_not_requeued(slurm, tmp_path):
 
 @needs_slurm
 def test_a_cancelled_task_stays_cancelled_and_a_new_job_goes_on(slurm, tmp_path):
-    job, folder, _ = submit('--epochs', '60', '--results-dir', tmp_path)
+    job, folder, output = submit('--epochs', '60', '--results-dir', tmp_path)
+    assert 'each of 1 network,' in output
     wait_until(lambda: rows(folder) >= 5)
     shell('scancel', job)
     assert wait_for_array(job) == ['CANCELLED']
@@ -215,13 +215,55 @@ def test_a_cancelled_task_stays_cancelled_and_a_new_job_goes_on(slurm, tmp_path)
     assert rows(folder) == 61
 
 
+def train_sh(*arguments, **environment):
+    """train.sh to its end, whatever it is."""
+    command = ['sh', str(ROOT / 'train.sh'), *map(str, arguments)]
+    return subprocess.run(command, env=os.environ | {'VIRTUAL_ENV': sys.prefix} | environment, capture_output=True, text=True)
+
+
 @needs_slurm
-def test_bad_settings_submit_nothing(slurm, tmp_path):
+@pytest.mark.parametrize(
+    'status, arguments, environment, message',
+    [
+        (2, ('--widht', '4'), {}, 'did you mean --width?'),
+        (2, ('--run', '2', '--width', '4', '5'), {}, '--run: a job has a task for each network; leave it out'),
+        (1, (), {'SBATCH_PARTITION': 'gone'}, 'nvalid partition'),
+    ],
+)
+def test_what_is_refused_submits_nothing_and_leaves_no_folder(slurm, tmp_path, status, arguments, environment, message):
     before = shell('squeue', '-h', '-a', '-t', 'all', '-o', '%A')
-    command = ['sh', str(ROOT / 'train.sh'), *SMALL, '--widht', '4', '--results-dir', str(tmp_path / 'results')]
-    done = subprocess.run(command, env=os.environ | {'VIRTUAL_ENV': sys.prefix}, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == '' and 'did you mean --width?' in done.stderr
-    assert shell('squeue', '-h', '-a', '-t', 'all', '-o', '%A') == before and not (tmp_path / 'results').exists()
+    done = train_sh(*SMALL, *arguments, '--results-path', tmp_path / 'run', **environment)
+    assert done.returncode == status and done.stdout == '' and message in done.stderr and '--prepare' not in done.stderr
+    assert shell('squeue', '-h', '-a', '-t', 'all', '-o', '%A') == before and not (tmp_path / 'run').exists()
+
+
+@needs_slurm
+def test_a_folder_of_before_outlives_a_refused_partition(slurm, tmp_path):
+    train_small(tmp_path / 'run', '--prepare')
+    before = contents(tmp_path / 'run')
+    assert train_sh('--results-path', tmp_path / 'run', '--resume', SBATCH_PARTITION='gone').returncode == 1
+    assert contents(tmp_path / 'run') == before
+
+
+@needs_slurm
+@pytest.mark.parametrize(
+    'limit, lead, warns', [('3', '120', True), ('1:00:00', '3500', True), ('1:00:00', '3400', False), ('1-0', '3400', False)]
+)
+def test_a_limit_too_short_for_its_lead_is_warned_about(slurm, tmp_path, limit, lead, warns):
+    limits = {'SBATCH_TIMELIMIT': limit, 'SBATCH_SIGNAL': f'B:USR1@{lead}'}
+    done = train_sh(*SMALL, '--results-path', tmp_path / 'run', **limits)
+    shell('scancel', re.search(r'^job (\d+)', done.stdout)[1])
+    assert done.returncode == 0 and done.stderr.count('\n') == warns
+    assert not warns or f'a task that ends {lead} s before it may train nothing' in done.stderr
+
+
+@needs_slurm
+def test_what_trains_nothing_is_done_here(slurm, uninterrupted):
+    before = shell('squeue', '-h', '-a', '-t', 'all', '-o', '%A')
+    for option, word in (('--status', 'finished'), ('--plot', 'figure.png')):
+        done = train_sh('--results-path', uninterrupted, option)
+        assert (done.returncode, done.stderr) == (0, '') and word in done.stdout
+    assert shell('squeue', '-h', '-a', '-t', 'all', '-o', '%A') == before
 
 
 @needs_slurm

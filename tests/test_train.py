@@ -5,21 +5,25 @@ import os
 import pty
 import random
 import re
+import shutil
+import signal
 import struct
 import subprocess
 import sys
 import termios
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, TIMINGS, main, numbers, resume, rows, run, same, settings_of, succeeds, train_small
+from conftest import ROOT, SMALL, main, numbers, resume, rows, run, same, settings_of, train_small
 
+import machine
 import train
 from measures.norms import classification_margins, margin_error, measure_data
 from models import get_network
-from records import COLUMNS, load_checkpoint, read_metrics
+from records import COLUMNS, csv_line, load_checkpoint, parse_line, read_metrics, save_checkpoint
 from utils import BOUNDS, evaluate_bounds
 
 
@@ -137,8 +141,8 @@ def test_a_network_that_bounds_do_not_cover(tmp_path):
     """It is trained, the reason is said once and kept, its cells are empty, and a resume goes on to the same digits."""
     folder, flags = tmp_path / 'run', ('--bias', 'True', '--layers-every', '2', '--train-samples', '320')
     stdout = train_small(folder, *flags, '--width', '4', '5')
-    assert stdout.count('bounds that do not cover it are not logged: ') == 2 and stdout.count(' has a bias') == 2
-    assert '# CONV-3-5: bounds that do not cover it' in (folder / 'global_settings.py').read_text()
+    assert stdout.count('bounds that do not cover CONV stay empty: ') == stdout.count(' has a bias') == 1
+    assert '\n# bounds that do not cover CONV stay empty: ' in (folder / 'global_settings.py').read_text()
     table = read_metrics(folder / 'CONV-3-4' / 'metrics.csv')
     missing = {column for column, values in table.items() if np.isnan(values).all()}
     assert {'our_bound', 'rho', 'corrected_bound', 'certified_error', 'pac_bayes_error'} <= missing
@@ -153,19 +157,19 @@ def test_a_network_that_bounds_do_not_cover(tmp_path):
 def test_threads_are_written_down_and_kept(tmp_path, monkeypatch):
     folder = tmp_path / 'run'
     train_small(folder, '--threads', '2', '--epochs', '1')
-    monkeypatch.setattr(train, 'TORCH_THREADS', 3)
     resume(folder, '--epochs', '2')
     assert torch.get_num_threads() == 2
     assert load_checkpoint(folder / 'CONV-3-4' / 'model.pt', 'cpu')['threads'] == 2
     torch.set_num_threads(1)
 
-    succeeds(*SMALL, '--epochs', '1', '--results-path', tmp_path / 'slurm', '--prepare')  # each task has its own number
+    monkeypatch.setattr(train, 'TORCH_THREADS', 2)
+    train_small(tmp_path / 'slurm', '--epochs', '1', '--prepare')  # each task has its own number
     assert '\nthreads = 0 ' in (tmp_path / 'slurm' / 'global_settings.py').read_text()
     resume(tmp_path / 'slurm')
-    assert load_checkpoint(tmp_path / 'slurm' / 'CONV-3-4' / 'model.pt', 'cpu')['threads'] == torch.get_num_threads() == 3
+    assert load_checkpoint(tmp_path / 'slurm' / 'CONV-3-4' / 'model.pt', 'cpu')['threads'] == torch.get_num_threads() == 2
     monkeypatch.setattr(train, 'TORCH_THREADS', 1)
     resume(tmp_path / 'slurm', '--epochs', '2')
-    assert torch.get_num_threads() == 3
+    assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
 
 
@@ -201,6 +205,42 @@ def test_a_kill_at_any_moment_changes_nothing(tmp_path, kill_at, kind):
     assert all((left[name] == expected[name]).all() for name in expected)
 
 
+@pytest.mark.parametrize('kind', ['dense', 'rounds', 'gradient'])
+def test_a_signal_at_any_moment_changes_nothing(tmp_path, monkeypatch, kind):
+    """SIGTERM between any two batches, of a training step or of an evaluation, again and again."""
+    train_small(tmp_path / 'whole', *KINDS[kind])
+    chance, state = random.Random(kind), SimpleNamespace(left=0)
+
+    def check_stop():
+        state.left -= 1
+        machine.stop.signal = signal.SIGTERM if state.left == 0 else machine.stop.signal
+        machine.check_stop()
+
+    monkeypatch.setattr(train, 'check_stop', check_stop)
+    arguments = (*SMALL, *KINDS[kind])
+    for life in range(1, 40):
+        state.left = chance.randint(1, 20 * life)
+        status, _, stderr = main(*arguments, '--results-path', tmp_path / 'run')
+        if status == 0:
+            break
+        assert status == 143 and 'stopped by SIGTERM' in stderr, stderr
+        arguments = ('--resume',)
+    assert life > 4 and same(tmp_path / 'whole', tmp_path / 'run')
+
+
+@pytest.mark.parametrize('kind', ['dense', 'rounds', 'fine-tuning'])
+def test_a_checkpoint_says_which_row_its_weights_are_those_of(tmp_path, kill_at, kind):
+    """Wherever the run is killed, --evaluate measures what is logged of that epoch, or nothing."""
+    names, folder = kill_at(None, 0, *SMALL, *KINDS[kind], '--results-path', tmp_path / 'whole'), tmp_path / 'run'
+    for count in range(2, names.count('save') + 1, 2):  # after each save
+        kill_at('save', count, *SMALL, *KINDS[kind], '--results-path', folder)
+        kill_at(None, 0, '--results-path', folder, '--evaluate')
+        tables = (numbers(folder / 'CONV-3-4' / f'{name}.csv') for name in ('metrics', 'evaluation'))
+        logged, measured = ({tuple(line[:2]): line for line in table} for table in tables)
+        assert all(logged.get(key, line) == line for key, line in measured.items())
+        shutil.rmtree(folder)
+
+
 def test_rounds_are_logged_from_the_pruned_network_on(tmp_path):
     train_small(tmp_path / 'run', *KINDS['rounds'])
     table = read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')
@@ -230,8 +270,18 @@ def test_resume_to_more_epochs(tmp_path, flags):
     resume(tmp_path / 'run', '--epochs', '6')
     assert same(tmp_path / 'run', tmp_path / 'whole')
     assert '\nepochs = 6 ' in (tmp_path / 'run' / 'global_settings.py').read_text()
+
+
+def test_the_seconds_of_a_row_that_is_taken_back_are_kept(tmp_path):
+    train_small(tmp_path / 'run', '--epochs', '3', '--eval-every', '2')
+    path = tmp_path / 'run' / 'CONV-3-4' / 'model.pt'
+    checkpoint = load_checkpoint(path, 'cpu')
+    lines = checkpoint['state']['lines']
+    lines[-1] = csv_line(parse_line(lines[-1], COLUMNS) | {'train_seconds': 1000.0}, COLUMNS)
+    save_checkpoint(path, checkpoint)
+    resume(tmp_path / 'run', '--epochs', '6')
     seconds = read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')['train_seconds']
-    assert (seconds[1:] > 0).all() and seconds[0] == 0
+    assert seconds[0] == 0 < seconds[1] < 1000 < seconds[2] and 0 < seconds[3] < 1000
 
 
 def test_resume_to_more_epochs_takes_back_certificates(tmp_path, monkeypatch):
