@@ -36,7 +36,7 @@ from measures.geometry import not_covered
 from measures.masks import density, measure_masks, sharing
 from measures.norms import classification_margins, margin_error, measure_data
 from measures.pac_bayes import certify, test_set_bound
-from measures.representations import measure_representations
+from measures.representations import effective_depth, measure_representations
 from models import get_network
 from records import (
     COLUMNS,
@@ -328,6 +328,11 @@ class Run:
             snapshot = {'network': self.net.state_dict(), 'place': place}
             save_checkpoint(self.folder / 'snapshots' / f'{place[0]}-{place[1]}.pt', snapshot)
         self.place = place
+        if layers and place[1] == settings.epochs:
+            errors = [layer['train_ncc_error'] for layer in layers[1:-1]]
+            depths = ', '.join(f'{effective_depth(errors, eps):g} (eps = {eps})' for eps in (0.01, 0.05))
+            accuracy = f'training accuracy {1 - row["train_error"]:.4f}'
+            tqdm.write(f'{settings.name}: effective depth {depths}; {accuracy}')
         if row:
             self.state['train_seconds'] = 0.0
             where = f'{settings.name} ' + f'round {place[0]} ' * bool(settings.prune_rounds)

@@ -3,6 +3,7 @@
 import math
 import shutil
 
+import numpy as np
 import pytest
 from conftest import ROOT, run
 
@@ -37,7 +38,7 @@ def metrics(name, network):
     return read_metrics(RESULTS / name / network / 'metrics.csv')
 
 
-@pytest.mark.parametrize('name', ['digits', 'mnist-width', 'mnist-depth', 'depth', 'certificate'])
+@pytest.mark.parametrize('name', ['digits', 'mnist-width', 'mnist-depth', 'depth', 'certificate', 'tickets-digits'])
 def test_figure_is_redrawn_from_the_shipped_files(tmp_path, name):
     folder = tmp_path / name
     shutil.copytree(RESULTS / name, folder, ignore=shutil.ignore_patterns('*.png', '*.pt', '.*'))
@@ -85,3 +86,17 @@ def test_the_page_of_certificates_quotes_the_shipped_ones():
         last = {column: values[-1] for column, values in metrics('certificate', row['results/certificate']).items()}
         for name, column in CERTIFIED.items():
             assert row[name] == f'{last[column]:.{4 if name == "test error" else 3}f}', (row, name)
+
+
+def test_the_page_of_sparse_networks_quotes_the_shipped_rounds():
+    (table,) = tables('sparse.md', 'weights left')
+    log = metrics('tickets-digits', 'CONV-3-16')
+    ends = np.flatnonzero(log['epoch'] == 100)
+    assert len(table) == len(ends) == 14
+    for row, end in zip(table, ends):
+        assert (row['weights left'], row['test error']) == (
+            f'{100 * log["density"][end]:.1f} %',
+            f'{log["test_error"][end]:.4f}',
+        )
+        for name, column in (('rho', 'rho'), ('our', 'our_bound'), ('corrected', 'corrected_bound'), ('path', 'path_bound')):
+            assert row[name] == f'{log[column][end]:.3g}', row
