@@ -266,7 +266,7 @@ def measure(net, settings, dataset, delta, between):
     row |= {'train_error': margin_error(train_margins, 0), 'test_error': margin_error(test_margins, 0)}
     data = measure_data(net, dataset.train_images)
     row |= evaluate_bounds(net, data, train_margins, delta, settings.gamma)
-    if settings.certify_every and not settings.normalize and not settings.label_noise:
+    if settings.certify_every and not launch.no_certificate(settings):
         row |= certify(net, dataset.train_images, dataset.train_labels, delta, between)
     return row
 

@@ -85,11 +85,17 @@ def check(settings):
     missing = []
     if reason := not_covered(net, dataset.input_shape):
         missing.append(f'bounds that do not cover {settings.network} stay empty: {reason}')
-    elif settings.certify_every and settings.normalize:
-        missing.append('certificates stay empty: normalize = True takes the statistics of the whole training set')
-    elif settings.certify_every and settings.label_noise:
-        missing.append('certificates stay empty: with label_noise the training samples are not independent')
+    elif settings.certify_every and (reason := no_certificate(settings)):
+        missing.append(f'certificates stay empty: {reason}')
     return missing
+
+
+def no_certificate(settings):
+    """Why the training samples are no iid ones, which a certificate asks for; None where they are."""
+    if settings.normalize:
+        return 'normalize = True takes the statistics of the whole training set'
+    if settings.label_noise:
+        return 'with label_noise the training samples are not independent'
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -344,7 +350,8 @@ def run(options, flags, train, evaluate):
     chosen = [runs[number - 1] for number in numbers]
     missing = list(dict.fromkeys(line for settings in chosen for line in check(settings)))
     if options.evaluate:
-        return evaluate_all(runs, options.folder, evaluate)
+        evaluate_all(runs, options.folder, evaluate)
+        return 0
     if not (options.resume or options.prepare):  # a task of Slurm has its own number of threads
         sweep['threads'] = sweep['threads'] or max(1, torch.get_num_threads() // min(sweep['jobs'], len(runs)))
         for settings in runs:

@@ -19,10 +19,10 @@ import torch
 
 from conf import BEFORE, BadInput, load_settings
 from datasets import DATASETS
+from measures.pac_bayes import COLUMNS as CERTIFICATES
 from models import get_network
 from utils import BOUNDS
 
-CERTIFICATES = ['pac_bayes_error', 'pac_bayes_rounded_error', 'pac_bayes_gibbs_error']
 COLUMNS = (
     'epoch, round, density, lr, train_loss, test_loss, train_error, test_error, generalization_gap, train_margin_error, rho, '
     f'prod_ratio, norm_ratio, path_norm, {", ".join([*BOUNDS, *CERTIFICATES])}, test_set_bound, train_seconds, eval_seconds'

@@ -158,15 +158,18 @@ def measure_network(net, input_shape, margins=None, skip_uncovered=False):
     Raises:
         BadInput: the network is not covered, or its weights contain NaN or infinity.
     """
-    network = SimpleNamespace(margins=margins, not_covered=not_covered(net, input_shape))
-    if network.not_covered and not skip_uncovered:
-        raise BadInput(network.not_covered)
+    network = SimpleNamespace(margins=margins, not_covered=None)
+    try:
+        layers = trace_layers(net, input_shape)
+    except BadInput as error:
+        if not skip_uncovered:
+            raise
+        network.not_covered = str(error)
     with contextlib.suppress(BadInput) if network.not_covered else contextlib.nullcontext():
         vars(network).update(vars(measure_paths(net, input_shape)))
     if network.not_covered:
         return network
     table = {symbol: [] for symbol in ('F', 'T', 's', 'a', 'b', 'R', 'deg', 'A', 'p', 'c', 'W')}
-    layers = trace_layers(net, input_shape)
     for layer in layers:
         weight = layer.module.weight.detach().double().view(layer.shape)
         scale = weight.abs().max().item()  # taken out, so that no square over- or underflows
