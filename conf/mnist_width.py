@@ -1,0 +1,6 @@
+"""Figure 1 by width: CONV-3-8, CONV-3-16 and CONV-3-32 on MNIST, about two hours of one core (docs/figure1.md)."""
+
+width = [8, 16, 32]
+epochs = 100
+eval_every = 2
+layers_every = 25
