@@ -106,7 +106,7 @@ def _climb(score, point, strides):
     return point, best
 
 
-def _live(kernels):
+def live_channels(kernels):
     """Kernels (out, in, h, w) of the same function without the channels that are zero or feed nothing."""
     kernels = list(kernels)
     pairs = range(1, len(kernels))
@@ -321,7 +321,7 @@ def certify(net, images, labels, delta=0.001, between=None):
     data, m1 = (images, labels), m - n0
     fixed = math.log(2 * math.sqrt(m1) * CHOICES * LOSSES / delta) + sum(math.log(len(kernel)) for kernel in kernels[:-1])
 
-    kernels = _live([*kernels[:-1], kernels[-1] - kernels[-1].mean(0)])
+    kernels = live_channels([*kernels[:-1], kernels[-1] - kernels[-1].mean(0)])
     if not all(kernel.any() for kernel in kernels):
         return dict.fromkeys(COLUMNS, 1.0)
     hidden = [kernel / _operator_norm(kernel, layer) for kernel, layer in zip(kernels[:-1], layers)]
@@ -358,7 +358,7 @@ def _trained(hidden, classifier, layers, measured, fixed, m1):
         return 1.0
     rounded = [_round(kernel, bit) for kernel, bit in zip(hidden, point[3:])]
     slack = _slack(_operator_norm(k - r, layer) for k, r, layer in zip(hidden, rounded, layers))
-    live = _live([*rounded, classifier])
+    live = live_channels([*rounded, classifier])
     table = measured(live)
     return _best(table, m1, fixed + _nats(live, point[3:]), spread * table.scale * slack, point[:3])[0]
 
@@ -369,7 +369,7 @@ def _rounded(hidden, classifier, measured, fixed, m1):
     def best(bits, few):
         if not all(0 <= bit <= MAX_BITS for bit in bits):
             return math.inf, None
-        live = _live([*(_round(kernel, bit) for kernel, bit in zip(hidden, bits)), classifier])
+        live = live_channels([*(_round(kernel, bit) for kernel, bit in zip(hidden, bits)), classifier])
         if not all(kernel.any() for kernel in live):
             return math.inf, None
         table, nats = measured(live, few), fixed + _nats(live, bits)

@@ -378,7 +378,7 @@ def test_live_channels_alone_compute_the_function():
     kernels[1][3] = 0
     kernels[1][5, [0, 3, 5, 6, 7]] = 0  # reads dead channels alone
     kernels[2][:, 6] = 0
-    live = pac_bayes._live(kernels)
+    live = pac_bayes.live_channels(kernels)
     assert [tuple(kernel.shape[:2]) for kernel in live] == [(5, 1), (5, 5), (5, 5), (3, 5)]
     x = torch.rand(7, 1, 6, 6)
     outputs = [pac_bayes._features(part[:-1], layers, x) @ part[-1].flatten(1).T for part in (kernels, live)]

@@ -1,0 +1,112 @@
+"""A certificate at the paper's own width: CONV-3-200 on MNIST, a thousandth of its wide convolutions left (docs/certificate.md).
+
+python docs/paper_width.py   about half an hour of one core, a third of it the dense epoch
+
+Trains, prunes the second and the third convolution by magnitude, drops the channels that died, which leaves the function as
+it is, and trains what is left, three times. What is certified is a CONV-3-200: the dropped channels are back, as zeros.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+from tqdm import tqdm
+
+from conf import load_settings
+from launch import get_inputs
+from measures.geometry import trace_layers
+from measures.norms import margin_error
+from measures.pac_bayes import certify, live_channels
+from models import get_network
+from models.weight_norm import Mask, set_mask, weight_norm
+from train import losses_and_margins, make_loss, make_step
+
+STAGES = [  # share of the weights of the second and the third convolution that stays, then the learning rate of each epoch
+    (1, [0.01]),
+    (0.007, [0.01, 0.01]),
+    (0.003, [0.01, 0.01]),
+    (0.001, [0.01, 0.01, 0.01, 0.001]),
+]
+
+
+def kernels_of(net, input_shape):
+    return [layer.module.weight.detach().view(layer.shape) for layer in trace_layers(net, input_shape)]
+
+
+def chain(kernels, masks=True):
+    """The network of these kernels, weight-normalized as the paper's; with masks, what is 0 stays 0."""
+    layers = []
+    for kernel in kernels[:-1]:
+        layer = nn.Conv2d(*kernel.shape[1::-1], kernel.shape[2:], bias=False)
+        layer.weight.data = kernel.clone()
+        weight_norm(layer)
+        if masks:
+            parametrize.register_parametrization(layer, 'weight', Mask(layer.weight))
+            set_mask(layer, kernel != 0)
+        layers += [layer, nn.ReLU()]
+    classifier = nn.Linear(kernels[-1][0].numel(), len(kernels[-1]), bias=False)
+    classifier.weight.data = kernels[-1].flatten(1).clone()
+    return nn.Sequential(*layers, nn.Flatten(), classifier).to(kernels[0].device, memory_format=torch.channels_last)
+
+
+def pruned(kernels, share, width):
+    """The kernels with so many of the largest weights of each wide convolution, without the channels that then are dead."""
+    kernels = list(kernels)
+    for place in range(1, len(kernels) - 1):
+        count = round(share * width**2 * kernels[place][0, 0].numel())
+        magnitudes = kernels[place].abs()
+        least = magnitudes.flatten().topk(min(count, magnitudes.numel())).values[-1]
+        kernels[place] = torch.where(magnitudes >= least, kernels[place], 0)
+    return live_channels(kernels)
+
+
+def widened(kernels, width):
+    """The same function with hidden layers of `width` channels, those that are added zeros."""
+    wide = [(width, 1), *((width, width) for _ in kernels[1:-1]), (len(kernels[-1]), width)]
+    return [
+        F.pad(kernel, (0, 0, 0, 0, 0, inputs - kernel.shape[1], 0, outputs - kernel.shape[0]))
+        for kernel, (outputs, inputs) in zip(kernels, wide)
+    ]
+
+
+def main():
+    settings = load_settings()[1][0]
+    device, dataset = get_inputs(settings)
+    images, labels, shape = dataset.train_images, dataset.train_labels, dataset.input_shape
+    targets = F.one_hot(labels, dataset.num_classes).float()
+    torch.manual_seed(settings.seed)
+    kernels = kernels_of(get_network(settings, shape, dataset.num_classes).to(device), shape)
+    number = 0
+    for share, rates in STAGES:
+        net = chain(kernels if share == 1 else pruned(kernels, share, settings.width), share < 1)
+        optimizer = torch.optim.SGD(
+            net.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+        step = make_step(optimizer, make_loss(net, F.mse_loss, images, targets, bf16=True), torch.zeros((), device=device))
+        for rate in rates:
+            optimizer.param_groups[0]['lr'] = rate
+            number += 1
+            order = torch.from_numpy(np.random.default_rng((settings.seed, number)).permutation(len(images))).to(device)
+            for indices in tqdm(order.split(settings.batch_size), desc=f'epoch {number}', disable=not sys.stdout.isatty()):
+                step(indices)
+        kernels = kernels_of(net, shape)
+        with torch.no_grad():
+            errors = [
+                margin_error(losses_and_margins(net, *part, F.mse_loss)[1], 0)
+                for part in ((images, labels), (dataset.test_images, dataset.test_labels))
+            ]
+        wide = chain(widened(kernels, settings.width), masks=False)
+        found = certify(wide, images, labels, settings.delta) if share < 1 else {}
+        channels = ', '.join(str(len(kernel)) for kernel in kernels[:-1])
+        words = ' '.join(f'{column} {value:.4f}' for column, value in found.items())
+        print(f'share {share} channels {channels} train_error {errors[0]:.4f} test_error {errors[1]:.4f} {words}', flush=True)
+
+
+if __name__ == '__main__':
+    main()
