@@ -1,4 +1,4 @@
-"""A certificate at the paper's own width: CONV-3-200 on MNIST, a thousandth of its wide convolutions left (docs/certificate.md).
+"""A certificate at the paper's own width: CONV-3-200 on MNIST with a thousandth of its wide convolutions (docs/certificate.md).
 
 python docs/paper_width.py   about half an hour of one core, a third of it the dense epoch
 
