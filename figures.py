@@ -39,7 +39,8 @@ CURVES = {
     'absolute_gap': ('#888888', ':', 1.2, 'Generalization gap (absolute)'),
 }
 RARE = ('graf_params_bound', 'bartlett_bound', 'neyshabur_bound')  # drawn only where every bound is asked for
-LARGE = (*RARE, 'golowich_bound', 'ledent_bound', 'graf_bound', 'sedghi_bound', 'absolute_gap')  # ... so against density
+LARGE = *RARE, 'golowich_bound', 'ledent_bound', 'graf_bound', 'sedghi_bound'  # ... so against density
+LARGE += 'certified_error', 'absolute_gap'
 SEEDS = ('seed', 'data_seed')
 LOOK = {'axes.grid': True, 'grid.alpha': 0.3, 'legend.frameon': False, 'pdf.fonttype': 42}  # TrueType: text stays text
 GROUPS = (('-', 'o'), ('--', 's'), (':', '^'))  # line style and marker of the networks that share a panel
@@ -307,12 +308,19 @@ def places(runs, knob):
 
 
 def density_picture(runs, left_out):
-    """The last row of each pruning round against the share of weights that is left, mean and range over seeds."""
+    """The last row of each pruning round against the share that is left of what is pruned, mean and range over seeds."""
     if not any(table['round'].any() for _, table in runs):
         return None
-    groups = grouped(runs, varied(runs))
-    groups = {words: [row for _, table in members for row in last_rows(table)] for words, members in groups.items()}
-    return narrowing_picture(groups, 'density', left_out, 'share of weights left', lambda power: f'{100 * 2.0**power:.3g} %')
+    groups = grouped(runs, varied(runs)).items()
+    groups = {words: [row for run in members for row in rows_left(*run)] for words, members in groups}
+    label = 'share of weights left in the layers that are pruned'
+    return narrowing_picture(groups, 'left', left_out, label, lambda power: f'{100 * 2.0**power:.3g} %')
+
+
+def rows_left(settings, table):
+    """The last rows, with the share `left` of the weights that are pruned; `density` counts a dense classifier too."""
+    conv, kept = settings.prune_layers == 'conv', 1 - settings.prune_fraction
+    return [row | {'left': settings.density * kept ** row['round'] if conv else row['density']} for row in last_rows(table)]
 
 
 def compress_picture(networks, folder, left_out):

@@ -231,6 +231,13 @@ def test_against_density(tmp_path):
     assert len(lines) == 4 * 3 and [line['density'] for line in lines[:3]] == ['1.0', '0.5', '0.25']
 
 
+def test_against_what_is_left_of_the_convolutions(tmp_path):
+    folder, (settings,) = results(tmp_path / '1', epochs=5, prune_rounds=2, prune_layers='conv', prune_fraction=0.75)
+    pruned(folder, settings.name, 1, 5)
+    errors, _ = figures.density_picture(runs_of(folder), figures.LARGE).get_axes()
+    assert drawn(errors)['Train error'][0] == [0.25, 1.0]
+
+
 def test_many_groups_have_a_row_each(tmp_path):
     folder, runs = results(tmp_path / '1', epochs=5, prune_rounds=2, width=[4, 5, 6, 7])
     for settings in runs:
