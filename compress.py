@@ -4,8 +4,6 @@ python compress.py results/7 --lam 1e-4 1e-3 1e-2   every network of the folder,
 """
 
 import argparse
-import csv
-import io
 import math
 import os
 import sys
@@ -22,10 +20,10 @@ from conf import ROOT, BadInput, settings_text
 from machine import choose_precision, guarded, keep_freed_memory
 from measures.geometry import trace_layers
 from measures.lasso import group_lasso, norms, ridge, scaled, squared_residual
-from measures.norms import classification_margins, margin_error, measure_data
-from measures.pac_bayes import certify
+from measures.norms import measure_data
 from records import (
     CERTIFICATES,
+    csv_line,
     folder_settings,
     load_checkpoint,
     load_network,
@@ -33,14 +31,15 @@ from records import (
     save_checkpoint,
     write_file,
 )
-from utils import BOUNDS, evaluate_bounds
+from train import evaluate
+from utils import BOUNDS
 
 FIT_IMAGES = 10_000  # at most so many are fitted to, evenly spaced
 GRAM_COLUMNS = 12_000  # the largest Gram matrix that is formed, 1.1 GiB; beyond it the features themselves are kept
 FEATURE_BYTES = 2**31  # ... of as many images as fit into this
 CHUNK = 2**23  # features at once where they are summed up
 COLUMNS = 'lam, channels, weights, residual, gap, train_error, test_error, rho, prod_ratio, norm_ratio, path_norm'.split(', ')
-COLUMNS += [*BOUNDS, *CERTIFICATES]
+COLUMNS += [*BOUNDS, *CERTIFICATES, 'test_set_bound']
 
 
 def balance(net, input_shape):
@@ -249,28 +248,6 @@ def load(path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def measure(net, settings, dataset, delta, between):
-    """What compress.csv says of a network: weights, errors, bounds, and certificates where the settings want them."""
-
-    def margins(images, labels):
-        outputs = []
-        for batch in images.split(256):
-            between()
-            outputs.append(net(batch))
-        return classification_margins(torch.cat(outputs), labels)
-
-    train_margins = margins(dataset.train_images, dataset.train_labels)
-    test_margins = margins(dataset.test_images, dataset.test_labels)
-    row = {'weights': sum(weight.numel() for weight in net.parameters())}
-    row |= {'train_error': margin_error(train_margins, 0), 'test_error': margin_error(test_margins, 0)}
-    data = measure_data(net, dataset.train_images)
-    row |= evaluate_bounds(net, data, train_margins, delta, settings.gamma)
-    if settings.certify_every and not launch.no_certificate(settings):
-        row |= certify(net, dataset.train_images, dataset.train_labels, delta, between)
-    return row
-
-
 def compress_run(net, settings, lams, refit, folder):
     """Compresses one trained network once per lam into `folder`: weights, and a row of compress.csv; row 0 is the source.
 
@@ -283,8 +260,8 @@ def compress_run(net, settings, lams, refit, folder):
         torch.set_num_threads(settings.threads)
     net, images = net.to(device), dataset.train_images
     hidden = [layer.shape[0] for layer in trace_layers(net, dataset.input_shape)[:-1]]
-    delta = settings.delta / math.prod(hidden)
-    rows, errors = [], []
+    settings = SimpleNamespace(**vars(settings) | {'delta': settings.delta / math.prod(hidden)})
+    lines, errors = [], []
     with tqdm(total=1 + len(lams), desc=settings.name, disable=not sys.stdout.isatty()) as bar:
 
         def between():
@@ -301,15 +278,13 @@ def compress_run(net, settings, lams, refit, folder):
             row = {'lam': lam, 'channels': '|'.join(str(layer['channels']) for layer in report) or '|'.join(map(str, hidden))}
             row |= {'residual': '|'.join(f'{layer["residual"]:.3g}' for layer in report)}
             row |= {'gap': max((layer['gap'] for layer in report), default=0.0)}
-            row |= measure(narrow, settings, dataset, delta, between)
-            rows.append({column: '' if value != value else value for column, value in row.items()})
+            row |= {'weights': sum(weight.numel() for weight in narrow.parameters())}
+            data = measure_data(narrow, images)
+            row |= evaluate(narrow, settings, dataset, data, settings.prune_rounds, settings.epochs)
+            lines.append(csv_line(row, COLUMNS))
             folder.mkdir(exist_ok=True)
             save(folder / f'lam-{lam}.pt', narrow, dataset.input_shape)
-            table = io.StringIO()
-            writer = csv.DictWriter(table, COLUMNS, lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(rows)
-            write_file(folder / 'compress.csv', table.getvalue().encode())
+            write_file(folder / 'compress.csv', (','.join(COLUMNS) + '\n' + ''.join(lines)).encode())
             bar.update()
             words = f'{row["channels"]} channels, {row["weights"]} weights, rho {row["rho"]:.4g}'
             bar.write(f'{settings.name} lam {lam:g}: {words}, train {row["train_error"]:.4f} test {row["test_error"]:.4f}')

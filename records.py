@@ -92,7 +92,7 @@ def locked(path, seconds=None):
 def csv_line(row, columns):
     """A row, {column: value}, as a line of a table; floats read back exactly."""
     cells = [row.get(column, np.nan) for column in columns]
-    return ','.join('' if value != value else repr(value) for value in cells) + '\n'
+    return ','.join('' if value != value else str(value) for value in cells) + '\n'
 
 
 def parse_line(line, columns):

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import math
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -374,6 +375,23 @@ def test_command_leaves_a_folder_of_its_own(trained, digits):
         assert wrong == float(row['test_error']) and table.W.sum() == int(row['weights'])
         assert table.rho == pytest.approx(float(row['rho']))
     assert torch.allclose(load(folder / 'CONV-2-16' / 'lam-0.pt')(digits.test_images), source(digits.test_images), atol=1e-5)
+
+
+def test_ctrl_c_leaves_the_rows_that_are_done(trained):
+    lams = [f'{0.001 * k}' for k in range(1, 200)]
+    words = [sys.executable, str(ROOT / 'compress.py'), str(trained), '--lam', *lams]
+    before = set(trained.parent.iterdir())
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not any('lam 0.001' in line for line in iter(process.stdout.readline, '')):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and errors.count('\n') == 1 and 'the rows that are done are kept' in errors
+    (folder,) = set(trained.parent.iterdir()) - before
+    rows = list(csv.DictReader((folder / 'CONV-2-16' / 'compress.csv').open()))
+    assert 2 <= len(rows) < len(lams) and all(row['test_set_bound'] for row in rows)
+    assert {path.name for path in folder.rglob('*.pt')} >= {f'lam-{row["lam"]}.pt' for row in rows}
+    assert not list(folder.rglob('*.tmp'))
 
 
 @pytest.mark.parametrize(
