@@ -1,8 +1,8 @@
 # Networks made narrower by python compress.py results/1 --lam 0.0001 0.001 0.003 0.01 --refit ridge; the settings are those that they were trained with.
-# date: 2026-11-20T20:53:43+00:00
+# date: 2026-11-20T22:59:03+00:00
 # versions: Python 3.11.7, torch 2.13.0+cpu
 # device: cpu, 1 threads
-# commit: e7490a046c021a8c7dc2c41f96ef2bb90f11972c with uncommitted changes
+# commit: 1724aa47d8a53d870d04cc73a7e0045678378993
 
 dataset_name = 'digits'  # MNIST, FashionMNIST, SVHN, CIFAR10, CIFAR100 or digits
 data_dir = 'data'  # where the dataset is looked for and downloaded to; the environment variable DATA_DIR wins
