@@ -21,8 +21,9 @@ from machine import choose_precision, guarded, keep_freed_memory
 from measures.geometry import trace_layers
 from measures.lasso import group_lasso, norms, ridge, scaled, squared_residual
 from measures.norms import measure_data
+from measures.pac_bayes import COLUMNS as CERTIFICATES
+from measures.pac_bayes import test_set_bound
 from records import (
-    CERTIFICATES,
     csv_line,
     folder_settings,
     load_checkpoint,
@@ -251,8 +252,8 @@ def load(path):
 def compress_run(net, settings, lams, refit, folder):
     """Compresses one trained network once per lam into `folder`: weights, and a row of compress.csv; row 0 is the source.
 
-    The widths of a narrower network are chosen by the data, so every row holds at delta over the number of choices there
-    are. Returns the errors of the lams at which a layer died.
+    The widths of a narrower network are chosen by the training data, so each bound holds at delta over the number of choices
+    there are; the test set has nothing to pay for. Returns the errors of the lams at which a layer died.
     """
     device, dataset = launch.get_inputs(settings)
     choose_precision('float32', device)
@@ -260,9 +261,9 @@ def compress_run(net, settings, lams, refit, folder):
         torch.set_num_threads(settings.threads)
     net, images = net.to(device), dataset.train_images
     hidden = [layer.shape[0] for layer in trace_layers(net, dataset.input_shape)[:-1]]
-    settings = SimpleNamespace(**vars(settings) | {'delta': settings.delta / math.prod(hidden)})
+    data, united = measure_data(net, images), SimpleNamespace(**vars(settings) | {'delta': settings.delta / math.prod(hidden)})
     lines, errors = [], []
-    with tqdm(total=1 + len(lams), desc=settings.name, disable=not sys.stdout.isatty()) as bar:
+    with tqdm(total=1 + len(lams), desc=settings.name, miniters=0, disable=not sys.stdout.isatty()) as bar:
 
         def between():
             bar.update(0)
@@ -279,8 +280,8 @@ def compress_run(net, settings, lams, refit, folder):
             row |= {'residual': '|'.join(f'{layer["residual"]:.3g}' for layer in report)}
             row |= {'gap': max((layer['gap'] for layer in report), default=0.0)}
             row |= {'weights': sum(weight.numel() for weight in narrow.parameters())}
-            data = measure_data(narrow, images)
-            row |= evaluate(narrow, settings, dataset, data, settings.prune_rounds, settings.epochs)
+            row |= evaluate(narrow, united, dataset, data, settings.prune_rounds, settings.epochs)
+            row |= {'test_set_bound': test_set_bound(row['test_error'], len(dataset.test_images), settings.delta)}
             lines.append(csv_line(row, COLUMNS))
             folder.mkdir(exist_ok=True)
             save(folder / f'lam-{lam}.pt', narrow, dataset.input_shape)

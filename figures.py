@@ -59,10 +59,9 @@ def draw(folder, every=False):
     """
     import matplotlib  # in functions, since training works without it
 
-    folder = Path(folder)
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # the lock may be another user's, and the pictures can be replaced all the same
-            stack.enter_context(locked(folder / '.figure.lock'))  # whoever draws last has read last
+            stack.enter_context(locked(Path(folder, '.figure.lock')))  # whoever draws last has read last
         stack.enter_context(matplotlib.rc_context(LOOK))
         networks = folder_settings(folder)[1]
         runs = read_runs(folder, networks)
@@ -78,9 +77,9 @@ def draw(folder, every=False):
             for suffix, options in (('png', {'dpi': 130}), ('pdf', {'metadata': {'CreationDate': None}})) if picture else ():
                 buffer = io.BytesIO()
                 picture.savefig(buffer, format=suffix, **options)
-                files[folder / f'{name}.{suffix}'] = buffer.getbuffer()
+                files[Path(folder, f'{name}.{suffix}')] = buffer.getbuffer()
         if pictures['sweep'] or pictures['density']:
-            files[folder / 'summary.csv'] = summary(runs)
+            files[Path(folder, 'summary.csv')] = summary(runs)
         try:
             for path, content in files.items():
                 write_file(path, content)
@@ -136,7 +135,7 @@ def spread(rows, axis):
 
 
 def sample_size(errors):
-    """The least n of which all errors are shares k / n: a divisor of the sample's size, and nearly always that size."""
+    """The least n of which all errors are shares k / n: with many errors nearly always the sample's size, else a divisor."""
     return math.lcm(*(Fraction(error).limit_denominator(10**5).denominator for error in errors if not np.isnan(error)))
 
 
@@ -303,7 +302,8 @@ def places(runs, knob):
     values = dict.fromkeys(getattr(settings, knob) for settings, _ in runs)
     if not all(type(value) in (int, float) for value in values):
         return {value: place for place, value in enumerate(values)}
-    everything = [table['train_error'] for settings, table in runs if settings.train_samples == 0]
+    shares = ('train_error', 'train_margin_error')
+    everything = [table[share] for settings, table in runs if settings.train_samples == 0 for share in shares]
     return {v: sample_size(np.concatenate(everything)) if (knob, v) == ('train_samples', 0) else v for v in values}
 
 
@@ -311,27 +311,34 @@ def density_picture(runs, left_out):
     """The last row of each pruning round against the share that is left of what is pruned, mean and range over seeds."""
     if not any(table['round'].any() for _, table in runs):
         return None
-    groups = grouped(runs, varied(runs)).items()
-    groups = {words: [row for run in members for row in rows_left(*run)] for words, members in groups}
-    label = 'share of weights left in the layers that are pruned'
-    return narrowing_picture(groups, 'left', left_out, label, lambda power: f'{100 * 2.0**power:.3g} %')
+    groups = {words: [row for run in group for row in rows_left(*run)] for words, group in grouped(runs, varied(runs)).items()}
+    label, percent = 'share of weights left in the layers that are pruned', lambda power: f'{100 * 2.0**power:.3g} %'
+    return narrowing_picture(groups, 'left', left_out, label, percent)
 
 
 def rows_left(settings, table):
     """The last rows, with the share `left` of the weights that are pruned; `density` counts a dense classifier too."""
-    conv, kept = settings.prune_layers == 'conv', 1 - settings.prune_fraction
-    return [row | {'left': settings.density * kept ** row['round'] if conv else row['density']} for row in last_rows(table)]
+    kept = settings.density * (1 - settings.prune_fraction) ** table['round']
+    left = {'left': kept if settings.prune_layers == 'conv' else table['density']}
+    return last_rows(table | left | {'deviation': deviation(settings, table)})
+
+
+def deviation(settings, row):
+    """Standard deviation sqrt(e (1 - e) / n) of a test error e; test_set_bound b tells n, as kl(e|b) = log(1 / delta) / n."""
+    e, b = (np.clip(row.get(column, np.nan), 1e-9, 1 - 1e-9) for column in ('test_error', 'test_set_bound'))
+    kl = e * np.log(e / b) + (1 - e) * np.log((1 - e) / (1 - b))
+    return np.sqrt(e * (1 - e) * kl / -np.log(settings.delta))
 
 
 def compress_picture(networks, folder, left_out):
     """What compress.py left of each network against its number of weights."""
     groups = {}
     for settings in networks:
-        path = Path(folder, settings.name, 'compress.csv')
-        if path.exists():
+        if (path := Path(folder, settings.name, 'compress.csv')).exists():
             try:
                 table = np.genfromtxt(path, delimiter=',', names=True, ndmin=1)  # cells of text are nan
                 rows = [dict(zip(table.dtype.names, row)) for row in table]
+                rows = [row | {'deviation': deviation(settings, row)} for row in rows]
                 groups[settings.name] = [row for row in rows if row['weights'] > 0 and row['test_error'] >= 0]
             except (LookupError, TypeError, ValueError):
                 raise BadInput(f'{path}: not a table of compress.py; move it away and compress again') from None
@@ -339,17 +346,13 @@ def compress_picture(networks, folder, left_out):
 
 
 def narrowing_picture(groups, axis, left_out, label, text='$2^{{{}}}$'.format):
-    """Errors and certificates, and beside them bounds, against a column that says what is left of networks, {words: rows}.
-
-    Thin lines are the whole networks. Bars are one standard error of a test error e, sqrt(e (1 - e) / n). A train error has
-    none: its sample is the one that was fitted.
-    """
+    """Errors and certificates, beside them bounds, against what is left of networks, {words: rows}; thin lines: whole ones."""
     import matplotlib.lines
 
     bounds = [column for column in BOUNDS if column.endswith('_bound')]
     alone, styles, keys = len(groups) > len(GROUPS), curves(left_out), []
-    figure = new_figure(len(groups) if alone else 1, 2)
-    panels = figure.subplots(len(groups) if alone else 1, 2, sharex=True, sharey='col', squeeze=False)
+    figure = new_figure(height := len(groups) if alone else 1, 2)
+    panels = figure.subplots(height, 2, sharex=True, sharey='col', squeeze=False)
     for index, (words, rows) in enumerate(groups.items()):
         pair, (linestyle, marker) = (panels[index], GROUPS[0]) if alone else (panels[0], GROUPS[index])
         look = {'linestyle': linestyle, 'marker': marker, 'markersize': 4}
@@ -360,9 +363,8 @@ def narrowing_picture(groups, axis, left_out, label, text='$2^{{{}}}$'.format):
             for line in plot(panel, mean[axis], mean, shown, low, high, **look):
                 panel.axhline(line.get_ydata()[-1], color=line.get_color(), linewidth=0.6, alpha=0.6, zorder=0)
             panel.set(xlabel=label, title=f'{words}: {kind}' if alone else kind)
-        error, n = mean['test_error'], sample_size([row['test_error'] for row in rows])
-        bars = {'yerr': np.sqrt(error * (1 - error) / n), 'ecolor': styles['test_error']['color']}
-        pair[0].errorbar(mean[axis], error, fmt='none', elinewidth=0.8, capsize=2, **bars)
+        bars = {'yerr': mean['deviation'], 'ecolor': styles['test_error']['color']}
+        pair[0].errorbar(mean[axis], mean['test_error'], fmt='none', elinewidth=0.8, capsize=2, **bars)
     power_ticks(panels.ravel(), 'x', text)
     panels[0, 0].invert_xaxis()
     return finish(figure, panels.T, keys if 1 < len(groups) and not alone else ())

@@ -1,5 +1,6 @@
 """The command line's work around a training: options, checks, locks, signals, jobs, --evaluate, --status and --plot."""
 
+import collections
 import concurrent.futures
 import contextlib
 import ctypes
@@ -154,6 +155,8 @@ def check_options(options, flags):
     if not (folder / 'global_settings.py').is_file():
         mend = f'name {folder.parent}' if (folder.parent / 'global_settings.py').is_file() else f'launch without {option}'
         raise BadInput(f'{folder}: not a results folder, it has no global_settings.py; {mend}')
+    if options.resume and any(folder.glob('*/compress.csv')):
+        raise BadInput(f'{folder}: holds networks made narrower, not trained ones; run compress.py again')
     if reads and options.run is not None:
         raise BadInput(f'{option} is for every network of the folder; leave --run out')
     if flags and (reads or options.run is not None):
@@ -254,6 +257,7 @@ def evaluate_all(runs, folder, evaluate):
             print(f'{path}: has no weights yet')
             continue
         device, dataset = get_inputs(settings)
+        choose_precision(settings.precision, device)
         net = get_network(settings, dataset.input_shape, dataset.num_classes).to(device, memory_format=torch.channels_last)
         data, rows = measure_data(net, dataset.train_images, skip_uncovered=True), {}
         for file in tqdm(files, desc=settings.name, disable=not sys.stdout.isatty()):
@@ -304,15 +308,21 @@ def train_side_by_side(numbers, folder, jobs):
         environment = os.environ | {'CUDA_VISIBLE_DEVICES': gpus[slot % len(gpus)]}
         caught = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
         before = end_with_parent if hasattr(libc, 'prctl') else None
-        with subprocess.Popen(command, env=environment, preexec_fn=before, **caught) as process:
-            children.append(process)
-            for line in process.stdout:
-                if bars[slot].disable:
-                    print(line, end='', flush=True)
-                else:
-                    bars[slot].set_description_str(line.rstrip()[: (bars[slot].ncols or 80) - 1])
-        slots.put(slot)
-        return process.returncode
+        try:
+            with subprocess.Popen(command, env=environment, preexec_fn=before, **caught) as process:
+                children.append(process)
+                last = collections.deque(maxlen=3)
+                for line in process.stdout:
+                    last.append(line)
+                    if bars[slot].disable:
+                        print(line, end='', flush=True)
+                    else:
+                        bars[slot].set_description_str(line.rstrip()[: (bars[slot].ncols or 80) - 1])
+            if process.returncode and not bars[slot].disable:
+                bars[slot].write(''.join(last), end='')  # the bar is another network's soon
+            return process.returncode
+        finally:
+            slots.put(slot)
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         runs = [pool.submit(train_one, number) for number in numbers]

@@ -133,8 +133,11 @@ def read_layers(path):
 
 
 def report(row, width=math.inf):
-    """A row of metrics.csv in words, most wanted first, as many as fit; bounds as powers of 2, as on the figure's axis."""
-    wanted = {'test_error': 'test {:.4f}', 'pac_bayes_error': 'certified {:.4f}', 'our_bound': ''}
+    """A row of metrics.csv in words, most wanted first, as many as fit; bounds as powers of 2, as on the figure's axis.
+
+    The certificate is rounded up.
+    """
+    wanted = {'test_error': 'test {:.4f}', 'pac_bayes_error': 'pac bayes {:.4f}', 'our_bound': ''}
     wanted |= {'train_error': 'train {:.4f}', 'generalization_gap': 'gap {:+.4f}'}
     for column in BOUNDS:
         is_power = column.endswith('_bound') and 0 < row[column] < math.inf
@@ -142,6 +145,7 @@ def report(row, width=math.inf):
     items = []
     for column, text in wanted.items():
         if (value := row.get(column, math.nan)) == value:  # else the cell is empty
+            value = math.ceil(1e4 * value) / 1e4 if column == 'pac_bayes_error' else value
             items.append(text.format(math.log2(value) if '2^' in text else value))
     while len(' '.join(items)) > width:
         items.pop()
@@ -221,12 +225,13 @@ def load_run(path, settings, net, data, steps):
         state = {'round': 0, 'layer_lines': []} | checkpoint['state']
         shapes = [weight.shape for weight in net.parameters()]
         momentum = [entry['momentum_buffer'].shape for _, entry in sorted(checkpoint['momentum'].items())]
-        trained = state['epoch'] > 1 or state['step'] > 0 or state['round'] > 0
+        trained = settings.momentum > 0 and (state['epoch'] > 1 or state['step'] > 0 or state['round'] > 0)
+        steps_done = (state['epoch'] - 1) * steps + state['step']
         sound = (
             all(weight.isfinite().all() for weight in checkpoint['network'].values()),
             [(name, weight.shape) for name, weight in checkpoint['network'].items()]
             == [(name, weight.shape) for name, weight in net.state_dict().items()],
-            momentum == shapes * trained or (momentum == [] and state['epoch'] == state['step'] == 1),  # RigL's first step
+            momentum == shapes * trained or (momentum == [] and steps_done == 1),  # by RigL, which takes no gradient step
             type(state['round']) is int and 0 <= state['round'] <= settings.prune_rounds,
             type(state['epoch']) is int and state['epoch'] >= 0,
             type(state['step']) is int and 0 <= state['step'] <= steps,

@@ -109,7 +109,7 @@ BEFORE |= {'regrow_fraction': 0.3, 'regrow_until': 0.75, 'threads': 0, 'jobs': 1
 BEFORE |= {'snapshot_every': 0}
 
 FOLDERS = ('data_dir', 'results_dir')
-NOT_SWEPT = (*FOLDERS, 'milestones', 'threads', 'jobs')  # a list in one of these is not a sweep
+NOT_SWEPT = (*FOLDERS, 'milestones', 'device', 'threads', 'jobs')  # a list in one of these is not a sweep
 
 
 def _plain(value):

@@ -120,7 +120,7 @@ def product(*factors):
     dead layer makes f zero.
     """
     log = log_product(*factors)
-    return max(np.exp(log), np.finfo(float).tiny) if log > -math.inf else 0.0
+    return 0.0 if log == -math.inf else max(np.exp(log), np.finfo(float).tiny)
 
 
 def log_product(*factors):
@@ -204,7 +204,7 @@ def measure_network(net, input_shape, margins=None, skip_uncovered=False):
     network.r = scale * filters.norm(dim=1).max().item()
     network.a[-1] = network.F[-1]
     network.u = np.array([math.prod(input_shape), *network.p * network.c])
-    network.rho, network.lip, network.D = product(network.F), product(network.s), len(layers)
+    network.rho, network.D = product(network.F), len(layers)
     network.prod_ratio = product(network.s / np.where(network.F == 0, 1, network.F))
     return network
 

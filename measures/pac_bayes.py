@@ -61,7 +61,7 @@ def test_set_bound(error, n, delta):
 
 
 def _cells(values):
-    """P(k) of each of these values (U,)) for a rounded Gaussian of each scale, (scales, U) float64."""
+    """P(k) of each of these values (U,) for a rounded Gaussian of each scale, (scales, U) float64."""
     edges = torch.stack([values - 0.5, values + 0.5])[:, None] / (SCALES.to(values.device)[:, None] * math.sqrt(2))
     lower, upper = torch.special.erfc(edges)  # and not ndtr, which has no tail
     return (lower - upper) / 2
@@ -80,7 +80,7 @@ def code_length(steps):
 
 
 def noisy_errors(margins, v, gamma):
-    """P(some r != y has (m_r + v (z_y - z_r)) <= gamma sqrt(2) v) for each sample, z of independent N(0, 1); exact to 1e-6.
+    """P(some r != y has (m_r + v (z_y - z_r)) <= gamma sqrt(2) v) for each sample, z iid N(0, 1), or at most 2e-6 more.
 
     Args:
         margins: (N, C) float64, m_r = output of the label minus output of class r, infinite at the label itself.
@@ -263,7 +263,7 @@ def _best(table, m1, nats, gap, point, gibbs=False):
 
 def _bits(kernel):
     """The step 2**-bits nearest to half the root mean square of the kernel's nonzero entries."""
-    return max(0, 1 - round(math.log2(kernel[kernel != 0].square().mean().sqrt().item())))
+    return 1 - round(math.log2(kernel[kernel != 0].square().mean().sqrt().item()))
 
 
 def _round(kernel, bits):
@@ -289,7 +289,8 @@ def certify(net, images, labels, delta=0.001, between=None):
     """Upper bounds of the true error of a trained network, from its training data alone (docs/certificate.md).
 
     Each holds with probability at least 1 - delta over the sample, jointly and for every network of that architecture at
-    once, however it was trained. Nothing in here is random but the choice of the images that are set aside, which is fixed.
+    once, however it was trained, if the architecture was chosen without the sample. Nothing in here is random but the choice
+    of the images that are set aside, which is fixed.
 
     Args:
         net: a network as `trace_layers` takes it.
@@ -343,7 +344,9 @@ def _trained(hidden, classifier, layers, measured, fixed, m1):
     bits = [_bits(kernel) + 8 for kernel in hidden]
     norms = [_operator_norm(k - _round(k, bit), layer) * 2.0**bit for k, bit, layer in zip(hidden, bits, layers)]
     spread = torch.pdist(classifier.flatten(1)).max().item()
-    length = lru_cache(None)(lambda l, bit: code_length(_round(hidden[l], bit) * 2.0**bit))
+    length = lru_cache(None)(
+        lambda l, bit: code_length(rounded * 2.0**bit) if (rounded := _round(hidden[l], bit)).any() else math.inf
+    )
 
     def score(point):
         bits = point[3:]
@@ -359,6 +362,8 @@ def _trained(hidden, classifier, layers, measured, fixed, m1):
     rounded = [_round(kernel, bit) for kernel, bit in zip(hidden, point[3:])]
     slack = _slack(_operator_norm(k - r, layer) for k, r, layer in zip(hidden, rounded, layers))
     live = live_channels([*rounded, classifier])
+    if not all(kernel.any() for kernel in live):
+        return 1.0
     table = measured(live)
     return _best(table, m1, fixed + _nats(live, point[3:]), spread * table.scale * slack, point[:3])[0]
 

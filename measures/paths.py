@@ -51,7 +51,10 @@ def _steps(net):
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             weight, bias = _folded(module, what)
             front = steps[inputs[0]]
-            if front.op[0] in ('conv', 'linear') and front.name == reads[0].target and len(reads[0].users) == 1:
+            axis = (
+                'conv' if isinstance(module, nn.BatchNorm2d) else 'linear'
+            )  # whose outputs lie on the axis that is normalized
+            if front.op[0] == axis and front.name == reads[0].target and len(reads[0].users) == 1:
                 bias = bias if front.bias is None else bias + weight * front.bias
                 weight = front.weight * weight.view(-1, *[1] * (front.weight.dim() - 1))
                 steps[inputs[0]] = front._replace(weight=weight, bias=bias, norm=node.target)
@@ -74,6 +77,10 @@ def _steps(net):
     if index.get(output.args[0] if isinstance(output.args[0], fx.Node) else None) != len(steps) - 1:
         raise BadInput(f"{type(net).__name__}: its output is not the last layer's, which is not covered")
     return steps
+
+
+def _argument(node, place, name, default):
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
 def _in_place(node, module):
@@ -109,7 +116,7 @@ def _unweighted(node, module, what):
     elif dims := flattens(node, module):
         if dims[0] >= 1:
             return 'flatten', *dims
-    elif isinstance(module, _PASSED) or node.target is F.dropout:
+    elif isinstance(module, _PASSED) or (node.target is F.dropout and not _argument(node, 2, 'training', True)):
         return ('identity',)
     elif node.op == 'call_function' and node.target in _POOLS:
         module = _POOLS[node.target](*node.args[1:], **node.kwargs)
@@ -137,6 +144,8 @@ def _power_sums(steps, input_shape, q=1):
     results = [(torch.ones(1, *input_shape, dtype=torch.float64, device=device), 0)]
     for step in steps[1:]:
         values, exponent = _sum([results[index] for index in step.inputs])
+        if step.op[0] == 'linear' and step.norm and values.dim() != 2:
+            raise BadInput(f'{step.norm}: batch normalization behind a linear layer of maps is not covered')
         try:
             weight, shift = (None, 0) if step.weight is None else _powers(step.weight, q)
             values, divisor = _through(step.op, values, weight, q)
@@ -359,10 +368,11 @@ def _behind(steps, index, flat):
     norms, readers = [steps[index].norm] if steps[index].norm else [], []
     followers = [number for number, step in enumerate(steps) if index in step.inputs]
     for number in followers:
-        kind = steps[number].op[0]
+        kind, *how = steps[number].op
+        part = kind == 'flatten' and (flat or how not in ([1, -1], [1, 3]))  # then a channel's numbers may lie elsewhere
         if kind == ('linear' if flat else 'conv'):
             readers.append(steps[number])
-        elif kind in ('add', 'conv', 'linear') or (behind := _behind(steps, number, flat or kind == 'flatten')) is None:
+        elif part or kind in ('add', 'conv', 'linear') or (behind := _behind(steps, number, flat or kind == 'flatten')) is None:
             return None
         else:
             norms, readers = norms + behind[0], readers + behind[1]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DIGITS, ROOT, run
+from conftest import DIGITS, ROOT, refused, run
 from torch import nn
 
 import compress as room
@@ -375,6 +375,7 @@ def test_command_leaves_a_folder_of_its_own(trained, digits):
         assert wrong == float(row['test_error']) and table.W.sum() == int(row['weights'])
         assert table.rho == pytest.approx(float(row['rho']))
     assert torch.allclose(load(folder / 'CONV-2-16' / 'lam-0.pt')(digits.test_images), source(digits.test_images), atol=1e-5)
+    assert 'made narrower' in refused('--results-path', folder, '--resume')
 
 
 def test_ctrl_c_leaves_the_rows_that_are_done(trained):

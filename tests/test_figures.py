@@ -12,6 +12,7 @@ from conftest import ROOT
 
 import figures
 from conf import BadInput, load_settings, settings_text
+from measures.pac_bayes import kl_inverse
 from records import folder_settings, read_metrics
 from utils import BOUNDS
 
@@ -183,8 +184,9 @@ def test_panels_in_a_row_or_a_square(count, shape):
 def pruned(folder, name, rounds, epochs, rewound=0, factor=1.0):
     """Metrics of a run of rounds of 50 %, the last of them just begun."""
     rows = [row(epoch, round=0, density=1.0, our_bound=64.0) for epoch in range(epochs + 1)]
+    known = kl_inverse(0.375, math.log(1000) / 360)  # by 360 test images
     for number in range(1, rounds + 1):
-        about = {'round': number, 'density': 0.5**number, 'corrected_bound': factor * 2.0**number}
+        about = {'round': number, 'density': 0.5**number, 'corrected_bound': factor * 2.0**number, 'test_set_bound': known}
         rows += [row(epoch, 0.25, 0.375, **about) for epoch in (0, *range(rewound + 1, epochs + 1))]
     rows.append(row(0, 1.0, 1.0, round=rounds + 1, density=0.5 ** (rounds + 1)))
     write(folder / name / 'metrics.csv', rows)
@@ -220,7 +222,7 @@ def test_against_density(tmp_path):
     across = {tuple(line.get_ydata()) for line in errors.get_lines() if line.get_label().startswith('_')}
     assert {(0.5, 0.5), (0.75, 0.75)} <= across  # train and test error of the dense network
     segments = errors.containers[0][2][0].get_segments()
-    deviation = math.sqrt(0.375 * 0.625 / 8)  # errors of 3/8 and 3/4 need 8 test images
+    deviation = math.sqrt(0.375 * 0.625 / 360)
     np.testing.assert_allclose(segments[0][:, 1], [0.375 - deviation, 0.375 + deviation])
     assert legend(figure)[-2:] == ['prune_score magnitude', 'prune_score path']
     assert not set(legend(figure)) & {'Graf et al. 2022', 'Generalization gap (absolute)'}

@@ -385,6 +385,14 @@ def test_live_channels_alone_compute_the_function():
     assert torch.allclose(*outputs, atol=1e-6)
 
 
+def test_kernels_without_fine_digits_are_certified(sample):
+    """All entries are equal: steps that round them exactly look free, and coarser ones round them to zero."""
+    layer = nn.Conv2d(1, 1, 2, bias=False)
+    nn.init.ones_(layer.weight)
+    found = certify(fitted([layer, nn.ReLU()], *sample), *sample)
+    assert 0 < found[C] < found[A] < 1
+
+
 @pytest.mark.parametrize('hidden', [convolutions, list])
 def test_random_labels_certify_nothing(sample, hidden):
     images = sample[0]

@@ -519,6 +519,27 @@ def test_values_used_twice():
         assert path_norm(Forward(beside, body=body, norm=norm, fc=fc, same=same), SHAPE) == pytest.approx(expected, rel=1e-12)
 
 
+def test_what_only_looks_covered_is_refused():
+    body = conv(2, 2, 3, padding=1)
+    noisy = Forward(lambda self, x: self.fc(F.dropout(self.body(x), 0.5).flatten(1)), fc=nn.Linear(18, 2), body=body)
+    with pytest.raises(BadInput, match='dropout'):
+        path_norm(noisy, SHAPE)
+    columns = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(9, 2))
+    with pytest.raises(BadInput, match='linear layer of maps'):
+        path_norm(columns, (3, 3))
+    torch.manual_seed(0)
+    norm = randomized(nn.Linear(3, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 2))
+    diagonal = norm[1].weight * (norm[1].running_var + norm[1].eps).rsqrt()
+    expected = torch.ones(2, 3, 3).double() @ norm[0].weight.abs().T + norm[0].bias.abs()
+    expected = expected * diagonal.abs()[:, None, None] + (norm[1].bias - diagonal * norm[1].running_mean).abs()[:, None, None]
+    expected = norm[4].weight.abs() @ expected.flatten() + norm[4].bias.abs()
+    assert path_norm(norm, SHAPE) == pytest.approx(expected.sum().item(), rel=1e-6)
+
+    positions = nn.Sequential(body, nn.ReLU(), nn.Flatten(2), nn.Linear(9, 4), nn.Flatten(), nn.Linear(8, 2))
+    x = torch.rand(5, *SHAPE)
+    assert torch.equal(rescale_neurons(positions, powers)(x), positions(x))
+
+
 def test_a_module_used_twice_has_paths_and_no_magnitudes():
     net = Forward(lambda self, x: self.fc(self.body(self.body(x).relu()).flatten(1)), body=conv(2, 2, 1), fc=nn.Linear(18, 2))
     twice = nn.Sequential(net.body, nn.ReLU(), copy.deepcopy(net.body), nn.Flatten(), net.fc)

@@ -1,5 +1,6 @@
 """The shipped results: complete, redrawn from the shipped files alone, and quoted in the pages as they are."""
 
+import csv
 import math
 import shutil
 
@@ -7,10 +8,15 @@ import numpy as np
 import pytest
 from conftest import ROOT, run
 
+from compress import load
+from datasets import DATASETS
+from measures.norms import measure_network
+from measures.paths import path_norm
 from measures.representations import effective_depth
-from records import folder_settings, read_layers, read_metrics
+from records import folder_settings, load_network, read_layers, read_metrics
 
 RESULTS = ROOT / 'results'
+FOLDERS = ['digits', 'mnist-width', 'mnist-depth', 'depth', 'certificate', 'tickets-digits', 'tickets', 'sparse-certificate']
 COLUMN_OF = {
     'Ledent et al. 2021': 'ledent_bound',
     'Graf et al. 2022': 'graf_bound',
@@ -38,7 +44,7 @@ def metrics(name, network):
     return read_metrics(RESULTS / name / network / 'metrics.csv')
 
 
-@pytest.mark.parametrize('name', ['digits', 'mnist-width', 'mnist-depth', 'depth', 'certificate', 'tickets-digits'])
+@pytest.mark.parametrize('name', FOLDERS)
 def test_figure_is_redrawn_from_the_shipped_files(tmp_path, name):
     folder = tmp_path / name
     shutil.copytree(RESULTS / name, folder, ignore=shutil.ignore_patterns('*.png', '*.pt', '.*'))
@@ -75,28 +81,90 @@ def test_the_page_of_depth_quotes_the_shipped_depths():
             assert cell == f'{", ".join(depths)} ({1 - metrics("depth", name)["train_error"][-1]:.4f})', name
 
 
-CERTIFIED = {'test error': 'test_error', 'A': 'pac_bayes_error', 'B': 'pac_bayes_rounded_error', 'C': 'pac_bayes_gibbs_error'}
-CERTIFIED |= {'test-set bound': 'test_set_bound'}
+# column of a table: column of a results file, and how it is written
+QUOTED = {
+    'test error': ('test_error', '.4f'),
+    'train error': ('train_error', '.4f'),
+    'A': ('pac_bayes_error', '.3f'),
+    'B': ('pac_bayes_rounded_error', '.3f'),
+    'C': ('pac_bayes_gibbs_error', '.3f'),
+    'test-set bound': ('test_set_bound', '.3f'),
+    'weights': ('weights', '.0f'),
+    'rho': ('rho', '.3g'),
+    'path norm': ('path_norm', '.4g'),
+    'our': ('our_bound', '.3g'),
+    'corrected': ('corrected_bound', '.3g'),
+    'path': ('path_bound', '.3g'),
+    'sedghi': ('sedghi_bound', '.3g'),
+    'graf': ('graf_bound', '.3g'),
+    'ledent': ('ledent_bound', '.3g'),
+}
+
+
+def check_rows(table, rows):
+    """Every cell of a page's table that has a column of QUOTED is the shipped one, row by row."""
+    assert len(table) == len(rows) > 0
+    for cells, row in zip(table, rows):
+        known = {name: cell for name, cell in cells.items() if name in QUOTED}
+        assert len(known) >= 4
+        assert known == {name: format(row[column], form) for name, (column, form) in QUOTED.items() if name in known}
+
+
+def ends_of_rounds(name, network):
+    log = metrics(name, network)
+    ends = [np.flatnonzero(log['round'] == number)[-1] for number in np.unique(log['round'])]
+    return [{column: values[end] for column, values in log.items()} for end in ends]
 
 
 def test_the_page_of_certificates_quotes_the_shipped_ones():
     (table,) = tables('certificate.md', 'results/certificate')
-    assert len(table) == 3
-    for row in table:
-        last = {column: values[-1] for column, values in metrics('certificate', row['results/certificate']).items()}
-        for name, column in CERTIFIED.items():
-            assert row[name] == f'{last[column]:.{4 if name == "test error" else 3}f}', (row, name)
+    check_rows(table, [ends_of_rounds('certificate', row['results/certificate'])[-1] for row in table])
+    for width, table in zip((16, 32), tables('certificate.md', 'left of the convolutions'), strict=True):
+        check_rows(table, ends_of_rounds('sparse-certificate', f'CONV-3-{width}'))
+        left = [f'{100 * 10 ** (-number / 2):.3g} %' for number in range(5)]
+        assert [row['left of the convolutions'] for row in table] == left
 
 
 def test_the_page_of_sparse_networks_quotes_the_shipped_rounds():
     (table,) = tables('sparse.md', 'weights left')
-    log = metrics('tickets-digits', 'CONV-3-16')
-    ends = np.flatnonzero(log['epoch'] == 100)
-    assert len(table) == len(ends) == 14
-    for row, end in zip(table, ends):
-        assert (row['weights left'], row['test error']) == (
-            f'{100 * log["density"][end]:.1f} %',
-            f'{log["test_error"][end]:.4f}',
-        )
-        for name, column in (('rho', 'rho'), ('our', 'our_bound'), ('corrected', 'corrected_bound'), ('path', 'path_bound')):
-            assert row[name] == f'{log[column][end]:.3g}', row
+    rows = ends_of_rounds('tickets-digits', 'CONV-3-16')
+    check_rows(table, rows)
+    assert [row['weights left'] for row in table] == [f'{100 * row["density"]:.1f} %' for row in rows]
+    scores = ('magnitude', 'path', 'random')
+    for score, table in zip(scores, tables('sparse.md', 'left of the convolutions'), strict=True):
+        check_rows(table, ends_of_rounds('tickets', f'CONV-3-16-prune_score{score}'))
+        assert [row['left of the convolutions'] for row in table] == [f'{100 * 0.5**number:.3g} %' for number in range(7)]
+
+
+@pytest.mark.parametrize('name, network', [('compress-digits', 'CONV-2-16'), ('compress-mnist', 'CONV-3-16')])
+def test_the_page_of_narrower_networks_quotes_the_shipped_ones(name, network):
+    (table,) = (table for table in tables('compress.md', 'lam') if table[0]['lam'] == f'{network}, balanced')
+    rows = list(csv.DictReader((RESULTS / name / network / 'compress.csv').open()))
+    assert [row['lam'] for row in table[1:]] == [f'{float(row["lam"]):g}' for row in rows[1:]]
+    assert [row['channels'].replace(', ', '|') for row in table] == [row['channels'] for row in rows]
+    check_rows(table, [{column: float(cell) for column, cell in row.items() if cell and '|' not in cell} for row in rows])
+    for row in rows:
+        net = load(RESULTS / name / network / f'lam-{row["lam"]}.pt')
+        assert sum(weight.numel() for weight in net.parameters()) == int(row['weights'])
+
+
+WEIGHTS = sorted(path.parent.relative_to(RESULTS) for path in RESULTS.glob('*/*/weights.pt'))
+
+
+@pytest.mark.parametrize('path', WEIGHTS, ids=str)
+def test_shipped_weights_are_those_of_the_last_row(path):
+    net, settings = load_network(RESULTS / path)
+    last = ends_of_rounds(*path.parts)[-1]
+    table = measure_network(net, DATASETS[settings.dataset_name][1])
+    assert table.rho == pytest.approx(last['rho'], rel=1e-6)
+    assert path_norm(net, DATASETS[settings.dataset_name][1]) == pytest.approx(last['path_norm'], rel=1e-6)
+
+
+def test_a_clone_measures_the_shipped_weights_anew(tmp_path, mnist):
+    shutil.copytree(RESULTS / 'mnist-width', tmp_path / '1', ignore=shutil.ignore_patterns('CONV-3-16', 'CONV-3-32', '*.png'))
+    status, stdout, _ = run('--results-path', tmp_path / '1', '--evaluate', timeout=600)
+    assert status == 0 and 'evaluation.csv: 1 rows' in stdout
+    found = read_metrics(tmp_path / '1' / 'CONV-3-8' / 'evaluation.csv')
+    last = ends_of_rounds('mnist-width', 'CONV-3-8')[-1]
+    for column in ('test_error', 'our_bound', 'corrected_bound', 'path_bound', 'pac_bayes_error', 'pac_bayes_gibbs_error'):
+        assert found[column][0] == pytest.approx(last[column], rel=1e-3), column

@@ -184,6 +184,7 @@ KINDS = {
     'rounds': (*TINY, '--prune-rounds', '2', '--prune-fraction', '0.5', '--rewind-epoch', '1', '--layers-every', '3'),
     'fine-tuning': (*TINY, '--prune-rounds', '1', '--prune-fraction', '0.8', '--rewind-epoch', '-1', '--checkpoint-every', '5'),
     'gradient': (*TINY, '--density', '0.2', '--initial-mask', 'erk', '--regrow', 'gradient', '--regrow-every', '4'),
+    'a step an epoch': (*TINY, '--density', '0.2', '--initial-mask', 'erk', '--regrow', 'gradient', '--batch-size', '9999'),
     'random': (*TINY, '--density', '0.2', '--initial-mask', 'random', '--regrow', 'random', '--regrow-every', '3'),
 }
 
@@ -262,7 +263,9 @@ def test_a_density_of_1_is_the_dense_network(tmp_path, uninterrupted):
     assert numbers(tmp_path / 'rounds' / path)[: 1 + 7] == numbers(uninterrupted / path)
 
 
-@pytest.mark.parametrize('flags', [(), ('--eval-every', '2'), ('--layers-every', '2', '--snapshot-every', '3')])
+@pytest.mark.parametrize(
+    'flags', [(), ('--eval-every', '2'), ('--layers-every', '2', '--snapshot-every', '3'), ('--momentum', '0')]
+)
 def test_resume_to_more_epochs(tmp_path, flags):
     """What only the end of the shorter run has caused is taken back."""
     train_small(tmp_path / 'whole', *flags)
@@ -303,7 +306,7 @@ def test_resume_to_more_epochs_takes_back_certificates(tmp_path, monkeypatch):
 def test_report_shows_what_fits_most_wanted_first():
     row = {'test_error': 0.1, 'train_error': 0.05, 'generalization_gap': 0.05, 'pac_bayes_error': 0.4, 'our_bound': 8.0}
     row |= {column: float('nan') for column in BOUNDS if column not in row}
-    assert train.report(row) == 'test 0.1000 certified 0.4000 our 2^3.0 train 0.0500 gap +0.0500'
+    assert train.report(row) == 'test 0.1000 pac bayes 0.4000 our 2^3.0 train 0.0500 gap +0.0500'
     for width in range(60):
         assert len(train.report(row, width)) <= width and train.report(row).startswith(train.report(row, width))
 
