@@ -61,10 +61,15 @@ def set_mask(layer, mask, keep_g=False):
 
     The other entries of the effective weight keep their values, for which g shrinks as ||V|| does. With `keep_g` g stays and
     they grow instead: so an initial network keeps the norm of its layers, without which a sparse one may not learn at all.
+    Where all the weights that are left are 0, V is made of ones there and g is 0: a V of zeros has no direction.
     """
     parametrizations, free = layer.parametrizations.weight, free_weight(layer)
     norm = torch.linalg.vector_norm(free)
     free.mul_(mask)
-    if not parametrizations.is_tensor and not keep_g:
-        parametrizations.original0.mul_(torch.linalg.vector_norm(free) / norm)
+    if not parametrizations.is_tensor:
+        left = torch.linalg.vector_norm(free)
+        if not keep_g or left == 0:
+            parametrizations.original0.mul_(left / norm)
+        if left == 0:
+            free.copy_(mask)
     parametrizations[-1].mask.copy_(mask)

@@ -16,7 +16,7 @@ from conf import BadInput
 from measures.masks import density, weight_layers, weight_mask
 from measures.paths import path_norm
 from models import get_network
-from models.weight_norm import add_masks, free_weight
+from models.weight_norm import add_masks, free_weight, set_mask
 
 MASKS = ('random', 'erk', 'snip', 'synflow')
 
@@ -309,6 +309,21 @@ def test_rewinding(digits):
     sparsify.rewind(training.net, training.optimizer, None)
     assert equal(tuned, training.weights) and training.momentum(training.layers['0']).eq(0).all()
     assert training.addresses() == later  # all in place, as a CUDA graph wants
+
+
+def test_a_layer_of_which_zeros_alone_are_left(digits):
+    """Weights that feed nothing decay to 0; where random pruning leaves only such ones, W is 0 and not 0 / 0."""
+    training = Training(digits, prune_rounds=1, prune_score='random').step(5)
+    saved, layer = copy.deepcopy(training.net.state_dict()), training.layers['2']
+    kept = torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(0)) < 0.1
+    with torch.no_grad():
+        free_weight(layer)[kept] = 0
+    set_mask(layer, kept)
+    assert layer.weight.eq(0).all() and training.net(training.images[:5]).eq(0).all()
+    training.step(3)
+    assert all(weight.isfinite().all() for weight in training.net.state_dict().values())
+    sparsify.rewind(training.net, training.optimizer, saved)
+    assert layer.weight.ne(0).sum() == kept.sum() and layer.weight.isfinite().all()
 
 
 def test_the_bounds_norms_of_masked_networks_are_ordered():
