@@ -6,8 +6,8 @@ from conf import BadInput
 from measures.norms import log_product, margin_error, measure_network, product
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Bounds on err_P(f) - err_S^gamma(f). Each is a function of the two tables, delta and gamma. The words before the first
-# colon of its docstring name it in the figure; where it is logged and plotted follows from its entry in BOUNDS.
+# Formulas of bounds on err_P(f) - err_S^gamma(f). Each is a function of the two tables, delta and gamma. The words before
+# the first colon of its docstring name it in the figure; where it is logged and plotted follows from its entry in BOUNDS.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -43,7 +43,7 @@ def ledent_bound(network, data, delta, gamma):
 
     The form with fixed Lipschitz constraints, as Graf et al. 2022 evaluate it, distances taken from zero. The theorem's
     largest patch norm of a layer's input is bounded by that of the patch's receptive field times the operator norms
-    before it.
+    before it. No union over norms.
     """
     D, m = network.D, data.m
     q = [
@@ -84,8 +84,8 @@ def sedghi_bound(network, data, delta, gamma):
     """Long and Sedghi 2020: Theorem 2.1 of "Generalization Bounds for Deep Convolutional Neural Networks" (ICLR 2020).
 
     Its unspecified constant is set to 1, so it is a complexity measure, comparable in shape and not in level. Distances
-    are taken from zero after the layers are rescaled to equal operator norms, which leaves the function unchanged. The
-    theorem is about a loss that is Lipschitz in the outputs, and gamma does not enter.
+    are taken from zero after the layers are rescaled to equal operator norms, which leaves the function unchanged, without
+    union over norms. The theorem is about a loss that is Lipschitz in the outputs, and gamma does not enter.
     """
     beta = network.D * product(network.s ** (1 / network.D))
     return beta * np.sqrt(network.W.sum() / data.m) + np.sqrt(np.log(1 / delta) / data.m)
@@ -105,11 +105,11 @@ def corrected_bound(network, data, delta, gamma):
 
 
 def path_bound(network, data, delta, gamma):
-    """Gonon et al. 2024: the path-norm theorem of "A path-norm toolkit for modern networks" (ICLR 2024), for margins.
+    """Gonon et al. 2024: after the path-norm theorem of "A path-norm toolkit for modern networks" (ICLR 2024), for margins.
 
-    Their Theorem 3.1 is about expectations; carried to probability 1 - delta, C classes and margins in docs/bounds.md. A
-    bias-free chain without max pooling has fewer paths to unite over than their constant allows for. It covers biases,
-    batch normalization, pooling and skip connections.
+    Their Theorem 3.1 is about expectations; docs/bounds.md derives the bound with probability 1 - delta, with E_coord for m
+    times the largest square of an input, and for a bias-free chain without max pooling with a smaller constant. It covers
+    biases, batch normalization, pooling and skip connections.
     """
     r, D, K, P = network.path_norm, network.path_depth, max(1, network.pool), network.pool > 0
     if network.chain:
@@ -130,9 +130,10 @@ def graf_params_bound(network, data, delta, gamma):
 
 
 def bartlett_bound(network, data, delta, gamma):
-    """Bartlett et al. 2017: Lemma A.8 of "Spectrally-normalized margin bounds for neural networks" (NeurIPS 2017).
+    """Bartlett et al. 2017: as Lemma A.8 of "Spectrally-normalized margin bounds for neural networks" (NeurIPS 2017).
 
-    On the layers' Toeplitz matrices, distances from zero, no union over norms. Their covering number of the margin losses on
+    On the layers' Toeplitz matrices, distances from zero, no union over norms; smaller than the lemma as printed, which
+    starts the integral below at 1 / m. Their covering number of the margin losses on
     the sample, log N(eps) = K / eps^2 with sqrt(K) = (2 / gamma) sqrt(E_tot log(2 Wbar^2)) lip (sum_l (A_l / s_l)^(2/3))^(3/2),
     goes into Dudley's integral 4 alpha / sqrt(m) + 12 / m * (integral from alpha to sqrt(m) of sqrt(log N(eps)) d eps). At
     alpha = 1 / sqrt(m) the first term is 4 / m, and the integral of sqrt(K) / eps is sqrt(K) log(m).
@@ -176,7 +177,7 @@ def certified_error(network, data, delta, gamma):
 
 
 def certified_margin(network, data, delta, gamma):
-    """Certified margin: the gamma of MARGINS at which the certificate is least."""
+    """Certified margin: the gamma of MARGINS at which the certificate, before it is cut off at 1, is least."""
     return MARGINS[np.argmin(_certificates(network, data, delta))]
 
 
