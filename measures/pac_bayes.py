@@ -175,24 +175,22 @@ def _measure(kernels, layers, data, prior, sample, rank, between):
 
     shrink = 1 / (1 + BETAS.to(lam.device) * top[:, None])
     both = torch.cat([directions, weights], 1)
-    margins, variances, lengths = [], [], []
-    for indices in sample.split(step):
+    # Filled in place: small tensors that stay, allocated between large ones that go, would tear the heap to pieces.
+    table = SimpleNamespace(margins=lam.new_empty(len(sample), len(classifier)), v=lam.new_empty(len(sample), len(BETAS)))
+    table.x = lam.new_empty(len(sample))
+    for indices, margins, v, x in zip(*(part.split(step) for part in (sample, table.margins, table.v, table.x))):
         between()
         images, own = data[0][indices].float(), data[1][indices, None]
         z = _features(hidden, layers, images) * scale
         projected, outputs = (z @ both).double().split([len(top), len(classifier)], 1)
         squares = projected.square()
         rest = (torch.linalg.vector_norm(z, dim=1).double().square() - squares.sum(1)).clamp_min(0)
-        variances.append(rest[:, None] + squares @ shrink)
-        margins.append((outputs.gather(1, own) - outputs).scatter(1, own, math.inf))
-        lengths.append(torch.linalg.vector_norm(images.flatten(1), dim=1).double())
-    return SimpleNamespace(
-        margins=torch.cat(margins),
-        v=torch.cat(variances).sqrt(),
-        x=torch.cat(lengths),
-        scale=scale,
-        kl=_classifier_kl(lam, len(top), vectors, means, classifier.double().square().sum().item(), data[1][prior]),
-    )
+        v.copy_((rest[:, None] + squares @ shrink).sqrt())
+        margins.copy_((outputs.gather(1, own) - outputs).scatter(1, own, math.inf))
+        x.copy_(torch.linalg.vector_norm(images.flatten(1), dim=1))
+    table.scale, square = scale, classifier.double().square().sum().item()
+    table.kl = _classifier_kl(lam, len(top), vectors, means, square, data[1][prior])
+    return table
 
 
 def _classifier_kl(lam, rank, vectors, means, square, labels):

@@ -129,6 +129,17 @@ def test_the_page_of_certificates_quotes_the_shipped_ones():
         assert [row['left of the convolutions'] for row in table] == left
 
 
+def test_the_readme_quotes_the_shipped_certificates():
+    text = ' '.join((ROOT / 'README.md').read_text().split())
+    for width in (16, 32):
+        first, *_, last = ends_of_rounds('sparse-certificate', f'CONV-3-{width}')
+        proven = [written(row['pac_bayes_error'], 'up') for row in (first, last)]
+        errors = [f'{row["test_error"]:.4f}' for row in (first, last)]
+        assert f'from {proven[0]} to {proven[1]} for CONV-3-{width} (test errors {errors[0]} and {errors[1]})' in text
+    error = metrics('digits', 'CONV-3-32')['test_error'][-1]
+    assert f'It ends with a test error of {100 * error:.1f} %' in text
+
+
 def test_the_page_of_sparse_networks_quotes_the_shipped_rounds():
     (table,) = tables('sparse.md', 'weights left')
     rows = ends_of_rounds('tickets-digits', 'CONV-3-16')
