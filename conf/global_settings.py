@@ -1,7 +1,8 @@
 """Every knob of the experiment, with the values of the paper's CONV-L-H experiments on MNIST.
 
-Any knob but the folders, `milestones`, `device`, `threads` and `jobs` may be a list: `depth = [3, 4, 5]`, `width = [200, 600, 1000]` trains the nine
-networks of the product. Every knob is also a flag of train.py, which wins over this file.
+Any knob but the folders, `milestones`, `device`, `threads` and `jobs` may be a list: `depth = [3, 4, 5]`,
+`width = [200, 600, 1000]` trains the nine networks of the product. Every knob is also a flag of train.py, which wins over
+this file.
 """
 
 # Data
