@@ -330,6 +330,7 @@ def run(options):
     lams = sorted(set(options.lam))
     folder = Path(os.path.relpath(new_results_folder(ROOT / sweep['results_dir'])))
     what = f'python compress.py {options.source} --lam {" ".join(map(str, lams))} --refit {options.refit}'
+    what += f' --run {options.run}' * (options.run is not None)
     header = [f'Networks made narrower by {what}; the settings are those that they were trained with.']
     header += launch.launch_header(device, [])
     write_file(folder / 'global_settings.py', settings_text(sweep, header).encode())
