@@ -114,7 +114,7 @@ def main():
         wide = chain(widened(kernels, settings.width), masks=False)
         found = certify(wide, images, labels, settings.delta) if share < 1 else {}
         channels = ', '.join(str(len(kernel)) for kernel in kernels[:-1])
-        words = ' '.join(f'{column} {math.ceil(1e4 * value) / 1e4}' for column, value in found.items())
+        words = ' '.join(f'{column} {math.ceil(1e4 * value) / 1e4:.4f}' for column, value in found.items())
         print(f'share {share} channels {channels} test_error {error:.4f} {words}', flush=True)
 
 

@@ -10,6 +10,7 @@ from conftest import settings_of
 from torch import nn
 
 from conf import BadInput
+from docs import paper_width
 from measures import pac_bayes
 from measures.geometry import trace_layers
 from measures.pac_bayes import certify, code_length, kl_inverse, noisy_errors
@@ -366,6 +367,25 @@ def test_dead_channels(sample):
     price = 2 * math.log(4) / 5400
     for name in (A, B, C):
         assert bounds[1][name] <= bounds[0][name] + 1e-4 and bounds[0][name] <= bounds[1][name] + 4 * price + 1e-4
+
+
+def test_a_pruned_network_at_the_papers_width_is_the_same_function():
+    """docs/paper_width.py: exactly so many weights stay, dead channels go and come back as zeros, and what is 0 stays 0."""
+    torch.manual_seed(0)
+    full = [torch.randn(6, 1, 2, 2), torch.randn(6, 6, 2, 2), torch.randn(6, 6, 2, 2), torch.randn(3, 6, 3, 3)]
+    masked = [full[0], *(torch.where(k.abs() >= k.abs().flatten().topk(12).values[-1], k, 0) for k in full[1:3]), full[3]]
+    kernels = paper_width.pruned(full, 12 / 144, 6)
+    assert [int(kernel.count_nonzero()) for kernel in kernels[1:3]] <= [12, 12] and len(kernels[1]) < 6
+    x, narrow = torch.rand(5, 1, 6, 6), paper_width.chain(kernels)
+    for same in (masked, paper_width.widened(kernels, 6)):
+        assert torch.allclose(narrow(x), paper_width.chain(same, masks=False)(x), atol=1e-5)
+    optimizer = torch.optim.SGD(narrow.parameters(), lr=0.01, momentum=0.9, weight_decay=3e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        narrow(x).square().mean().backward()
+        optimizer.step()
+    trained = paper_width.kernels_of(narrow, (1, 6, 6))
+    assert all((new != 0).equal(old != 0) for new, old in zip(trained[:-1], kernels[:-1]))
 
 
 def test_live_channels_alone_compute_the_function():
