@@ -374,9 +374,9 @@ def test_a_pruned_network_at_the_papers_width_is_the_same_function():
     torch.manual_seed(0)
     full = [torch.randn(6, 1, 2, 2), torch.randn(6, 6, 2, 2), torch.randn(6, 6, 2, 2), torch.randn(3, 6, 3, 3)]
     masked = [full[0], *(torch.where(k.abs() >= k.abs().flatten().topk(12).values[-1], k, 0) for k in full[1:3]), full[3]]
-    kernels = paper_width.pruned(full, 12 / 144, 6)
+    kernels = paper_width.pruned(full, 12)
     assert [int(kernel.count_nonzero()) for kernel in kernels[1:3]] <= [12, 12] and len(kernels[1]) < 6
-    x, narrow = torch.rand(5, 1, 6, 6), paper_width.chain(kernels)
+    x, narrow = torch.rand(5, 1, 6, 6), paper_width.chain(kernels, masks=True)
     for same in (masked, paper_width.widened(kernels, 6)):
         assert torch.allclose(narrow(x), paper_width.chain(same, masks=False)(x), atol=1e-5)
     optimizer = torch.optim.SGD(narrow.parameters(), lr=0.01, momentum=0.9, weight_decay=3e-3)
