@@ -4,7 +4,7 @@ OMP_NUM_THREADS=1 python docs/paper_width.py        about half an hour of one co
 OMP_NUM_THREADS=1 python docs/paper_width.py 32     the same at another width, in minutes
 
 Trains, prunes the second and the third convolution by magnitude, drops the channels that died, which leaves the function as
-it is, and trains what is left, three times. What is certified is a CONV-3-200: the dropped channels are back, as zeros.
+it is, and trains what is left, three times. What is certified is of the full width: the dropped channels are back, as zeros.
 """
 
 import math
@@ -78,10 +78,11 @@ def widened(kernels, width):
 
 
 def main():
+    width = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     paper = {
         'network': 'CONV',
         'depth': 3,
-        'width': 200,
+        'width': width,
         'kernel_size': 2,
         'stride': 1,
         'padding': 0,
