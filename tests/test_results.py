@@ -16,7 +16,7 @@ from measures.representations import effective_depth
 from records import folder_settings, load_network, read_layers, read_metrics
 
 RESULTS = ROOT / 'results'
-FOLDERS = ['digits', 'mnist-width', 'mnist-depth', 'depth', 'certificate', 'tickets-digits', 'tickets', 'sparse-certificate']
+FOLDERS = ['digits', 'mnist-width', 'mnist-depth', 'depth', 'certificate', 'tickets-digits', 'tickets']
 COLUMN_OF = {
     'Ledent et al. 2021': 'ledent_bound',
     'Graf et al. 2022': 'graf_bound',
@@ -123,19 +123,14 @@ def ends_of_rounds(name, network):
 def test_the_page_of_certificates_quotes_the_shipped_ones():
     (table,) = tables('certificate.md', 'results/certificate')
     check_rows(table, [ends_of_rounds('certificate', row['results/certificate'])[-1] for row in table])
-    for width, table in zip((16, 32), tables('certificate.md', 'left of the convolutions'), strict=True):
-        check_rows(table, ends_of_rounds('sparse-certificate', f'CONV-3-{width}'))
-        left = [f'{100 * 10 ** (-number / 2):.3g} %' for number in range(5)]
-        assert [row['left of the convolutions'] for row in table] == left
 
 
 def test_the_readme_quotes_the_shipped_certificates():
     text = ' '.join((ROOT / 'README.md').read_text().split())
-    for width in (16, 32):
-        first, *_, last = ends_of_rounds('sparse-certificate', f'CONV-3-{width}')
-        proven = [written(row['pac_bayes_error'], 'up') for row in (first, last)]
-        errors = [f'{row["test_error"]:.4f}' for row in (first, last)]
-        assert f'from {proven[0]} to {proven[1]} for CONV-3-{width} (test errors {errors[0]} and {errors[1]})' in text
+    first, *_, last = ends_of_rounds('tickets', 'CONV-3-16-prune_scorepath')
+    proven = [written(row['pac_bayes_error'], 'up') for row in (first, last)]
+    errors = [f'{row["test_error"]:.4f}' for row in (first, last)]
+    assert f'from {proven[0]} to {proven[1]} (path score; test errors {errors[0]} and {errors[1]})' in text
     error = metrics('digits', 'CONV-3-32')['test_error'][-1]
     assert f'It ends with a test error of {100 * error:.1f} %' in text
 
