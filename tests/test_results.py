@@ -69,6 +69,14 @@ def test_the_page_of_figure_1_quotes_the_shipped_levels(name):
             assert row[network] == f'2^{math.log2(abs(value)):.1f}', (network, row['curve'])
 
 
+def test_the_page_of_figure_1_quotes_the_shipped_certificates():
+    (table,) = tables('figure1.md', 'certificate')
+    for row, name in zip(table, ('A', 'B', 'C', 'test-set bound'), strict=True):
+        column, form = QUOTED[name]
+        for network in ('CONV-3-8', 'CONV-3-16', 'CONV-3-32'):
+            assert row[network] == written(metrics('mnist-width', network)[column][-1], form)
+
+
 def test_the_page_of_depth_quotes_the_shipped_depths():
     table = tables('depth.md', 'wrong labels')[-1]  # the words begin a row of another table too
     assert [row.pop('wrong labels') for row in table] == ['0 %', '10 %', '30 %', '50 %'] and len(table[0]) == 3
