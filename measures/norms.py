@@ -153,7 +153,7 @@ def measure_network(net, input_shape, margins=None, skip_uncovered=False):
             c    output channels
             W    number of weights
         of u, the number of units of each layer, that of the inputs first; of r (the largest l2 norm of a classifier row),
-        rho = prod F, lip = prod s, prod_ratio = lip / rho (0 for a dead layer), D, what `measure_paths` returns, margins, and
+        rho = prod F, prod_ratio = prod s / rho (0 for a dead layer), D, what `measure_paths` returns, margins, and
         not_covered: why the layers are not measured, or None.
     Raises:
         BadInput: the network is not covered, or its weights contain NaN or infinity.

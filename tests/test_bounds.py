@@ -170,7 +170,6 @@ def test_measures_by_hand(tiny):
         'r': 5,
         'R': [3, 7],
         'rho': math.sqrt(145),
-        'lip': math.sqrt(5) * classifier_s,
         'path_norm': 1 * (4 + 3) + 2 * 4,  # each row's entries times the tap of the filter that they read
         'path_depth': 2,
         'outputs': 2,

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import itertools
 import re
 
 import pytest
@@ -89,6 +90,14 @@ def test_links_lead_somewhere(page):
             target = (ROOT / page).parent / path if path else ROOT / page
             assert target.exists(), f'{page}: {link}'
             assert not fragment or fragment in anchors(target.read_text()), f'{page}: {link}'
+
+
+@pytest.mark.parametrize('page', PAGES, ids=str)
+def test_tables_have_the_columns_of_their_header(page):
+    lines = [re.sub(r'\\\||`[^`]*`', '', line) for line in (ROOT / page).read_text().splitlines()]
+    for header, line in itertools.pairwise(lines):
+        if line.startswith('|') and header.startswith('|'):
+            assert line.count('|') == header.count('|'), f'{page}: {line}'
 
 
 def test_every_page_is_linked():
