@@ -1,8 +1,8 @@
 # Networks made narrower by python compress.py results/1 --lam 0.0001 0.001 0.003 0.01 --refit ridge; the settings are those that they were trained with.
-# date: 2026-11-20T22:59:03+00:00
+# date: 2026-11-21T01:06:58+00:00
 # versions: Python 3.11.7, torch 2.13.0+cpu
 # device: cpu, 1 threads
-# commit: 1724aa47d8a53d870d04cc73a7e0045678378993
+# commit: d4a4651cb3ec649be4322e17fed960f312761527
 
 dataset_name = 'digits'  # MNIST, FashionMNIST, SVHN, CIFAR10, CIFAR100 or digits
 data_dir = 'data'  # where the dataset is looked for and downloaded to; the environment variable DATA_DIR wins
