@@ -132,11 +132,13 @@ def read_layers(path):
     return read_table(path, LAYER_COLUMNS, ('epoch', 'round', 'layer'))
 
 
-def report(row, width=math.inf):
-    """A row of metrics.csv in words, most wanted first, as many as fit; bounds as powers of 2, as on the figure's axis.
+def rounded_up(bound):
+    """A certificate to four digits, which it must not be below."""
+    return math.ceil(1e4 * bound) / 1e4
 
-    The certificate is rounded up.
-    """
+
+def report(row, width=math.inf):
+    """A row of metrics.csv in words, most wanted first, as many as fit; bounds as powers of 2, as on the figure's axis."""
     wanted = {'test_error': 'test {:.4f}', 'pac_bayes_error': 'pac bayes {:.4f}', 'our_bound': ''}
     wanted |= {'train_error': 'train {:.4f}', 'generalization_gap': 'gap {:+.4f}'}
     for column in BOUNDS:
@@ -145,7 +147,7 @@ def report(row, width=math.inf):
     items = []
     for column, text in wanted.items():
         if (value := row.get(column, math.nan)) == value:  # else the cell is empty
-            value = math.ceil(1e4 * value) / 1e4 if column == 'pac_bayes_error' else value
+            value = rounded_up(value) if column == 'pac_bayes_error' else value
             items.append(text.format(math.log2(value) if '2^' in text else value))
     while len(' '.join(items)) > width:
         items.pop()

@@ -132,11 +132,11 @@ def graf_params_bound(network, data, delta, gamma):
 def bartlett_bound(network, data, delta, gamma):
     """Bartlett et al. 2017: as Lemma A.8 of "Spectrally-normalized margin bounds for neural networks" (NeurIPS 2017).
 
-    On the layers' Toeplitz matrices, distances from zero, no union over norms; smaller than the lemma as printed, which
-    starts the integral below at 1 / m. Their covering number of the margin losses on
+    On the layers' Toeplitz matrices, distances from zero, no union over norms. Their covering number of the margin losses on
     the sample, log N(eps) = K / eps^2 with sqrt(K) = (2 / gamma) sqrt(E_tot log(2 Wbar^2)) lip (sum_l (A_l / s_l)^(2/3))^(3/2),
     goes into Dudley's integral 4 alpha / sqrt(m) + 12 / m * (integral from alpha to sqrt(m) of sqrt(log N(eps)) d eps). At
-    alpha = 1 / sqrt(m) the first term is 4 / m, and the integral of sqrt(K) / eps is sqrt(K) log(m).
+    alpha = 1 / sqrt(m) the first term is 4 / m, and the integral of sqrt(K) / eps is sqrt(K) log(m). The lemma as printed
+    takes alpha = 1 / m, and is larger.
     """
     m = data.m
     terms = np.array([product(np.delete(network.s, l), network.A[l]) for l in range(network.D)])  # lip A_l / s_l

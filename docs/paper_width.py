@@ -7,7 +7,6 @@ Trains, prunes the second and the third convolution by magnitude, drops the chan
 it is, and trains what is left, three times. What is certified is of the full width: the dropped channels are back, as zeros.
 """
 
-import math
 import sys
 from pathlib import Path
 
@@ -27,7 +26,10 @@ from measures.geometry import trace_layers
 from measures.norms import margin_error
 from measures.pac_bayes import certify, live_channels
 from models import get_network
-from models.weight_norm import Mask, set_mask, weight_norm
+from models.layers import hidden_layer
+from models.weight_norm import Mask, set_mask
+from records import rounded_up
+from sparsify import best
 from train import losses_and_margins, make_loss, make_step
 
 STAGES = [  # weights of the second and of the third convolution that stay, None for all; then the learning rate of each epoch
@@ -48,11 +50,10 @@ def chain(kernels, masks):
     for kernel in kernels[:-1]:
         layer = nn.Conv2d(*kernel.shape[1::-1], kernel.shape[2:], bias=False)
         layer.weight.data = kernel.clone()
-        weight_norm(layer)
+        layers += hidden_layer(layer, 'weight')
         if masks:
             parametrize.register_parametrization(layer, 'weight', Mask(layer.weight))
             set_mask(layer, kernel != 0)
-        layers += [layer, nn.ReLU()]
     classifier = nn.Linear(kernels[-1][0].numel(), len(kernels[-1]), bias=False)
     classifier.weight.data = kernels[-1].flatten(1).clone()
     return nn.Sequential(*layers, nn.Flatten(), classifier).to(kernels[0].device, memory_format=torch.channels_last)
@@ -62,9 +63,8 @@ def pruned(kernels, count):
     """The kernels with so many of the largest weights of each wide convolution, without the channels that then are dead."""
     kernels = list(kernels)
     for place in range(1, len(kernels) - 1):
-        magnitudes = kernels[place].abs()
-        least = magnitudes.flatten().topk(min(count, magnitudes.numel())).values[-1]
-        kernels[place] = torch.where(magnitudes >= least, kernels[place], 0)
+        (mask,) = best([kernels[place].abs()], [kernels[place] != 0], count)
+        kernels[place] = torch.where(mask, kernels[place], 0)
     return live_channels(kernels)
 
 
@@ -79,16 +79,8 @@ def widened(kernels, width):
 
 def main():
     width = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-    paper = {
-        'network': 'CONV',
-        'depth': 3,
-        'width': width,
-        'kernel_size': 2,
-        'stride': 1,
-        'padding': 0,
-        'normalization': 'weight',
-    }
-    paper |= {'dataset_name': 'MNIST', 'normalize': False, 'train_samples': 0, 'label_noise': 0.0, 'bias': False}
+    paper = dict(network='CONV', depth=3, width=width, kernel_size=2, stride=1, padding=0, normalization='weight', bias=False)
+    paper |= dict(dataset_name='MNIST', normalize=False, train_samples=0, label_noise=0.0)
     (settings,) = load_settings(flags=paper)[1]
     device, dataset = get_inputs(settings)
     keep_freed_memory()
@@ -115,7 +107,7 @@ def main():
         wide = chain(widened(kernels, width), masks=False)
         found = certify(wide, images, labels, settings.delta) if count else {}
         channels = ', '.join(str(len(kernel)) for kernel in kernels[:-1])
-        words = ' '.join(f'{column} {math.ceil(1e4 * value) / 1e4:.4f}' for column, value in found.items())
+        words = ' '.join(f'{column} {rounded_up(value):.4f}' for column, value in found.items())
         print(f'{count or "all"} weights left of each, channels {channels}, test_error {error:.4f} {words}', flush=True)
 
 

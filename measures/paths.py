@@ -51,10 +51,8 @@ def _steps(net):
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             weight, bias = _folded(module, what)
             front = steps[inputs[0]]
-            axis = (
-                'conv' if isinstance(module, nn.BatchNorm2d) else 'linear'
-            )  # whose outputs lie on the axis that is normalized
-            if front.op[0] == axis and front.name == reads[0].target and len(reads[0].users) == 1:
+            layer = 'conv' if isinstance(module, nn.BatchNorm2d) else 'linear'  # its outputs lie on the axis that is normalized
+            if front.op[0] == layer and front.name == reads[0].target and len(reads[0].users) == 1:
                 bias = bias if front.bias is None else bias + weight * front.bias
                 weight = front.weight * weight.view(-1, *[1] * (front.weight.dim() - 1))
                 steps[inputs[0]] = front._replace(weight=weight, bias=bias, norm=node.target)
