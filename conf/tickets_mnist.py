@@ -1,4 +1,4 @@
-"""Sparsity buys a certificate: CONV-3-16 on MNIST, its convolutions pruned to half again and again (docs/sparse.md)."""
+"""Lottery tickets by three scores: CONV-3-16 on MNIST, its convolutions pruned to half six times (docs/sparse.md)."""
 
 width = 16
 epochs = 10
