@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 import launch
-from conf import ROOT, BadInput, settings_text
+from conf import ROOT, BadInput, Once, Parser, settings_text
 from machine import choose_precision, guarded, keep_freed_memory
 from measures.geometry import trace_layers
 from measures.lasso import group_lasso, norms, ridge, scaled, squared_residual
@@ -294,19 +294,17 @@ def compress_run(net, settings, lams, refit, folder):
 
 def parse_arguments(argv):
     """The command line as a namespace of source, lam, refit and run. Raises BadInput."""
-    parser = argparse.ArgumentParser(prog='compress.py', allow_abbrev=False, description=__doc__.partition('\n')[0])
-    parser.error = _refuse
-    parser.add_argument('source', type=Path, metavar='DIR', help='results folder of the trained networks')
+    parser = Parser(
+        prog='compress.py', allow_abbrev=False, argument_default=argparse.SUPPRESS, description=__doc__.partition('\n')[0]
+    )
+    add = parser.add_argument
+    add('source', type=Path, metavar='DIR', help='results folder of the trained networks')
     lam_help = 'penalties, as shares of the one from which on nothing is left; between 0 and 1'
-    parser.add_argument('--lam', type=float, nargs='+', required=True, metavar='X', help=lam_help)
+    add('--lam', type=float, nargs='+', required=True, metavar='X', action=Once, help=lam_help)
     refit_help = 'fit the kept channels once more with a small ridge penalty (default), or keep the shrunk weights'
-    parser.add_argument('--refit', choices=('none', 'ridge'), default='ridge', help=refit_help)
-    parser.add_argument('--run', type=int, metavar='K', help='only the K-th network of the folder, counted from 1')
-    return parser.parse_args(argv)
-
-
-def _refuse(message):
-    raise BadInput(f'{message}; see python compress.py --help')
+    add('--refit', choices=('none', 'ridge'), action=Once, help=refit_help)
+    add('--run', type=int, metavar='K', action=Once, help='only the K-th network of the folder, counted from 1')
+    return SimpleNamespace(**({'refit': 'ridge', 'run': None} | vars(parser.parse_args(argv))))
 
 
 def run(options):

@@ -288,8 +288,8 @@ def show_status(runs, folder):
         print(f'{settings.name:40} {state:9} {last["round"]:5.0f} {epochs:>11} {last["test_error"]:10.4f}  {written}')
 
 
-def train_side_by_side(numbers, folder, jobs):
-    """Trains networks of a folder in processes of their own, `jobs` at a time, on a GPU each where there are several.
+def train_side_by_side(numbers, folder, jobs, device):
+    """Trains networks of a folder in processes of their own, `jobs` at a time, on a GPU each unless `device` names one.
 
     The processes end with this one, however it ends. Returns 1 where one of them failed, else 0.
     """
@@ -305,7 +305,7 @@ def train_side_by_side(numbers, folder, jobs):
     def train_one(number):
         slot = slots.get()
         command = [sys.executable, str(ROOT / 'train.py'), '--results-path', str(folder), '--run', str(number), '--resume']
-        environment = os.environ | {'CUDA_VISIBLE_DEVICES': gpus[slot % len(gpus)]}
+        environment = os.environ | ({} if ':' in device else {'CUDA_VISIBLE_DEVICES': gpus[slot % len(gpus)]})
         caught = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
         before = end_with_parent if hasattr(libc, 'prctl') else None
         try:
@@ -378,7 +378,7 @@ def run(options, flags, train, evaluate):
         return 0
     print(''.join(f'{line}\n' for line in missing), end='')
     if sweep['jobs'] > 1 and len(chosen) > 1:
-        return train_side_by_side(numbers, options.folder, min(sweep['jobs'], len(chosen)))
+        return train_side_by_side(numbers, options.folder, min(sweep['jobs'], len(chosen)), sweep['device'])
     return train_all(chosen, options.folder, train)
 
 

@@ -121,20 +121,25 @@ def choose_precision(name, device):
     return name == 'bf16'
 
 
+def activations(net, image):
+    """How many numbers each convolution and each linear layer makes of an image (1, C, H, W), as a list."""
+    sizes = []
+    layers = [module for module in net.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    hooks = [layer.register_forward_hook(lambda layer, inputs, output: sizes.append(output.numel())) for layer in layers]
+    net(image)
+    for hook in hooks:
+        hook.remove()
+    return sizes
+
+
 def check_memory(settings, net, image, batch, device):
     """Raises BadInput where weights and one batch's activations alone are more than the machine's memory."""
-    sizes = []
-    for module in net.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.register_forward_hook(lambda module, inputs, output: sizes.append(output.numel()))
-    net.eval()(image)
-    for module in net.modules():
-        module._forward_hooks.clear()
-    weights, activations = 12 * sum(weight.numel() for weight in net.parameters()), 4 * batch * sum(sizes)
+    weights = 12 * sum(weight.numel() for weight in net.parameters())
+    features = 4 * batch * sum(activations(net.eval(), image))
     have = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     if device.type == 'cuda':
         have = torch.cuda.mem_get_info(device)[1]
-    if weights + activations > have:
-        knob = f'width = {settings.width}' if weights > activations else f'batch_size = {settings.batch_size}'
-        need, have = ((value / 2**30) for value in (weights + activations, have))
+    if weights + features > have:
+        knob = f'width = {settings.width}' if weights > features else f'batch_size = {settings.batch_size}'
+        need, have = ((value / 2**30) for value in (weights + features, have))
         raise BadInput(f'{knob}: training takes at least {need:.1f} GiB of memory, this machine has {have:.1f}; choose less')

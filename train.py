@@ -20,7 +20,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
@@ -31,7 +30,7 @@ import sparsify
 from conf import BadInput
 from datasets import fingerprint
 from launch import Diverged
-from machine import Interrupted, check_stop, choose_precision, deferred_stop
+from machine import Interrupted, activations, check_stop, choose_precision, deferred_stop
 from measures.geometry import not_covered
 from measures.masks import density, measure_masks, sharing
 from measures.norms import classification_margins, margin_error, measure_data
@@ -140,13 +139,7 @@ def batch_of_evaluation(net, images):
     """Images per forward pass: on a CPU few enough that activations stay in its cache, else many."""
     if images.device.type == 'cpu':
         return 32
-    sizes = []
-    layers = [module for module in net.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    hooks = [layer.register_forward_hook(lambda layer, inputs, output: sizes.append(output.numel())) for layer in layers]
-    net(images[:1])
-    for hook in hooks:
-        hook.remove()
-    return max(1, min(1000, 2**28 // max(sizes)))
+    return max(1, min(1000, 2**28 // max(activations(net, images[:1]))))
 
 
 def losses_and_margins(net, images, labels, loss):

@@ -224,12 +224,14 @@ def settings_text(sweep, header):
     return '\n'.join(lines) + '\n'
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are BadInput."""
+
     def error(self, message):
-        raise BadInput(message)
+        raise BadInput(f'{message}; see python {self.prog} --help')
 
 
-class _Once(argparse.Action):
+class Once(argparse.Action):
     """Stores the flag's value; a flag given twice is refused, since one of the two would silently be lost."""
 
     def __call__(self, parser, namespace, values, option_string=None):
@@ -249,7 +251,7 @@ def _literal(text):
 
 def parse_command_line(argv=None):
     """The command line as (options, flags): a namespace of what is not a knob, and {knob: value}. Raises BadInput."""
-    parser = _Parser(
+    parser = Parser(
         prog='train.py',
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -258,15 +260,15 @@ def parse_command_line(argv=None):
         f'Not of {", ".join(NOT_SWEPT)}.',
     )
     add = parser.add_argument
-    add('--settings', metavar='FILE', action=_Once, help='settings file (default: conf/global_settings.py)')
-    add('--results-path', metavar='DIR', action=_Once, help='results folder to make, to resume or to plot')
+    add('--settings', metavar='FILE', action=Once, help='settings file (default: conf/global_settings.py)')
+    add('--results-path', metavar='DIR', action=Once, help='results folder to make, to resume or to plot')
     add('--resume', action='store_true', help='go on from the checkpoints in --results-path')
-    add('--run', metavar='K', type=int, action=_Once, help='train only the K-th network of the sweep, counted from 1')
+    add('--run', metavar='K', type=int, action=Once, help='train only the K-th network of the sweep, counted from 1')
     either = parser.add_mutually_exclusive_group()
     prepare = 'check everything, make the results folder, print the number of networks and the folder, train nothing'
     either.add_argument('--prepare', action='store_true', help=prepare)
     plot = 'draw the figures of --results-path from what is logged so far; --plot all: with every bound'
-    either.add_argument('--plot', nargs='?', const=True, choices=['all'], action=_Once, help=plot)
+    either.add_argument('--plot', nargs='?', const=True, choices=['all'], action=Once, help=plot)
     again = 'measure the snapshots and checkpoints of --results-path anew, with the bounds of today, into evaluation.csv'
     either.add_argument('--evaluate', action='store_true', help=again)
     either.add_argument('--status', action='store_true', help='show which networks of --results-path are finished')
@@ -277,7 +279,7 @@ def parse_command_line(argv=None):
         kind = str if name in FOLDERS else _literal
         several = None if name in FOLDERS else '*' if name == 'milestones' else '+'
         help_text = about.get(name, '').replace('%', '%%')
-        knobs.add_argument(*flags, dest=name, type=kind, nargs=several, metavar='X', action=_Once, help=help_text)
+        knobs.add_argument(*flags, dest=name, type=kind, nargs=several, metavar='X', action=Once, help=help_text)
 
     options, unknown = parser.parse_known_args(argv)
     if unknown:

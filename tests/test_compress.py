@@ -402,6 +402,7 @@ def test_ctrl_c_leaves_the_rows_that_are_done(trained):
         (('--lam', 'small'), 'lam'),
         (('--lam', 0.1, '--run', 2), '--run 2'),
         (('--lam', 0.1, '--refit', 'exact'), 'refit'),
+        (('--lam', 0.1, '--lam', 0.2), '--lam is given twice'),
         ((), '--lam'),
     ],
 )
