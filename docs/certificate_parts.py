@@ -21,7 +21,7 @@ from measures import pac_bayes
 from records import folder_settings, load_network, rounded_up
 
 CHANGES = {
-    'as it is': {'RANK': pac_bayes.RANK},
+    'as it is': {},
     'prior of the classifier at zero, τ = 0': {'SIZES': torch.zeros(1).double()},
     'prior covariance I, β₀ = 0': {'PRIOR_BETAS': torch.zeros(1).double()},
     'both': {'SIZES': torch.zeros(1).double(), 'PRIOR_BETAS': torch.zeros(1).double()},
@@ -32,41 +32,48 @@ CHANGES = {
 }
 
 
-def certificate(net, dataset, delta):
-    """A, the CPU seconds that it took, and the arguments of its last bound and of the code of its hidden layers."""
-    start = time.process_time()
-    with (
-        mock.patch.object(pac_bayes, '_rounded', return_value=(1.0, 1.0)),  # B and C are not asked for
-        mock.patch.object(pac_bayes, '_best', wraps=pac_bayes._best) as best,
-        mock.patch.object(pac_bayes, '_nats', wraps=pac_bayes._nats) as code,
-    ):
-        bound = pac_bayes.certify(net, dataset.train_images, dataset.train_labels, delta)['pac_bayes_error']
-    return bound, time.process_time() - start, best.call_args and best.call_args.args, code.call_args and code.call_args.args
+def certificates(net, dataset, delta):
+    """The three certificates, with the arguments of every bound `_best` and of every code `_nats` on the way."""
+    best = mock.patch.object(pac_bayes, '_best', wraps=pac_bayes._best)
+    code = mock.patch.object(pac_bayes, '_nats', wraps=pac_bayes._nats)
+    with best as best, code as code:
+        found = pac_bayes.certify(net, dataset.train_images, dataset.train_labels, delta)
+    return found, [call.args for call in best.call_args_list], [call.args for call in code.call_args_list]
 
 
 def parts(table, m1, nats, gap, point):
-    """A row of the page's first table, but for its name and the bits."""
+    """What a bound is made of: mean of p, nats per image of hidden layers and of the classifier, c, beta, gamma, theta |x|."""
     _, (octaves, beta, gamma) = pac_bayes._best(table, m1, nats, gap, point)
-    c = 2 ** (octaves / 8)
+    c, log_beta, gamma = 2 ** (octaves / 8), pac_bayes.BETAS[beta].log2().item(), pac_bayes.GAMMAS[gamma]
     theta = next(theta for theta in pac_bayes.THETAS if theta >= c * gap)
-    noisy = pac_bayes.noisy_errors(c * table.margins - theta * table.x[:, None], table.v[:, beta], pac_bayes.GAMMAS[gamma])
+    noisy = pac_bayes.noisy_errors(c * table.margins - theta * table.x[:, None], table.v[:, beta], gamma)
     shares = [f'{value:.4f}' for value in (noisy.mean().item(), nats / m1, table.kl(c, beta) / m1)]
-    grids = f'{c:.1f}', f'2^{pac_bayes.BETAS[beta].log2():.0f}', f'{pac_bayes.GAMMAS[gamma]:g}'
-    return [*shares, *grids, f'{theta * table.x.mean().item():.3f}']
+    return [*shares, f'{c:.1f}', f'2^{log_beta:.0f}', f'{gamma:g}', f'{theta * table.x.mean().item():.3f}']
+
+
+def sent(kernels, bits):
+    """How many hidden weights are not 0."""
+    return str(sum(int(kernel.count_nonzero()) for kernel in kernels[:-1]))
 
 
 def main(folders):
     keep_freed_memory()
     nets = [load_network(Path(folder, run.name)) for folder in folders for run in folder_settings(folder)[1]]
     for net, settings in nets:
-        bound, _, last, code = certificate(net, get_inputs(settings)[1], settings.delta)
-        cells = [*parts(*last), ', '.join(map(str, code[1]))] if last else ['nothing is certified']
-        print('', settings.name, f'{rounded_up(bound):.4f}', *cells, '', sep=' | ', flush=True)
+        found, bounds, codes = certificates(net, get_inputs(settings)[1], settings.delta)
+        if found['pac_bayes_error'] == 1:
+            print(f'{settings.name}: nothing is certified')
+            continue
+        bits = ', '.join(map(str, codes[0][1]))
+        cells = [f'{rounded_up(found["pac_bayes_error"]):.4f}', *parts(*bounds[0]), bits, sent(*codes[0]), sent(*codes[-1])]
+        print('', settings.name, *cells, '', sep=' | ', flush=True)
     net, settings = nets[0]
     for words, change in CHANGES.items():
-        with mock.patch.multiple(pac_bayes, **change):
-            bound, seconds, *_ = certificate(net, get_inputs(settings)[1], settings.delta)
-        print('', words, f'{rounded_up(bound):.4f}', f'{seconds:.0f}', '', sep=' | ', flush=True)
+        start = time.process_time()
+        with mock.patch.multiple(pac_bayes, _rounded=lambda *problem: (1.0, 1.0), **change):  # B and C are not asked for
+            found = certificates(net, get_inputs(settings)[1], settings.delta)[0]
+        seconds = time.process_time() - start
+        print('', words, f'{rounded_up(found["pac_bayes_error"]):.4f}', f'{seconds:.0f}', '', sep=' | ', flush=True)
 
 
 if __name__ == '__main__':

@@ -1,8 +1,8 @@
 """How much the deviations of the paper's released code change the bounds of a trained network.
 
-    python tests/released_code.py results/7/CONV-3-32
+    python tests/released_code.py results/mnist-width/CONV-3-8
 
-reads the settings and the checkpoint of that run and prints, line by line, the factors of docs/released_code.md.
+reads the settings and the weights of that run and prints, line by line, the factors of docs/released_code.md.
 """
 
 import copy
@@ -12,7 +12,7 @@ import conftest  # noqa: F401, for the path to the project
 import numpy as np
 import torch
 
-from datasets import load_dataset
+from launch import get_dataset
 from measures.geometry import trace_layers
 from measures.norms import measure_data, measure_network
 from records import load_network
@@ -27,7 +27,7 @@ def changed(table, **values):
 
 def main(path):
     net, settings = load_network(path)
-    raw, standardized = (load_dataset(settings.dataset_name, settings.data_dir, normalize) for normalize in (False, True))
+    raw, standardized = (get_dataset(settings.dataset_name, settings.data_dir, normalize) for normalize in (False, True))
     network = measure_network(net, raw.input_shape)
     data, standardized_data = measure_data(net, raw.train_images), measure_data(net, standardized.train_images)
 

@@ -3,6 +3,8 @@
 import csv
 import math
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -164,6 +166,96 @@ def test_the_page_of_narrower_networks_quotes_the_shipped_ones(name, network):
     for row in rows:
         net = load(RESULTS / name / network / f'lam-{row["lam"]}.pt')
         assert sum(weight.numel() for weight in net.parameters()) == int(row['weights'])
+
+
+def words(page):
+    return ' '.join((ROOT / page).read_text().split())
+
+
+def percent(value):
+    return f'{100 * value:.0f} %'
+
+
+def test_the_words_of_figure_1_are_those_of_the_files():
+    text, width, depth = words('docs/figure1.md'), {}, {}
+    for name, column in (('margin', 'train_margin_error'), ('gap', 'generalization_gap'), ('rho', 'rho'), ('our', 'our_bound')):
+        width[name] = [metrics('mnist-width', f'CONV-3-{h}')[column][-1] for h in (8, 16, 32)]
+        depth[name] = [metrics('mnist-depth', f'CONV-{d}-16')[column][-1] for d in (2, 3, 4, 5)]
+    assert {percent(share) for share in width['margin']} == {'95 %'} and '95 % of the training samples of each network' in text
+    assert '`generalization_gap`) is {:.4f}, {:.4f} and {:.4f}'.format(*width['gap']) in text
+    assert '({:.2f}, {:.2f}, {:.2f} and {:.2f})'.format(*depth['rho']) in text
+    golowich = [metrics('mnist-depth', f'CONV-{d}-16')['golowich_bound'][-1] for d in (2, 5)]
+    ours, theirs = ((bounds[-1] / bounds[0]) ** (1 / 3) for bounds in (depth['our'], golowich))
+    growth = (f'{times:.1f} = 2^{math.log2(times):.1f}' for times in (ours, theirs))
+    assert "multiplies ours by {} and Golowich et al.'s by {}, on average".format(*growth) in text
+    assert 'that ends below 1, at {:.2f}'.format(depth['our'][0]) in text
+    shares = [f'{100 * share:.0f}' for share in depth['margin']]
+    assert f'a margin error of {shares[0]} % (column `train_margin_error`; {shares[1]}, {shares[2]} and {shares[3]} %' in text
+    assert 'The gaps are {:+.4f}, {:+.4f}, {:+.4f} and {:+.4f}'.format(*depth['gap']) in text
+    for folder in ('mnist-width', 'mnist-depth'):
+        for settings in folder_settings(RESULTS / folder)[1]:
+            assert (metrics(folder, settings.name)['certified_error'] == 1).all()
+
+
+def test_the_words_of_the_bounds_are_those_of_the_files():
+    table = metrics('mnist-width', 'CONV-3-16')
+    norm, path, corrected = (
+        table[column][table['epoch'] == 2].item() for column in ('path_norm', 'path_bound', 'corrected_bound')
+    )
+    quoted = f'r = {norm:.1f}, `path_bound` is {path:.1f} and `corrected_bound` {corrected:.1f}'
+    assert quoted in words('docs/bounds.md')
+
+
+def test_the_page_of_the_released_code_quotes_its_factors(mnist):
+    script = [sys.executable, ROOT / 'tests' / 'released_code.py', RESULTS / 'mnist-width' / 'CONV-3-8']
+    lines = subprocess.run(script, capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines()
+    factors = [float(line[60:].split()[0]) for line in lines if ' times ' in line]
+    page = words('docs/released_code.md')
+    quoted = ['2.75', '2.99', '1.20', '1.20', '1.10', '1.06', '0.60', '0.205', '1.82', '3.39', '6.83', '1.36', '6.87']
+    for factor, number in zip(factors, quoted, strict=True):
+        assert f' {number} ' in page and factor == pytest.approx(float(number), abs=0.0052)
+
+
+def fall(rows, column, number):
+    """By what share of the first row a column is lower in another."""
+    return 1 - rows[number][column] / rows[0][column]
+
+
+def test_the_words_of_sparse_networks_are_those_of_the_files():
+    """ "A third", "a twentieth" and "a tenth" of docs/sparse.md."""
+    digits, mnist = ends_of_rounds('tickets-digits', 'CONV-3-16'), ends_of_rounds('tickets', 'CONV-3-16-prune_scorepath')
+    assert max(row['test_error'] for row in digits[:7]) < digits[0]['test_error'] + 2.5 / 360
+    assert fall(digits, 'path_bound', 6) == pytest.approx(1 / 3, abs=0.02)
+    assert fall(digits, 'our_bound', 6) == pytest.approx(1 / 20, abs=0.01)
+    assert fall(mnist, 'pac_bayes_error', -1) == pytest.approx(1 / 2, abs=0.05)
+    for column in ('pac_bayes_rounded_error', 'pac_bayes_gibbs_error'):
+        assert fall(mnist, column, -1) == pytest.approx(1 / 20, abs=0.01)
+    assert fall(mnist, 'path_bound', -1) == pytest.approx(1 / 10, abs=0.02)
+    for column in ('our_bound', 'corrected_bound'):
+        assert np.argmin([row[column] for row in mnist]) == 3 and 0 < fall(mnist, column, 3) < 0.015
+
+
+def test_the_words_of_narrower_networks_are_those_of_the_files():
+    def falls(name, network, number, *columns):
+        rows = list(csv.DictReader((RESULTS / name / network / 'compress.csv').open()))
+        return [percent(1 - float(rows[number][column]) / float(rows[0][column])) for column in columns]
+
+    text, norms = words('docs/compress.md'), ('our_bound', 'corrected_bound', 'path_bound')
+    low, *_, high = falls('compress-digits', 'CONV-2-16', 3, *norms)
+    assert f'our, the corrected and the path bound gain {low} to {high} by it' in text
+    others = falls('compress-digits', 'CONV-2-16', 3, 'graf_bound', 'ledent_bound', 'sedghi_bound')
+    assert "sum over channels, gain {} and {}, and Sedghi's, which has the number of weights in it, {}.".format(*others) in text
+    mnist = falls('compress-mnist', 'CONV-3-16', 2, *norms)
+    assert 'ours by {}, the corrected bound by {} and the path bound by {},'.format(*mnist) in text
+
+
+def test_the_words_of_depth_are_those_of_the_files():
+    """On test digits, with half of the training labels wrong: the first layer of each network and the last one."""
+    for deep in (4, 8, 12):
+        layers = read_layers(RESULTS / 'depth' / f'MLP-{deep}-100-label_noise0.5' / 'layers.csv')
+        accuracy = 1 - layers['test_ncc_error'][layers['epoch'] == layers['epoch'].max()]
+        assert accuracy[1] > 0.79 and accuracy[deep] < 0.51
+    assert 'more than 79 % of them and the last layer to fewer than 51 %' in words('docs/depth.md')
 
 
 WEIGHTS = sorted(path.parent.relative_to(RESULTS) for path in RESULTS.glob('*/*/weights.pt'))
