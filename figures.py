@@ -32,7 +32,7 @@ CURVES = {
     'certified_error': ('#6A5ACD', '--', 1.5, None),
     'pac_bayes_error': ('#BB0022', '-', 2.2, 'PAC-Bayes certificate'),
     'pac_bayes_rounded_error': ('#DD5566', '-', 0.9, 'PAC-Bayes, rounded weights'),
-    'pac_bayes_gibbs_error': ('#EE99AA', '-', 0.9, 'PAC-Bayes, noisy weights'),
+    'pac_bayes_gibbs_error': ('#EE99AA', '-', 0.9, 'PAC-Bayes, noisy classifier'),
     'test_set_bound': ('#117733', '-.', 0.9, 'Certified by the test set'),
     'train_error': ('#000000', '-', 1.5, 'Train error'),
     'test_error': ('#33BBEE', '--', 1.5, 'Test error'),
