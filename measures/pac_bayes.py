@@ -107,13 +107,13 @@ def _climb(score, point, strides):
 
 
 def live_channels(kernels):
-    """Kernels (out, in, h, w) of the same function without the channels that are zero or feed nothing."""
+    """Kernels (out, in, h, w) of the same function without the channels that are zero or feed nothing; none if that is zero."""
     kernels = list(kernels)
     pairs = range(1, len(kernels))
     for l, filters in [(l, True) for l in pairs] + [(l, False) for l in reversed(pairs)]:
         keep = (kernels[l - 1] if filters else kernels[l].transpose(0, 1)).flatten(1).any(1)
         kernels[l - 1], kernels[l] = kernels[l - 1][keep], kernels[l][:, keep]
-    return kernels
+    return kernels if kernels[-1].any() else []
 
 
 def _operator_norm(kernel, layer):
@@ -321,7 +321,7 @@ def certify(net, images, labels, delta=0.001, between=None):
     fixed = math.log(2 * math.sqrt(m1) * CHOICES * LOSSES / delta) + sum(math.log(len(kernel)) for kernel in kernels[:-1])
 
     kernels = live_channels([*kernels[:-1], kernels[-1] - kernels[-1].mean(0)])
-    if not all(kernel.any() for kernel in kernels):
+    if not kernels:
         return dict.fromkeys(COLUMNS, 1.0)
     hidden = [kernel / _operator_norm(kernel, layer) for kernel, layer in zip(kernels[:-1], layers)]
     classifier = kernels[-1] / kernels[-1].norm()
@@ -360,7 +360,7 @@ def _trained(hidden, classifier, layers, measured, fixed, m1):
     rounded = [_round(kernel, bit) for kernel, bit in zip(hidden, point[3:])]
     slack = _slack(_operator_norm(k - r, layer) for k, r, layer in zip(hidden, rounded, layers))
     live = live_channels([*rounded, classifier])
-    if not all(kernel.any() for kernel in live):
+    if not live:
         return 1.0
     table = measured(live)
     return _best(table, m1, fixed + _nats(live, point[3:]), spread * table.scale * slack, point[:3])[0]
@@ -373,7 +373,7 @@ def _rounded(hidden, classifier, measured, fixed, m1):
         if not all(0 <= bit <= MAX_BITS for bit in bits):
             return math.inf, None
         live = live_channels([*(_round(kernel, bit) for kernel, bit in zip(hidden, bits)), classifier])
-        if not all(kernel.any() for kernel in live):
+        if not live:
             return math.inf, None
         table, nats = measured(live, few), fixed + _nats(live, bits)
         value, point = _best(table, m1, nats, 0.0, START)

@@ -18,7 +18,7 @@ from measures.representations import effective_depth
 from records import folder_settings, load_network, read_layers, read_metrics
 
 RESULTS = ROOT / 'results'
-FOLDERS = ['digits', 'mnist-width', 'mnist-depth', 'depth', 'certificate', 'tickets-digits', 'tickets']
+FOLDERS = ['digits', 'mnist-width', 'mnist-depth', 'depth', 'certificate', 'sparse-certificate', 'tickets-digits', 'tickets']
 COLUMN_OF = {
     'Ledent et al. 2021': 'ledent_bound',
     'Graf et al. 2022': 'graf_bound',
@@ -72,11 +72,11 @@ def test_the_page_of_figure_1_quotes_the_shipped_levels(name):
 
 
 def test_the_page_of_figure_1_quotes_the_shipped_certificates():
-    (table,) = tables('figure1.md', 'certificate')
-    for row, name in zip(table, ('A', 'B', 'C', 'test-set bound'), strict=True):
-        column, form = QUOTED[name]
-        for network in ('CONV-3-8', 'CONV-3-16', 'CONV-3-32'):
-            assert row[network] == written(metrics('mnist-width', network)[column][-1], form)
+    for sweep, table in zip(('mnist-width', 'mnist-depth'), tables('figure1.md', 'certificate'), strict=True):
+        for row, name in zip(table, ('A', 'B', 'C', 'test-set bound'), strict=True):
+            column, form = QUOTED[name]
+            for network in (settings.name for settings in folder_settings(RESULTS / sweep)[1]):
+                assert row[network] == written(metrics(sweep, network)[column][-1], form)
 
 
 def test_the_page_of_depth_quotes_the_shipped_depths():
@@ -133,14 +133,24 @@ def ends_of_rounds(name, network):
 def test_the_page_of_certificates_quotes_the_shipped_ones():
     (table,) = tables('certificate.md', 'results/certificate')
     check_rows(table, [ends_of_rounds('certificate', row['results/certificate'])[-1] for row in table])
+    for network, table in zip(('CONV-3-16', 'CONV-3-32'), tables('certificate.md', 'left of the convolutions'), strict=True):
+        check_rows(table, ends_of_rounds('sparse-certificate', network))
+        assert [row['left of the convolutions'] for row in table] == [f'{100 * 0.5**number:.3g} %' for number in range(7)]
+    (table,) = tables('certificate.md', 'what A is made of')
+    networks = [
+        (sweep, settings) for sweep in ('mnist-width', 'sparse-certificate') for settings in folder_settings(RESULTS / sweep)[1]
+    ]
+    for row, (sweep, settings) in zip(table, networks, strict=True):
+        assert row['A'] == written(ends_of_rounds(sweep, settings.name)[-1]['pac_bayes_error'], 'up')
 
 
 def test_the_readme_quotes_the_shipped_certificates():
-    text = ' '.join((ROOT / 'README.md').read_text().split())
-    first, *_, last = ends_of_rounds('tickets', 'CONV-3-16-prune_scorepath')
-    proven = [written(row['pac_bayes_error'], 'up') for row in (first, last)]
-    errors = [f'{row["test_error"]:.4f}' for row in (first, last)]
-    assert f'from {proven[0]} to {proven[1]} (path score; test errors {errors[0]} and {errors[1]})' in text
+    text = words('README.md')
+    for network, form in (('CONV-3-16', '{} to {} (test errors {} and {})'), ('CONV-3-32', '{} to {} ({} and {})')):
+        first, *_, last = ends_of_rounds('sparse-certificate', network)
+        proven = [written(row['pac_bayes_error'], 'up') for row in (first, last)]
+        errors = [f'{row["test_error"]:.4f}' for row in (first, last)]
+        assert 'from ' + form.format(*proven, *errors) in text
     error = metrics('digits', 'CONV-3-32')['test_error'][-1]
     assert f'It ends with a test error of {100 * error:.1f} %' in text
 
