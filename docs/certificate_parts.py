@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python docs/certificate_parts.py results/mnist-width results/sparse-certificate
 
-prints the parts of certificate A of every network of these folders that is trained on MNIST; then, for the first, A with one
-part changed at a time. Minutes.
+prints the parts of certificate A of every network of these folders; then, for the first, A with one part changed at a time.
+Minutes.
 """
 
 import sys
@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from launch import get_inputs
+from conf import BadInput
+from launch import get_inputs, no_certificate
 from machine import keep_freed_memory
 from measures import pac_bayes
 from records import folder_settings, load_network, rounded_up
@@ -32,12 +33,13 @@ CHANGES = {
 }
 
 
-def certificates(net, dataset, delta):
+def certificates(net, settings):
     """The three certificates, with the arguments of every bound `_best` and of every code `_nats` on the way."""
+    device, dataset = get_inputs(settings)
     best = mock.patch.object(pac_bayes, '_best', wraps=pac_bayes._best)
     code = mock.patch.object(pac_bayes, '_nats', wraps=pac_bayes._nats)
     with best as best, code as code:
-        found = pac_bayes.certify(net, dataset.train_images, dataset.train_labels, delta)
+        found = pac_bayes.certify(net.to(device), dataset.train_images, dataset.train_labels, settings.delta)
     return found, [call.args for call in best.call_args_list], [call.args for call in code.call_args_list]
 
 
@@ -60,7 +62,9 @@ def main(folders):
     keep_freed_memory()
     nets = [load_network(Path(folder, run.name)) for folder in folders for run in folder_settings(folder)[1]]
     for net, settings in nets:
-        found, bounds, codes = certificates(net, get_inputs(settings)[1], settings.delta)
+        if reason := no_certificate(settings):
+            raise BadInput(f'{settings.name}: has no certificate, {reason}')
+        found, bounds, codes = certificates(net, settings)
         if found['pac_bayes_error'] == 1:
             print(f'{settings.name}: nothing is certified')
             continue
@@ -71,7 +75,7 @@ def main(folders):
     for words, change in CHANGES.items():
         start = time.process_time()
         with mock.patch.multiple(pac_bayes, _rounded=lambda *problem: (1.0, 1.0), **change):  # B and C are not asked for
-            found = certificates(net, get_inputs(settings)[1], settings.delta)[0]
+            found, *_ = certificates(net, settings)
         seconds = time.process_time() - start
         print('', words, f'{rounded_up(found["pac_bayes_error"]):.4f}', f'{seconds:.0f}', '', sep=' | ', flush=True)
 
