@@ -339,7 +339,7 @@ def run(options):
         errors += compress_run(net, settings, lams, options.refit, folder / settings.name)
     launch.draw(folder)
     if errors:
-        raise BadInput(errors[0])
+        raise BadInput('; '.join(errors))
     return 0
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from conf import NOT_SWEPT, RULES, BadInput
 from measures.representations import effective_depth
-from records import folder_settings, locked, read_layers, read_metrics, write_file
+from records import finished, folder_settings, locked, read_layers, read_metrics, rows_of, write_file
 from utils import BOUNDS
 
 # Column: colour, line style, width, label. A bound is named by the words of its docstring before the first colon.
@@ -114,9 +114,8 @@ def merged(tables):
 
 def last_rows(table):
     """The last row of each round; a round that has pruned and not trained yet has none."""
-    ends = [np.flatnonzero(table['round'] == number)[-1] for number in np.unique(table['round'])]
-    kept = [end for end in ends if table['epoch'][end] > 0 or table['round'][end] == 0]
-    return [{column: values[end] for column, values in table.items()} for end in kept]
+    ends = {row['round']: row for row in rows_of(table)}.values()
+    return [row for row in ends if row['epoch'] > 0 or row['round'] == 0]
 
 
 def spread(rows, axis):
@@ -275,7 +274,8 @@ def epochs_picture(runs, left_out):
 
 
 def sweep_picture(runs, left_out):
-    """A panel per swept knob and value of what else varies: last rows against the knob, mean and range over seeds."""
+    """Finished networks, a panel per swept knob and value of what else varies: last rows, mean and range over seeds."""
+    runs = [run for run in runs if finished(run[0], rows_of(run[1])[-3:])]
     knobs = [] if any(table['round'].any() for _, table in runs) else varied(runs)
     swept = [knob for knob in knobs if type(getattr(runs[0][0], knob)) in (int, float)] or knobs[:1]
     drawn = [(knob, *group) for knob in swept for group in grouped(runs, [other for other in knobs if other != knob]).items()]
@@ -309,18 +309,18 @@ def places(runs, knob):
 
 def density_picture(runs, left_out):
     """The last row of each pruning round against the share that is left of what is pruned, mean and range over seeds."""
-    if not any(table['round'].any() for _, table in runs):
-        return None
+    runs = [(settings, table) for settings, table in runs if table['round'].any()]
     groups = {words: [row for run in group for row in rows_left(*run)] for words, group in grouped(runs, varied(runs)).items()}
     label, percent = 'share of weights left in the layers that are pruned', lambda power: f'{100 * 2.0**power:.3g} %'
-    return narrowing_picture(groups, 'left', left_out, label, percent)
+    return narrowing_picture(groups, 'left', left_out, label, percent) if groups else None
 
 
 def rows_left(settings, table):
-    """The last rows, with the share `left` of the weights that are pruned; `density` counts a dense classifier too."""
+    """Last rows of finished rounds, with the share `left` of what is pruned; `density` counts a dense classifier too."""
     kept = settings.density * (1 - settings.prune_fraction) ** table['round']
     left = {'left': kept if settings.prune_layers == 'conv' else table['density']}
-    return last_rows(table | left | {'deviation': deviation(settings, table)})
+    rows = last_rows(table | left | {'deviation': deviation(settings, table)})
+    return [row for row in rows if row['epoch'] == settings.epochs]
 
 
 def deviation(settings, row):

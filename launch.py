@@ -45,6 +45,7 @@ from records import (
     locked,
     new_results_folder,
     read_metrics,
+    rows_of,
     write_file,
 )
 
@@ -92,11 +93,13 @@ def check(settings):
 
 
 def no_certificate(settings):
-    """Why the training samples are no iid ones, which a certificate asks for; None where they are."""
+    """Why the training samples are not as a certificate asks for, iid and at least 10; None where they are."""
     if settings.normalize:
         return 'normalize = True takes the statistics of the whole training set'
     if settings.label_noise:
         return 'with label_noise the training samples are not independent'
+    if 0 < settings.train_samples < 10:
+        return f'train_samples = {settings.train_samples}, and at least 10 are needed'
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -143,10 +146,8 @@ def check_options(options, flags):
         raise BadInput('--prepare makes the folder of a whole sweep; leave --run out')
     if not (options.resume or reads):
         if folder and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            known = (folder / 'global_settings.py').exists()
-            raise BadInput(
-                f'{folder}: exists already; {"add --resume to go on with it, or " if known else ""}name a new folder'
-            )
+            resume = 'add --resume to go on with it, or ' * (folder / 'global_settings.py').exists()
+            raise BadInput(f'{folder}: exists already; {resume}name a new folder')
         return
     if folder is None:
         raise BadInput(f'{option} needs the folder: --results-path DIR')
@@ -171,7 +172,9 @@ def check_resume(folder, flags, runs):
 
     It looks at every checkpoint, so that a resume that is refused has changed nothing.
     """
-    before = folder_settings(folder)[1]
+    sweep, before = folder_settings(folder)
+    if isinstance(sweep['epochs'], list) and 'epochs' in flags:
+        raise BadInput('--resume keeps the runs of the sweep, which varies epochs; leave --epochs out')
     if [run.name for run in runs] != [run.name for run in before]:
         raise BadInput(f'--resume keeps the runs of the sweep; give one value of {", ".join(flags)}')
     if any(run.epochs < own.epochs for run, own in zip(runs, before)):
@@ -274,8 +277,7 @@ def show_status(runs, folder):
     print(f'{"network":40} {"state":9} {"round":>5} {"epoch":>11} {"test error":>10}  last written')
     for settings in runs:
         path = folder / settings.name / 'metrics.csv'
-        table = read_metrics(path) if path.exists() else {'epoch': []}
-        rows = [{column: table[column][k] for column in table} for k in range(len(table['epoch']))][-3:]
+        rows = rows_of(read_metrics(path))[-3:] if path.exists() else []
         state = 'finished' if finished(settings, rows) else 'left'
         if (folder / settings.name).is_dir() and state == 'left':
             with contextlib.suppress(OSError), locked(folder / settings.name / '.lock', seconds=0) as free:  # or read-only

@@ -4,7 +4,6 @@ A kill at any moment leaves every file whole: as it was, or as it was to be.
 """
 
 import contextlib
-import csv
 import fcntl
 import io
 import math
@@ -110,14 +109,21 @@ def read_table(path, columns, required):
     """
     try:
         text = Path(path).read_text('utf-8')
-        header, *lines = list(csv.reader(text[: text.rfind('\n') + 1].splitlines())) or [columns]
-        rows = [parse_line(','.join(line), header) for line in lines]
+        first, *lines = text[: text.rfind('\n') + 1].splitlines() or [','.join(columns)]
+        header = first.split(',')
+        rows = [parse_line(line, header) for line in lines]
         if not set(required) <= set(header):
             raise ValueError
     except ValueError:
-        raise BadInput(f'{path}: not a table of {Path(path).stem}; --resume writes it again from the checkpoint') from None
+        again = '--evaluate' if Path(path).stem == 'evaluation' else '--resume, from the checkpoint,'
+        raise BadInput(f'{path}: not a table of {Path(path).stem}; move it away, {again} writes it again') from None
     names = dict.fromkeys([*columns, *header])
     return {name: np.array([row.get(name, np.nan) for row in rows], dtype=float) for name in names}
+
+
+def rows_of(table):
+    """The rows, {column: cell}, of a table {column: array}."""
+    return [dict(zip(table, cells)) for cells in zip(*table.values())]
 
 
 def read_metrics(path):
@@ -149,7 +155,7 @@ def report(row, width=math.inf):
         if (value := row.get(column, math.nan)) == value:  # else the cell is empty
             value = rounded_up(value) if column == 'pac_bayes_error' else value
             items.append(text.format(math.log2(value) if '2^' in text else value))
-    while len(' '.join(items)) > width:
+    while items and len(' '.join(items)) > width:
         items.pop()
     return ' '.join(items)
 
@@ -185,7 +191,7 @@ def save_checkpoint(path, checkpoint):
 
 def load_checkpoint(path, device):
     """The dictionary that `save_checkpoint` wrote, tensors on the device. Raises BadInput where it is damaged or newer."""
-    mend = 'move it away to train this network anew'
+    mend = 'move it away' if path.name != 'model.pt' else f'move {path.parent} away to train this network anew'
     if path.exists() and not path.is_file():
         raise BadInput(f'{path}: is not a regular file; {mend}')
     try:
@@ -247,7 +253,7 @@ def load_run(path, settings, net, data, steps):
     except BadInput:
         raise
     except Exception:  # the content may be anything
-        raise BadInput(f'{path}: not a checkpoint of {settings.name}; move it away to train this network anew') from None
+        raise BadInput(f'{path}: not a checkpoint of {settings.name}; move {path.parent} away to train it anew') from None
     if settings.epochs > before['epochs']:
         _forget_the_end(state, SimpleNamespace(**before))
     if state['columns'] != COLUMNS:  # bounds came or went since

@@ -5,7 +5,7 @@ that was interrupted anywhere goes on as if it had not been, and it changes weig
 captured CUDA graph stays valid. The masks are buffers of the network, and so in its checkpoints. In the order of a training:
 
     check(settings)                                     at the launch: settings that make no sense together
-    start(net, settings, images, targets, loss)         after the network is made, before the optimizer is
+    start(net, settings, images, targets, loss)         before the first step
     saved = copy.deepcopy(net.state_dict())             after the epoch `rewind_epoch` of round 0 (0: before the first step)
 
     number = (epoch - 1) * steps_per_epoch + step       at each training step, of settings.epochs * steps_per_epoch = steps
@@ -47,7 +47,7 @@ def check(settings):
         raise BadInput(f'prune_rounds = {settings.prune_rounds}: not with regrow = {settings.regrow!r}; set one of the two')
     if settings.regrow == 'gradient' and settings.regrow_every == 1:
         raise BadInput("regrow_every = 1: must be at least 2 with regrow = 'gradient', whose updates take the place of steps")
-    if settings.prune_rounds and settings.rewind_epoch >= settings.epochs:
+    if settings.prune_rounds and max(settings.rewind_epoch, 0) >= settings.epochs:
         raise BadInput(
             f'rewind_epoch = {settings.rewind_epoch}: must be below epochs = {settings.epochs}, to train after pruning'
         )
@@ -112,7 +112,7 @@ def rewind(net, optimizer, saved):
         saved: the state_dict of the network as it was at the epoch to rewind to; None: weights stay as they are.
     """
     if saved is not None:
-        masked = [layer for layer in weight_layers(net).values() if weight_mask(layer) is not None]
+        masked = list(prunable(net).values())
         masks = [weight_mask(layer).clone() for layer in masked]
         net.load_state_dict(saved)
         for layer, mask in zip(masked, masks):

@@ -223,6 +223,7 @@ class Run:
         self.state = {'round': 0, 'epoch': 0, 'step': 0, 'train_seconds': 0.0}
         self.state |= {'columns': COLUMNS, 'lines': [], 'layer_lines': []}
         self.rewind_to = None  # the network's state after rewind_epoch
+        self.place = None  # the round and epoch that the weights are those of, where they are
         self.fingerprint = fingerprint(dataset)
         if (folder / 'model.pt').exists():
             self.restore()
@@ -231,7 +232,6 @@ class Run:
         else:
             sparsify.start(self.net, settings, images, targets, loss)
         self.timed = 0  # steps of this process
-        self.place = None  # the round and epoch that the weights are those of, where they are
         for name, columns, lines in (('metrics', self.state['columns'], 'lines'), ('layers', LAYER_COLUMNS, 'layer_lines')):
             if name == 'metrics' or settings.layers_every:
                 write_file(folder / f'{name}.csv', (','.join(columns) + '\n' + ''.join(self.state[lines])).encode())
@@ -249,7 +249,7 @@ class Run:
             if index in checkpoint['momentum']:
                 self.optimizer.state[weight] = checkpoint['momentum'][index]
         self.state |= {name: checkpoint['state'][name] for name in self.state}
-        self.rewind_to = checkpoint.get('rewind_to')
+        self.rewind_to, self.place = checkpoint.get('rewind_to'), checkpoint.get('place')
         place = f'epoch {self.state["epoch"]} after {self.state["step"]} of its {self.steps} steps'
         place = f'round {self.state["round"]}, {place}' if self.settings.prune_rounds else place
         print(f'{self.settings.name}: {"finished already" if self.finished() else f"goes on in {place}"}', flush=True)
@@ -260,7 +260,6 @@ class Run:
     def train_epoch(self, bar):
         """The steps of the epoch that is under way, from where it is."""
         epoch, start = self.state['epoch'], time.perf_counter()
-        self.place = None
         self.net.train()
         self.optimizer.param_groups[0]['lr'].fill_(learning_rate(self.settings, epoch))
         m, device = len(self.dataset.train_images), self.loss_sum.device
@@ -268,6 +267,7 @@ class Run:
         try:
             for indices in order.split(self.settings.batch_size)[self.state['step'] :]:
                 check_stop()
+                self.place = None
                 number, steps = (epoch - 1) * self.steps + self.state['step'], self.settings.epochs * self.steps
                 regrows = sparsify.regrow_due(self.settings, number, steps)
                 if not regrows or self.settings.regrow == 'random':  # RigL's update takes the place of the gradient step
@@ -278,7 +278,7 @@ class Run:
                 self.state['step'] += 1
                 bar.update()
                 self.say_pace(start)
-            require_finite(self.loss_sum)  # waits for the device
+            require_finite(self.loss_sum, *self.net.state_dict().values())  # waits for the device
         finally:
             self.state['train_seconds'] += time.perf_counter() - start
 
@@ -292,7 +292,7 @@ class Run:
     def prune(self):
         """Kills weights of the trained network, as the round says."""
         sparsify.prune(self.net, self.settings, self.state['round'], self.dataset.input_shape)
-        self.state['step'] = 1  # done, should an interrupt come before its row is logged
+        self.state['step'], self.place = 1, None  # done, should an interrupt come before its row is logged
 
     def evaluate(self):
         """The row of metrics.csv and the rows of layers.csv that are due after this epoch: either may be none."""

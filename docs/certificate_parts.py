@@ -6,6 +6,7 @@ prints the parts of certificate A of every network of these folders; then, for t
 Minutes.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -60,7 +61,7 @@ def sent(kernels, bits):
 
 def main(folders):
     keep_freed_memory()
-    nets = [load_network(Path(folder, run.name)) for folder in folders for run in folder_settings(folder)[1]]
+    nets = [load_network(folder / run.name) for folder in folders for run in folder_settings(folder)[1]]
     for net, settings in nets:
         if reason := no_certificate(settings):
             raise BadInput(f'{settings.name}: has no certificate, {reason}')
@@ -81,4 +82,9 @@ def main(folders):
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('folders', type=Path, nargs='+', help='results folders with the weights of their networks')
+    try:
+        main(**vars(parser.parse_args()))
+    except (BadInput, OSError) as error:
+        sys.exit(f'error: {error}')

@@ -157,6 +157,11 @@ def test_resume_that_would_change_what_was_done_is_refused(uninterrupted, flags,
     assert contents(uninterrupted) == before
 
 
+def test_a_sweep_over_epochs_keeps_them(tmp_path):
+    train_small(tmp_path / 'run', '--epochs', '1', '2')
+    assert 'varies epochs; leave --epochs out' in refused('--results-path', tmp_path / 'run', '--resume', '--epochs', '4')
+
+
 @pytest.mark.parametrize('kind', ['--prune-rounds 1', '--density 0.5 --initial-mask random --regrow random'])
 def test_rounds_and_regrowth_keep_their_epochs(tmp_path, kind):
     train_small(tmp_path / 'run', '--epochs', '1', *kind.split())

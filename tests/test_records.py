@@ -97,6 +97,7 @@ def test_wrong_checkpoints_are_refused(folder):
         line = refused('--results-path', folder, '--resume', '--epochs', '8')
         assert message in line and 'model.pt' in line
         assert contents(folder) == before
+    assert f'move {folder}/CONV-3-4 away to train' in line  # the mend that is named works
     (folder / 'CONV-3-4' / 'model.pt').unlink()
     before = contents(folder)
     assert 'model.pt: is missing' in refused('--results-path', folder, '--resume')
@@ -257,10 +258,16 @@ def test_load_network_without_a_checkpoint(folder):
         load_network(folder / 'CONV-3-4')
 
 
-@pytest.mark.parametrize('damage', [b'\xff\xfe', b'epoch,lr\n1,2\n', b'a,b\nx,y\n'])
+@pytest.mark.parametrize('damage', [b'\xff\xfe', b'epoch,lr\n1,2\n', b'a,b\nx,y\n', b'a\n' + bytes(200_000) + b'\n'])
 def test_plot_of_a_damaged_table_names_it(folder, damage):
+    (folder / 'CONV-3-4' / 'evaluation.csv').write_bytes(damage)
+    assert 'evaluation.csv: not a table of evaluation; move it away, --evaluate' in refused('--results-path', folder, '--plot')
+    (folder / 'CONV-3-4' / 'evaluation.csv').unlink()
     (folder / 'CONV-3-4' / 'metrics.csv').write_bytes(damage)
-    assert 'metrics.csv' in refused('--results-path', folder, '--plot')
+    for option in ('--plot', '--status'):
+        assert 'metrics.csv: not a table of metrics' in refused('--results-path', folder, option)
+    resume(folder)
+    assert rows(folder) == 7
 
 
 def test_torn_last_line_of_metrics(tmp_path, uninterrupted):

@@ -457,6 +457,7 @@ def test_when_masks_are_updated():
         ({'regrow': 'random', 'initial_mask': 'erk', 'density': 0.5, 'prune_rounds': 2}, 'prune_rounds = 2: not with regrow'),
         ({'regrow': 'gradient', 'initial_mask': 'erk', 'density': 0.5, 'regrow_every': 1}, 'regrow_every = 1'),
         ({'prune_rounds': 1, 'epochs': 7, 'rewind_epoch': 7}, 'rewind_epoch = 7: must be below epochs = 7'),
+        ({'prune_rounds': 1, 'epochs': 0, 'rewind_epoch': -1}, 'rewind_epoch = -1: must be below epochs = 0'),
     ),
 )
 def test_settings_that_do_not_go_together(flags, text):

@@ -112,6 +112,19 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     assert rows(folder, 'CONV-3-4-lr0.01') == 7  # the rest of the sweep is trained all the same
 
 
+def test_few_samples_are_trained_on_without_a_certificate(tmp_path):
+    stdout = train_small(tmp_path / 'run', '--train-samples', '5', '--epochs', '1', '--certify-every', '1')
+    assert 'certificates stay empty: train_samples = 5, and at least 10 are needed' in stdout
+
+
+def test_weights_that_explode_in_the_last_step_of_an_epoch_are_kept_nowhere(tmp_path):
+    flags = ('--batch-size', '1437', '--lr', '1e9', '--weight-decay', '1000', '--normalization', 'none', '--eval-every', '10')
+    status, _, stderr = main(*SMALL, *flags, '--layers-every', '1', '--snapshot-every', '1', '--results-path', tmp_path / 'run')
+    assert status == 1 and stderr.count('\n') == 1 and 'the loss became NaN or infinite' in stderr
+    for path in (tmp_path / 'run').rglob('*.pt'):
+        assert all(weight.isfinite().all() for weight in load_checkpoint(path, 'cpu')['network'].values())
+
+
 def test_periods(tmp_path, uninterrupted):
     folder = tmp_path / 'run'
     train_small(folder, '--epochs', '5', '--eval-every', '2', '--checkpoint-every', '3')
@@ -181,9 +194,9 @@ TINY = ('--train-samples', '320', '--epochs', '3')  # 10 steps an epoch
 KINDS = {
     'dense': (*TINY, '--layers-every', '2', '--eval-every', '2', '--snapshot-every', '1', '--checkpoint-every', '2'),
     'batch norm': (*TINY, '--network', 'CONVBN', '--normalization', 'batch', '--layers-every', '1'),
-    'rounds': (*TINY, '--prune-rounds', '2', '--prune-fraction', '0.5', '--rewind-epoch', '1', '--layers-every', '3'),
+    'rounds': (*TINY, '--prune-rounds', '2', '--rewind-epoch', '1', '--layers-every', '3', '--snapshot-every', '1'),
     'fine-tuning': (*TINY, '--prune-rounds', '1', '--prune-fraction', '0.8', '--rewind-epoch', '-1', '--checkpoint-every', '5'),
-    'gradient': (*TINY, '--density', '0.2', '--initial-mask', 'erk', '--regrow', 'gradient', '--regrow-every', '4'),
+    'gradient': (*TINY, *'--density 0.2 --initial-mask erk --regrow gradient --regrow-every 4 --snapshot-every 1'.split()),
     'a step an epoch': (*TINY, '--density', '0.2', '--initial-mask', 'erk', '--regrow', 'gradient', '--batch-size', '9999'),
     'random': (*TINY, '--density', '0.2', '--initial-mask', 'random', '--regrow', 'random', '--regrow-every', '3'),
 }
@@ -208,7 +221,10 @@ def test_a_kill_at_any_moment_changes_nothing(tmp_path, kill_at, kind):
 
 @pytest.mark.parametrize('kind', ['dense', 'rounds', 'gradient'])
 def test_a_signal_at_any_moment_changes_nothing(tmp_path, monkeypatch, kind):
-    """SIGTERM between any two batches, of a training step or of an evaluation, again and again."""
+    """SIGTERM between any two batches, of a training step or of an evaluation, again and again.
+
+    A checkpoint that names an epoch has the weights of its snapshot.
+    """
     train_small(tmp_path / 'whole', *KINDS[kind])
     chance, state = random.Random(kind), SimpleNamespace(left=0)
 
@@ -226,7 +242,25 @@ def test_a_signal_at_any_moment_changes_nothing(tmp_path, monkeypatch, kind):
             break
         assert status == 143 and 'stopped by SIGTERM' in stderr, stderr
         arguments = ('--resume',)
+        if (path := tmp_path / 'run' / 'CONV-3-4' / 'model.pt').exists():
+            kept = load_checkpoint(path, 'cpu')
+            if kept['place']:
+                round_, epoch = kept['place']
+                snapshot = load_checkpoint(tmp_path / 'whole' / 'CONV-3-4' / 'snapshots' / f'{round_}-{epoch}.pt', 'cpu')
+                assert all((kept['network'][name] == weight).all() for name, weight in snapshot['network'].items())
     assert life > 4 and same(tmp_path / 'whole', tmp_path / 'run')
+
+
+def test_a_stop_before_the_first_step_keeps_the_place(tmp_path, monkeypatch):
+    train_small(tmp_path / 'run', '--epochs', '1')
+
+    def stop():
+        machine.stop.signal = signal.SIGTERM
+        machine.check_stop()
+
+    monkeypatch.setattr(train, 'check_stop', stop)
+    status, _, _ = main('--results-path', tmp_path / 'run', '--resume', '--epochs', '2')
+    assert status == 143 and load_checkpoint(tmp_path / 'run' / 'CONV-3-4' / 'model.pt', 'cpu')['place'] == [0, 1]
 
 
 @pytest.mark.parametrize('kind', ['dense', 'rounds', 'fine-tuning'])
@@ -248,8 +282,8 @@ def test_rounds_are_logged_from_the_pruned_network_on(tmp_path):
     assert table['round'].tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert table['epoch'].tolist() == [0, 1, 2, 3, 0, 2, 3, 0, 2, 3]
     weights = 4 * 4 + 2 * 4 * 4 * 4 + 100 * 10
-    left = [weights, weights - round(0.5 * weights)]
-    left.append(left[1] - round(0.5 * left[1]))
+    left = [weights, weights - round(0.2 * weights)]
+    left.append(left[1] - round(0.2 * left[1]))
     assert table['density'] == pytest.approx([left[int(number)] / weights for number in table['round']], rel=1e-12)
     figures = {path.name for path in (tmp_path / 'run').glob('*.p[nd][gf]')}
     assert figures == {f'{name}.{suffix}' for name in ('figure', 'density', 'layers') for suffix in ('png', 'pdf')}
@@ -307,17 +341,16 @@ def test_report_shows_what_fits_most_wanted_first():
     row = {'test_error': 0.1, 'train_error': 0.05, 'generalization_gap': 0.05, 'pac_bayes_error': 0.4, 'our_bound': 8.0}
     row |= {column: float('nan') for column in BOUNDS if column not in row}
     assert train.report(row) == 'test 0.1000 pac bayes 0.4000 our 2^3.0 train 0.0500 gap +0.0500'
-    for width in range(60):
-        assert len(train.report(row, width)) <= width and train.report(row).startswith(train.report(row, width))
+    for width in range(-20, 60):
+        assert len(train.report(row, width)) <= max(width, 0) and train.report(row).startswith(train.report(row, width))
 
 
-@pytest.mark.parametrize('columns', [80, 160, 250])
-def test_progress_bar_on_a_terminal(tmp_path, columns):
-    """In a pseudo-terminal: one bar of at most its width, whole words beside it, test error first; no plain lines."""
+def on_a_terminal(columns, *arguments):
+    """What train.py shows in a pseudo-terminal."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('4H', 50, columns, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name != 'COLUMNS'}
-    command = [sys.executable, str(ROOT / 'train.py'), *SMALL, '--results-path', str(tmp_path / 'run')]
+    command = [sys.executable, str(ROOT / 'train.py'), *SMALL, *map(str, arguments)]
     process = subprocess.Popen(command, stdout=slave, stderr=slave, env=environment)
     os.close(slave)
     seen = b''
@@ -328,8 +361,19 @@ def test_progress_bar_on_a_terminal(tmp_path, columns):
         except OSError:
             break
         seen += chunk
-    assert process.wait(60) == 0
-    text = seen.decode()
+    assert process.wait(60) == 0, seen.decode()
+    return seen.decode()
+
+
+def test_a_long_name_on_a_narrow_terminal(tmp_path):
+    text = on_a_terminal(60, '--label-noise', 0, 0.1, '--epochs', '1', '--results-path', tmp_path / 'run')
+    assert 'CONV-3-4-label_noise0.1' in text and 'Traceback' not in text
+
+
+@pytest.mark.parametrize('columns', [80, 160, 250])
+def test_progress_bar_on_a_terminal(tmp_path, columns):
+    """One bar of at most the terminal's width, whole words beside it, test error first; no plain lines."""
+    text = on_a_terminal(columns, '--results-path', tmp_path / 'run')
     assert 'clamping' not in text and 'Warning' not in text
     states = [line.strip() for line in re.split(r'[\r\n]', text) if 'epoch ' in line]
     assert all(len(state) <= columns for state in states)
