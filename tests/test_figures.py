@@ -209,6 +209,8 @@ def test_against_density(tmp_path):
     folder, runs = results(tmp_path / '1', epochs=5, prune_rounds=3, prune_score=['magnitude', 'path'], seed=[0, 1])
     for settings in runs:
         pruned(folder, settings.name, 2, 5, factor=1.0 + settings.seed + 4 * (settings.prune_score == 'path'))
+    path = folder / runs[0].name / 'metrics.csv'
+    path.write_text(path.read_text() + '1' + path.read_text().splitlines()[-1][1:] + '\n')  # in the middle of a round
     read = runs_of(folder)
     figure = figures.density_picture(read, figures.LARGE)
     errors, bounds = figure.get_axes()
@@ -230,7 +232,7 @@ def test_against_density(tmp_path):
     assert figures.sweep_picture(read, ()) is None
     assert {'density.png', 'density.pdf', 'summary.csv'} <= {path.name for path in figures.draw(folder)}
     lines = list(csv.DictReader((folder / 'summary.csv').open()))
-    assert len(lines) == 4 * 3 and [line['density'] for line in lines[:3]] == ['1.0', '0.5', '0.25']
+    assert len(lines) == 4 * 3 + 1 and [line['density'] for line in lines[:3]] == ['1.0', '0.5', '0.25']
 
 
 def test_against_what_is_left_of_the_convolutions(tmp_path):
