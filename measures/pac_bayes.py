@@ -107,7 +107,7 @@ def _climb(score, point, strides):
 
 
 def live_channels(kernels):
-    """Kernels (out, in, h, w) of the same function without the channels that are zero or feed nothing; none if that is zero."""
+    """Kernels (out, in, h, w) of the same function, less the channels that are zero or feed nothing; [] where it is zero."""
     kernels = list(kernels)
     pairs = range(1, len(kernels))
     for l, filters in [(l, True) for l in pairs] + [(l, False) for l in reversed(pairs)]:
