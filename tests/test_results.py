@@ -12,7 +12,9 @@ from conftest import ROOT, run
 
 from compress import load
 from datasets import DATASETS
+from docs import certificate_parts
 from measures.norms import measure_network
+from measures.pac_bayes import kl_inverse
 from measures.paths import path_norm
 from measures.representations import effective_depth
 from records import folder_settings, load_network, read_layers, read_metrics
@@ -142,6 +144,23 @@ def test_the_page_of_certificates_quotes_the_shipped_ones():
     ]
     for row, (sweep, settings) in zip(table, networks, strict=True):
         assert row['A'] == written(ends_of_rounds(sweep, settings.name)[-1]['pac_bayes_error'], 'up')
+
+
+def test_the_parts_of_a_certificate_make_it_up(tmp_path, mnist, capsys, monkeypatch):
+    """docs/certificate_parts.py, for the first row of the page's table."""
+    shutil.copytree(RESULTS / 'mnist-width', tmp_path / '1')
+    text = (tmp_path / '1' / 'global_settings.py').read_text()
+    (tmp_path / '1' / 'global_settings.py').write_text(text.replace('width = [8, 16, 32]', 'width = 8'))
+    monkeypatch.setattr(certificate_parts, 'CHANGES', {})
+    certificate_parts.main([tmp_path / '1'])
+    (line,) = capsys.readouterr().out.splitlines()
+    name, *cells = (cell.strip() for cell in line.split('|')[1:-1])
+    A, error, hidden, classifier, _, _, gamma, *_ = (float(cell.replace('2^', '')) for cell in cells[:8])
+    bound = kl_inverse(error, hidden + classifier) / (math.erfc(-gamma / math.sqrt(2)) / 2)
+    assert name == 'CONV-3-8' and A == pytest.approx(bound, abs=3e-4)
+    row = list(tables('certificate.md', 'what A is made of')[0][0].values())
+    quoted = [float(cell) for cell in row[1:5]]
+    assert row[0] == 'CONV-3-8, dense' and quoted == pytest.approx([A, error, hidden, classifier], rel=0.01)
 
 
 def test_the_readme_quotes_the_shipped_certificates():
