@@ -268,7 +268,7 @@ def evaluate_all(runs, folder, evaluate):
                 rows[place] = evaluate(net, settings, dataset, data, *place)
         lines = [csv_line(rows[place], COLUMNS) for place in sorted(rows)]
         write_file(path / 'evaluation.csv', (','.join(COLUMNS) + '\n' + ''.join(lines)).encode())
-        print(f'{path / "evaluation.csv"}: {len(rows)} rows')
+        print(f'{path / "evaluation.csv"}: {len(rows)} row{"s" * (len(rows) != 1)}')
     draw(folder)
 
 

@@ -257,7 +257,7 @@ def parse_command_line(argv=None):
         argument_default=argparse.SUPPRESS,
         description='Train the networks of a settings file and log, at every epoch, each generalization bound.',
         epilog='Several values of a knob are a sweep: --depth 3 4 --width 200 600 trains four networks. '
-        f'Not of {", ".join(NOT_SWEPT)}.',
+        f'Not of {", ".join(NOT_SWEPT)}. Defaults: conf/global_settings.py.',
     )
     add = parser.add_argument
     add('--settings', metavar='FILE', action=Once, help='settings file (default: conf/global_settings.py)')

@@ -137,6 +137,10 @@ def test_the_page_of_certificates_quotes_the_shipped_ones():
     check_rows(table, [ends_of_rounds('certificate', row['results/certificate'])[-1] for row in table])
     for network, table in zip(('CONV-3-16', 'CONV-3-32'), tables('certificate.md', 'left of the convolutions'), strict=True):
         check_rows(table, ends_of_rounds('sparse-certificate', network))
+        layers = read_layers(RESULTS / 'sparse-certificate' / network / 'layers.csv')
+        dead = layers['dead_channels'][(layers['epoch'] == 10) & np.isin(layers['layer'], (1, 2, 3))].reshape(-1, 3)
+        living = (int(network.rpartition('-')[2]) - dead).tolist()
+        assert [row['channels left'] for row in table] == [', '.join(f'{count:.0f}' for count in row) for row in living]
         assert [row['left of the convolutions'] for row in table] == [f'{100 * 0.5**number:.3g} %' for number in range(7)]
     (table,) = tables('certificate.md', 'what A is made of')
     networks = [
@@ -302,7 +306,7 @@ def test_shipped_weights_are_those_of_the_last_row(path):
 def test_a_clone_measures_the_shipped_weights_anew(tmp_path, mnist):
     shutil.copytree(RESULTS / 'mnist-width', tmp_path / '1', ignore=shutil.ignore_patterns('CONV-3-16', 'CONV-3-32', '*.png'))
     status, stdout, _ = run('--results-path', tmp_path / '1', '--evaluate', timeout=600)
-    assert status == 0 and 'evaluation.csv: 1 rows' in stdout
+    assert status == 0 and 'evaluation.csv: 1 row\n' in stdout
     found = read_metrics(tmp_path / '1' / 'CONV-3-8' / 'evaluation.csv')
     last = ends_of_rounds('mnist-width', 'CONV-3-8')[-1]
     for column in ('test_error', 'our_bound', 'corrected_bound', 'path_bound', 'pac_bayes_error', 'pac_bayes_gibbs_error'):
