@@ -1,8 +1,8 @@
 # The settings of this launch; python train.py --settings with this file repeats it.
-# date: 2026-11-20T20:33:43+00:00
+# date: 2026-11-21T03:10:48+00:00
 # versions: Python 3.11.7, torch 2.13.0+cpu
 # device: cpu, 1 threads
-# commit: a30f4b19b1df862533b35d6acb7ecb93f9e93182 with uncommitted changes
+# commit: efe62a2d60b799b6b167a1eeca534a04f4af5be8
 
 dataset_name = 'MNIST'  # MNIST, FashionMNIST, SVHN, CIFAR10, CIFAR100 or digits
 data_dir = 'data'  # where the dataset is looked for and downloaded to; the environment variable DATA_DIR wins
@@ -46,7 +46,7 @@ regrow_until = 0.75  # share of the training's steps after which the masks stay
 device = 'auto'  # auto (CUDA, then CPU), cpu, cuda or cuda:1
 precision = 'auto'  # of training: float32, tf32 or bf16; auto is tf32 on CUDA and float32 on CPU
 threads = 1  # of the CPU; 0: torch's choice, which the launch writes down, since the last digits depend on it
-jobs = 2  # networks of a sweep trained side by side, each in a process of its own
+jobs = 1  # networks of a sweep trained side by side, each in a process of its own
 delta = 0.001  # the bounds hold with probability at least 1 - delta
 gamma = 1.0  # margin
 eval_every = 5  # epochs between evaluations; the last epoch is always evaluated
