@@ -189,10 +189,14 @@ def test_the_page_of_sparse_networks_quotes_the_shipped_rounds():
         assert [row['left of the convolutions'] for row in table] == [f'{100 * 0.5**number:.3g} %' for number in range(7)]
 
 
+def compressed(name, network):
+    return list(csv.DictReader((RESULTS / name / network / 'compress.csv').open()))
+
+
 @pytest.mark.parametrize('name, network', [('compress-digits', 'CONV-2-16'), ('compress-mnist', 'CONV-3-16')])
 def test_the_page_of_narrower_networks_quotes_the_shipped_ones(name, network):
     (table,) = (table for table in tables('compress.md', 'lam') if table[0]['lam'] == f'{network}, balanced')
-    rows = list(csv.DictReader((RESULTS / name / network / 'compress.csv').open()))
+    rows = compressed(name, network)
     assert [row['lam'] for row in table[1:]] == [f'{float(row["lam"]):g}' for row in rows[1:]]
     assert [row['channels'].replace(', ', '|') for row in table] == [row['channels'] for row in rows]
     check_rows(table, [{column: float(cell) for column, cell in row.items() if cell and '|' not in cell} for row in rows])
@@ -210,21 +214,22 @@ def percent(value):
 
 
 def test_the_words_of_figure_1_are_those_of_the_files():
-    text, width, depth = words('docs/figure1.md'), {}, {}
-    for name, column in (('margin', 'train_margin_error'), ('gap', 'generalization_gap'), ('rho', 'rho'), ('our', 'our_bound')):
-        width[name] = [metrics('mnist-width', f'CONV-3-{h}')[column][-1] for h in (8, 16, 32)]
-        depth[name] = [metrics('mnist-depth', f'CONV-{d}-16')[column][-1] for d in (2, 3, 4, 5)]
-    assert {percent(share) for share in width['margin']} == {'95 %'} and '95 % of the training samples of each network' in text
-    assert '`generalization_gap`) is {:.4f}, {:.4f} and {:.4f}'.format(*width['gap']) in text
-    assert '({:.2f}, {:.2f}, {:.2f} and {:.2f})'.format(*depth['rho']) in text
-    golowich = [metrics('mnist-depth', f'CONV-{d}-16')['golowich_bound'][-1] for d in (2, 5)]
-    ours, theirs = ((bounds[-1] / bounds[0]) ** (1 / 3) for bounds in (depth['our'], golowich))
-    growth = (f'{times:.1f} = 2^{math.log2(times):.1f}' for times in (ours, theirs))
+    def last(sweep, column):
+        return [metrics(sweep, settings.name)[column][-1] for settings in folder_settings(RESULTS / sweep)[1]]
+
+    text = words('docs/figure1.md')
+    assert {percent(share) for share in last('mnist-width', 'train_margin_error')} == {'95 %'}
+    assert '95 % of the training samples of each network' in text
+    assert '`generalization_gap`) is {:.4f}, {:.4f} and {:.4f}'.format(*last('mnist-width', 'generalization_gap')) in text
+    assert '({:.2f}, {:.2f}, {:.2f} and {:.2f})'.format(*last('mnist-depth', 'rho')) in text
+    bounds = [last('mnist-depth', column) for column in ('our_bound', 'golowich_bound')]
+    factors = ((deepest / first) ** (1 / 3) for first, *_, deepest in bounds)
+    growth = (f'{factor:.1f} = 2^{math.log2(factor):.1f}' for factor in factors)
     assert "multiplies ours by {} and Golowich et al.'s by {}, on average".format(*growth) in text
-    assert 'that ends below 1, at {:.2f}'.format(depth['our'][0]) in text
-    shares = [f'{100 * share:.0f}' for share in depth['margin']]
+    assert f'that ends below 1, at {bounds[0][0]:.2f}' in text
+    shares = [f'{100 * share:.0f}' for share in last('mnist-depth', 'train_margin_error')]
     assert f'a margin error of {shares[0]} % (column `train_margin_error`; {shares[1]}, {shares[2]} and {shares[3]} %' in text
-    assert 'The gaps are {:+.4f}, {:+.4f}, {:+.4f} and {:+.4f}'.format(*depth['gap']) in text
+    assert 'The gaps are {:+.4f}, {:+.4f}, {:+.4f} and {:+.4f}'.format(*last('mnist-depth', 'generalization_gap')) in text
     for folder in ('mnist-width', 'mnist-depth'):
         for settings in folder_settings(RESULTS / folder)[1]:
             assert (metrics(folder, settings.name)['certified_error'] == 1).all()
@@ -270,7 +275,7 @@ def test_the_words_of_sparse_networks_are_those_of_the_files():
 
 def test_the_words_of_narrower_networks_are_those_of_the_files():
     def falls(name, network, number, *columns):
-        rows = list(csv.DictReader((RESULTS / name / network / 'compress.csv').open()))
+        rows = compressed(name, network)
         return [percent(1 - float(rows[number][column]) / float(rows[0][column])) for column in columns]
 
     text, norms = words('docs/compress.md'), ('our_bound', 'corrected_bound', 'path_bound')
