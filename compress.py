@@ -15,15 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import launch
 from conf import ROOT, BadInput, Once, Parser, settings_text
-from machine import choose_precision, guarded, keep_freed_memory
-from measures.geometry import trace_layers
-from measures.lasso import group_lasso, norms, ridge, scaled, squared_residual
-from measures.norms import measure_data
-from measures.pac_bayes import COLUMNS as CERTIFICATES
-from measures.pac_bayes import test_set_bound
-from records import (
+from harness import launch
+from harness.machine import choose_precision, guarded, keep_freed_memory
+from harness.records import (
     csv_line,
     folder_settings,
     load_checkpoint,
@@ -32,6 +27,11 @@ from records import (
     save_checkpoint,
     write_file,
 )
+from measures.geometry import trace_layers
+from measures.lasso import group_lasso, norms, ridge, scaled, squared_residual
+from measures.norms import measure_data
+from measures.pac_bayes import COLUMNS as CERTIFICATES
+from measures.pac_bayes import test_set_bound
 from train import evaluate
 from utils import BOUNDS
 

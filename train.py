@@ -25,19 +25,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -I leaves it out
 
-import launch
 import sparsify
 from conf import BadInput
 from datasets import fingerprint
-from launch import Diverged
-from machine import Interrupted, activations, check_stop, choose_precision, deferred_stop
-from measures.geometry import not_covered
-from measures.masks import density, measure_masks, sharing
-from measures.norms import classification_margins, margin_error, measure_data
-from measures.pac_bayes import certify, test_set_bound
-from measures.representations import effective_depth, measure_representations
-from models import get_network
-from records import (
+from harness import launch
+from harness.launch import Diverged
+from harness.machine import Interrupted, activations, check_stop, choose_precision, deferred_stop
+from harness.records import (
     COLUMNS,
     LAYER_COLUMNS,
     csv_line,
@@ -49,6 +43,12 @@ from records import (
     save_checkpoint,
     write_file,
 )
+from measures.geometry import not_covered
+from measures.masks import density, measure_masks, sharing
+from measures.norms import classification_margins, margin_error, measure_data
+from measures.pac_bayes import certify, test_set_bound
+from measures.representations import effective_depth, measure_representations
+from models import get_network
 from utils import evaluate_bounds
 
 LOSSES = {'MSE': F.mse_loss, 'CE': F.cross_entropy, 'L1': F.l1_loss}  # of outputs and one-hot targets

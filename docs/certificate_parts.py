@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from conf import BadInput
-from launch import get_inputs, no_certificate
-from machine import keep_freed_memory
+from harness.launch import get_inputs, no_certificate
+from harness.machine import keep_freed_memory
+from harness.records import folder_settings, load_network, rounded_up
 from measures import pac_bayes
-from records import folder_settings, load_network, rounded_up
 
 CHANGES = {
     'as it is': {},

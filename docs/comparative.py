@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from conf import BadInput
+from harness.records import folder_settings, read_layers, read_metrics
 from measures.representations import comparative_estimate, effective_depth
-from records import folder_settings, read_layers, read_metrics
 
 
 def last_depth(folder, run, eps):

@@ -20,15 +20,15 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from conf import load_settings
-from launch import get_inputs
-from machine import keep_freed_memory
+from harness.launch import get_inputs
+from harness.machine import keep_freed_memory
+from harness.records import rounded_up
 from measures.geometry import trace_layers
 from measures.norms import margin_error
 from measures.pac_bayes import certify, live_channels
 from models import get_network
 from models.layers import hidden_layer
 from models.weight_norm import Mask, set_mask
-from records import rounded_up
 from sparsify import best
 from train import losses_and_margins, make_loss, make_step
 

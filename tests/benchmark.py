@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize  # noqa: E402
 
 import train  # noqa: E402
 from conf import load_settings  # noqa: E402
-from machine import choose_device, keep_freed_memory  # noqa: E402
+from harness.machine import choose_device, keep_freed_memory  # noqa: E402
 from measures.geometry import trace_layers  # noqa: E402
 from models import get_network  # noqa: E402
 from utils import evaluate_bounds  # noqa: E402
@@ -180,7 +180,8 @@ def start_up():
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import launch, train
+import train
+from harness import launch
 def first_step(indices):
     raise SystemExit
 train.make_step = lambda *arguments: first_step

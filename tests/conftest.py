@@ -20,11 +20,11 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-import launch  # noqa: E402
 import sparsify  # noqa: E402
 import train  # noqa: E402
 from conf import load_settings  # noqa: E402
 from datasets import load_dataset  # noqa: E402
+from harness import launch  # noqa: E402
 
 DIGITS = ('--settings', str(ROOT / 'conf' / 'digits.py'))
 SMALL = ('--settings', str(ROOT / 'tests' / 'small.py'))

@@ -14,7 +14,7 @@ from benchmark import device_name, measure, new_run, peak_memory, random_dataset
 
 import train
 from conf import load_settings
-from machine import choose_device
+from harness.machine import choose_device
 from measures.pac_bayes import certify
 
 # Of a loss, relative, beyond what two plain trainings differ by: atomic sums of a GPU come in any order, and 24 steps add up.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from conftest import DIGITS, start
 
-from records import read_metrics
+from harness.records import read_metrics
 
 
 def resident(pid):

@@ -12,10 +12,10 @@ import conftest  # noqa: F401, for the path to the project
 import numpy as np
 import torch
 
-from launch import get_dataset
+from harness.launch import get_dataset
+from harness.records import load_network
 from measures.geometry import trace_layers
 from measures.norms import measure_data, measure_network
-from records import load_network
 from utils import golowich_bound, graf_bound, our_bound, sedghi_bound
 
 

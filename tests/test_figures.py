@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import figures
 from conf import BadInput, load_settings, settings_text
+from harness import figures
+from harness.records import folder_settings, read_metrics
 from measures.pac_bayes import kl_inverse
-from records import folder_settings, read_metrics
 from utils import BOUNDS
 
 pytest.importorskip('matplotlib')
@@ -408,6 +408,6 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, error, raised):
 
 
 def test_training_does_not_need_matplotlib():
-    code = "import sys; sys.modules['matplotlib'] = None; import figures; figures.draw('results/digits')"
+    code = "import sys; sys.modules['matplotlib'] = None; from harness import figures; figures.draw('results/digits')"
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.splitlines()[-1].startswith('ModuleNotFoundError: import of matplotlib')

@@ -14,12 +14,11 @@ from torch.cuda._utils import _get_device_index
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import launch
-import machine
 import train
 from conf import BadInput
+from harness import launch, machine
+from harness.records import load_checkpoint, read_metrics
 from models import get_network
-from records import load_checkpoint, read_metrics
 
 CPU, CUDA = torch.device('cpu'), SimpleNamespace(type='cuda')
 REFUSED = 'operation not permitted when stream is capturing'

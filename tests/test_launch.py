@@ -27,7 +27,7 @@ from conftest import (
 from test_datasets import make_idx
 
 from conf import load_settings
-from records import COLUMNS, load_checkpoint, locked, read_metrics
+from harness.records import COLUMNS, load_checkpoint, locked, read_metrics
 from utils import BOUNDS
 
 

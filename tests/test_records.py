@@ -16,8 +16,8 @@ from test_datasets import make_idx
 
 import train
 from conf import BEFORE, BadInput
-from launch import get_dataset
-from records import COLUMNS, csv_line, load_checkpoint, load_network, parse_line, read_metrics, save_checkpoint
+from harness.launch import get_dataset
+from harness.records import COLUMNS, csv_line, load_checkpoint, load_network, parse_line, read_metrics, save_checkpoint
 
 # The columns of metrics.csv before there were empty cells.
 OLD_COLUMNS = (

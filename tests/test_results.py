@@ -13,11 +13,11 @@ from conftest import ROOT, run
 from compress import load
 from datasets import DATASETS
 from docs import certificate_parts
+from harness.records import folder_settings, load_network, read_layers, read_metrics
 from measures.norms import measure_network
 from measures.pac_bayes import kl_inverse
 from measures.paths import path_norm
 from measures.representations import effective_depth
-from records import folder_settings, load_network, read_layers, read_metrics
 
 RESULTS = ROOT / 'results'
 FOLDERS = ['digits', 'mnist-width', 'mnist-depth', 'depth', 'certificate', 'sparse-certificate', 'tickets-digits', 'tickets']

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SMALL, contents, rows, same, train_small
 
-from records import read_metrics
+from harness.records import read_metrics
 
 SLURM = ('sbatch', 'scontrol', 'squeue', 'slurmctld', 'slurmd', 'munged')
 MISSING = [program for program in SLURM if not shutil.which(program, path=f'{os.environ["PATH"]}:/usr/sbin')]

@@ -19,11 +19,11 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, main, numbers, resume, rows, run, same, settings_of, train_small
 
-import machine
 import train
+from harness import machine
+from harness.records import COLUMNS, csv_line, load_checkpoint, parse_line, read_metrics, save_checkpoint
 from measures.norms import classification_margins, margin_error, measure_data
 from models import get_network
-from records import COLUMNS, csv_line, load_checkpoint, parse_line, read_metrics, save_checkpoint
 from utils import BOUNDS, evaluate_bounds
 
 

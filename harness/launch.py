@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import figures
 import sparsify
 from conf import GLOBAL_SETTINGS, ROOT, BadInput, load_settings, parse_command_line, settings_text
 from datasets import fingerprint, load_dataset
-from machine import (
+from harness import figures
+from harness.machine import (
     Interrupted,
     check_memory,
     check_stop,
@@ -31,10 +31,7 @@ from machine import (
     guarded,
     keep_freed_memory,
 )
-from measures.geometry import not_covered
-from measures.norms import measure_data
-from models import get_network
-from records import (
+from harness.records import (
     COLUMNS,
     FREE,
     csv_line,
@@ -48,6 +45,9 @@ from records import (
     rows_of,
     write_file,
 )
+from measures.geometry import not_covered
+from measures.norms import measure_data
+from models import get_network
 
 
 class Diverged(Exception):

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from conf import NOT_SWEPT, RULES, BadInput
+from harness.records import finished, folder_settings, locked, read_layers, read_metrics, rows_of, write_file
 from measures.representations import effective_depth
-from records import finished, folder_settings, locked, read_layers, read_metrics, rows_of, write_file
 from utils import BOUNDS
 
 # Column: colour, line style, width, label. A bound is named by the words of its docstring before the first colon.
