@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from conf import ROOT, BadInput, Once, Parser, settings_text
+from evaluation import evaluate
 from harness import launch
 from harness.machine import choose_precision, guarded, keep_freed_memory
 from harness.records import (
@@ -32,7 +33,6 @@ from measures.lasso import group_lasso, norms, ridge, scaled, squared_residual
 from measures.norms import measure_data
 from measures.pac_bayes import COLUMNS as CERTIFICATES
 from measures.pac_bayes import test_set_bound
-from train import evaluate
 from utils import BOUNDS
 
 FIT_IMAGES = 10_000  # at most so many are fitted to, evenly spaced
@@ -61,7 +61,7 @@ def balance(net, input_shape):
 
 
 @torch.no_grad()
-def compress(net, images, lam, refit='ridge', tolerance=1e-3, between=None):
+def compress(net, images, lam, refit='ridge', tolerance=1e-3):
     """A narrower network of nearly the same function, from unlabelled training images.
 
     From the input on, layer l + 1 is fitted anew to the features of layer l, with a group lasso whose groups are the
@@ -80,7 +80,6 @@ def compress(net, images, lam, refit='ridge', tolerance=1e-3, between=None):
         refit: 'none' keeps the lasso's weights, which are shrunk; 'ridge' fits the kept channels once more, under a tenth
             of the penalty's quadratic majorizer at the solution. (With no penalty at all the norms explode.)
         tolerance: of the duality gap, relative to the objective.
-        between: called between batches and steps.
     Returns:
         (nn.Sequential, report): a dict per hidden layer of channels (kept), residual (||V Phi - Psi|| / ||Psi|| after the
         refit), gap (relative to the objective) and steps.
@@ -93,24 +92,23 @@ def compress(net, images, lam, refit='ridge', tolerance=1e-3, between=None):
         raise BadInput(f'refit = {refit!r}: must be none or ridge')
     if images.dim() != 4 or not len(images) or not images.isfinite().all():
         raise BadInput(f'images of shape {tuple(images.shape)}: must be (m, C, H, W), at least one, without NaN or infinity')
-    between = between or (lambda: None)
     layers, weights = _tensors(net, tuple(images.shape[1:]))
     original = narrow = _balanced(weights)
     report = []
     for index in range(1, len(layers)):
-        problem = _problem(layers[: index + 1], narrow[:index], original[: index + 1], images, between)
+        problem = _problem(layers[: index + 1], narrow[:index], original[: index + 1], images)
         costs = narrow[index - 1].flatten(1).norm(dim=1)
         # In U_k = c_k V_k every channel costs the same, and rescaling channels changes not a single step. Dead ones stay 0.
         scale = torch.where(norms(problem.cross) > 0, 1 / costs, 0)[:, None]
         problem = scaled(problem, scale)
         start = torch.where(scale > 0, narrow[index].flatten(2) * costs[:, None], 0)
-        U, lasso = group_lasso(problem, lam, start, tolerance, between)
+        U, lasso = group_lasso(problem, lam, start, tolerance)
         kept = norms(U) > 0
         if not kept.any():
             raise BadInput(f'lam = {lam:g}: layer {layers[index - 1].name} loses all its channels; choose a smaller lam')
         penalty = lasso.pop('penalty')
         if refit == 'ridge':
-            U = ridge(problem, 0.1 * penalty / norms(U), U, between)
+            U = ridge(problem, 0.1 * penalty / norms(U), U)
         residual = squared_residual(problem, U, problem.gram(U)) / problem.energy
         report.append({'channels': int(kept.sum()), 'residual': math.sqrt(max(0.0, residual))} | lasso)
         V = (U * scale)[:, kept].unflatten(2, narrow[index].shape[2:])
@@ -118,7 +116,7 @@ def compress(net, images, lam, refit='ridge', tolerance=1e-3, between=None):
     return _sequential(layers, narrow), report
 
 
-def _problem(layers, narrow, original, images, between):
+def _problem(layers, narrow, original, images):
     """The least-squares problem of the last of `layers`: fit its original pre-activations Psi to the narrow features Phi.
 
     Its Gram matrix is summed up in float64. Where it would be too large, the features are kept instead, of as many images as
@@ -132,7 +130,6 @@ def _problem(layers, narrow, original, images, between):
     images = images[:: -(-len(images) // max(1, min(most, FIT_IMAGES)))]
     gram, cross, energy, features = 0, 0, 0, []
     for batch in images.split(max(1, CHUNK // (columns * positions))):
-        between()
         targets = _forward(layer, original[-1], _features(before, original, batch))
         targets = targets.flatten(2).transpose(0, 1).flatten(1).double()
         phi = F.unfold(_features(before, narrow, batch), layer.shape[2:], layer.dilation, layer.padding, layer.stride)
@@ -265,14 +262,9 @@ def compress_run(net, settings, lams, refit, folder):
     lines, errors = [], []
     with tqdm(total=1 + len(lams), desc=settings.name, miniters=0, disable=not sys.stdout.isatty()) as bar:
 
-        def between():
-            bar.update(0)
-
         for lam in (0, *lams):
             try:
-                narrow, report = (
-                    compress(net, images, lam, refit, between=between) if lam else (balance(net, dataset.input_shape), [])
-                )
+                narrow, report = compress(net, images, lam, refit) if lam else (balance(net, dataset.input_shape), [])
             except BadInput as error:
                 errors.append(f'{settings.name}: {error}')
                 continue

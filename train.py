@@ -20,7 +20,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -I leaves it out
@@ -28,14 +27,11 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -I leav
 import sparsify
 from conf import BadInput
 from datasets import fingerprint
+from evaluation import COLUMNS, LAYER_COLUMNS, LOSSES, due, evaluate, evaluate_layers, learning_rate, require_finite
 from harness import launch
-from harness.launch import Diverged
-from harness.machine import Interrupted, activations, check_stop, choose_precision, deferred_stop
+from harness.machine import Interrupted, check_stop, choose_precision, deferred_stop
 from harness.records import (
-    COLUMNS,
-    LAYER_COLUMNS,
     csv_line,
-    due,
     finished,
     load_run,
     parse_line,
@@ -43,22 +39,14 @@ from harness.records import (
     save_checkpoint,
     write_file,
 )
-from measures.geometry import not_covered
-from measures.masks import density, measure_masks, sharing
-from measures.norms import classification_margins, margin_error, measure_data
-from measures.pac_bayes import certify, test_set_bound
-from measures.representations import effective_depth, measure_representations
+from measures.norms import measure_data
+from measures.representations import effective_depth
 from models import get_network
-from utils import evaluate_bounds
 
-LOSSES = {'MSE': F.mse_loss, 'CE': F.cross_entropy, 'L1': F.l1_loss}  # of outputs and one-hot targets
 TORCH_THREADS = torch.get_num_threads()
 captures = SimpleNamespace(failed=False)  # of CUDA graphs: after one that failed, torch's allocator may not begin another
 
 
-def learning_rate(settings, epoch):
-    """The learning rate of an epoch, counted from 1: times lr_decay after each milestone."""
-    return settings.lr * settings.lr_decay ** sum(epoch > milestone for milestone in settings.milestones)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -128,73 +116,6 @@ def graphed(step, batch_size, device):
         state.plain_steps += 1
 
     return call
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# An evaluation
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def batch_of_evaluation(net, images):
-    """Images per forward pass: on a CPU few enough that activations stay in its cache, else many."""
-    if images.device.type == 'cpu':
-        return 32
-    return max(1, min(1000, 2**28 // max(activations(net, images[:1]))))
-
-
-def losses_and_margins(net, images, labels, loss):
-    """The mean loss and the margins (m,) of a network on a whole set."""
-    outputs = []
-    with parametrize.cached():
-        for batch in images.split(batch_of_evaluation(net, images)):
-            check_stop()
-            outputs.append(net(batch))
-    outputs = torch.cat(outputs).double()
-    targets = F.one_hot(labels, outputs.shape[1]).double()
-    return loss(outputs, targets).item(), classification_margins(outputs, labels)
-
-
-@torch.no_grad()
-def evaluate(net, settings, dataset, data, round, epoch):
-    """A row of metrics.csv: errors, bounds and, where they are due, certificates; `data` is the table of `measure_data`."""
-    start, loss = time.perf_counter(), LOSSES[settings.loss]
-    net.eval()
-    train_loss, margins = losses_and_margins(net, dataset.train_images, dataset.train_labels, loss)
-    test_loss, test_margins = losses_and_margins(net, dataset.test_images, dataset.test_labels, loss)
-    require_finite(*net.state_dict().values(), margins)
-    train_error, test_error = margin_error(margins, 0), margin_error(test_margins, 0)
-    row = {'epoch': epoch, 'round': round, 'density': density(net), 'lr': learning_rate(settings, max(epoch, 1))}
-    row |= {'train_loss': train_loss, 'test_loss': test_loss, 'train_error': train_error, 'test_error': test_error}
-    row |= {'generalization_gap': test_error - train_error, 'train_margin_error': margin_error(margins, settings.gamma)}
-    row |= evaluate_bounds(net, data, margins, settings.delta, settings.gamma, skip_uncovered=True)
-    certifies = due(epoch, settings.certify_every, settings.epochs) and not launch.no_certificate(settings)
-    if certifies and not not_covered(net, dataset.input_shape):
-        row |= certify(net, dataset.train_images, dataset.train_labels, settings.delta, check_stop)
-    row |= {'test_set_bound': test_set_bound(test_error, len(test_margins), settings.delta)}
-    return row | {'eval_seconds': time.perf_counter() - start}
-
-
-@torch.no_grad()
-def evaluate_layers(net, dataset, round, epoch):
-    """The rows of layers.csv, the input first and the classifier last: what each layer has learned, and how sparse it is."""
-    learned = measure_representations(
-        net, dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels, check_stop
-    )
-    rows = [{'epoch': epoch, 'round': round, 'layer': layer} for layer in range(len(learned) + 1)]
-    for row, values in zip(rows, learned):
-        row |= values
-    if not any(getattr(module, 'is_layer', False) for module in net):  # a residual block is a layer of several weights
-        for row, values in zip(rows[:0:-1], reversed(measure_masks(net, check_stop).values())):  # a stem is no layer
-            row |= values
-    if not not_covered(net, dataset.input_shape):
-        for row, values in zip(rows[1:], sharing(net, dataset.train_images, check_stop)):
-            row |= values
-    return rows
-
-
-def require_finite(*tensors):
-    if not all(tensor.isfinite().all() for tensor in tensors):
-        raise Diverged
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -400,4 +321,4 @@ def train(settings, dataset, folder, device):
 
 
 if __name__ == '__main__':
-    sys.exit(launch.main(train, evaluate))
+    sys.exit(launch.main(train))

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from conf import BadInput
-from harness.launch import get_inputs, no_certificate
+from evaluation import no_certificate
+from harness.launch import get_inputs
 from harness.machine import keep_freed_memory
 from harness.records import folder_settings, load_network, rounded_up
 from measures import pac_bayes

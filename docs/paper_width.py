@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from conf import load_settings
+from evaluation import losses_and_margins
 from harness.launch import get_inputs
 from harness.machine import keep_freed_memory
 from harness.records import rounded_up
@@ -30,7 +31,7 @@ from models import get_network
 from models.layers import hidden_layer
 from models.weight_norm import Mask, set_mask
 from sparsify import best
-from train import losses_and_margins, make_loss, make_step
+from train import make_loss, make_step
 
 STAGES = [  # weights of the second and of the third convolution that stay, None for all; then the learning rate of each epoch
     (None, [0.01]),

@@ -21,6 +21,7 @@ from tqdm import tqdm
 import sparsify
 from conf import GLOBAL_SETTINGS, ROOT, BadInput, load_settings, parse_command_line, settings_text
 from datasets import fingerprint, load_dataset
+from evaluation import COLUMNS, Diverged, evaluate, no_certificate
 from harness import figures
 from harness.machine import (
     Interrupted,
@@ -32,7 +33,6 @@ from harness.machine import (
     keep_freed_memory,
 )
 from harness.records import (
-    COLUMNS,
     FREE,
     csv_line,
     finished,
@@ -48,11 +48,6 @@ from harness.records import (
 from measures.geometry import not_covered
 from measures.norms import measure_data
 from models import get_network
-
-
-class Diverged(Exception):
-    """The loss or a weight became NaN or infinite."""
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What a run is trained on, and what can be seen to be wrong before
@@ -92,14 +87,6 @@ def check(settings):
     return missing
 
 
-def no_certificate(settings):
-    """Why the training samples are not as a certificate asks for, iid and at least 10; None where they are."""
-    if settings.normalize:
-        return 'normalize = True takes the statistics of the whole training set'
-    if settings.label_noise:
-        return 'with label_noise the training samples are not independent'
-    if 0 < settings.train_samples < 10:
-        return f'train_samples = {settings.train_samples}, and at least 10 are needed'
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -250,7 +237,7 @@ def draw(folder, every=False):
         print(f'no figure was drawn: {type(error).__name__}: {error}')
 
 
-def evaluate_all(runs, folder, evaluate):
+def evaluate_all(runs, folder):
     """Measures the snapshots and the last checkpoint of each network anew, with today's BOUNDS, into its evaluation.csv."""
     keep_freed_memory()
     for settings in runs:
@@ -343,7 +330,7 @@ def train_side_by_side(numbers, folder, jobs, device):
     return int(any(run.result() for run in runs))
 
 
-def run(options, flags, train, evaluate):
+def run(options, flags, train):
     """Does what the command line says. Returns the exit status."""
     check_options(options, flags)
     if options.plot:
@@ -362,7 +349,7 @@ def run(options, flags, train, evaluate):
     chosen = [runs[number - 1] for number in numbers]
     missing = list(dict.fromkeys(line for settings in chosen for line in check(settings)))
     if options.evaluate:
-        evaluate_all(runs, options.folder, evaluate)
+        evaluate_all(runs, options.folder)
         return 0
     if not (options.resume or options.prepare):  # a task of Slurm has its own number of threads
         sweep['threads'] = sweep['threads'] or max(1, torch.get_num_threads() // min(sweep['jobs'], len(runs)))
@@ -384,12 +371,11 @@ def run(options, flags, train, evaluate):
     return train_all(chosen, options.folder, train)
 
 
-def main(train, evaluate, argv=None):
+def main(train, argv=None):
     """Runs the command line. Returns 0, 1 where a run failed, 2 for bad input, 128 + signal where it was stopped.
 
     Args:
         train: function of (settings, dataset, folder, device) that trains one network, from its checkpoint where there is one.
-        evaluate: function of (net, settings, dataset, data, round, epoch) that gives a row of metrics.csv.
     """
     options = None
 
@@ -397,7 +383,7 @@ def main(train, evaluate, argv=None):
         nonlocal options
         options, flags = parse_command_line(argv)
         options.folder = None if options.results_path is None else Path(options.results_path)
-        return run(options, flags, train, evaluate)
+        return run(options, flags, train)
 
     def go_on():
         reads = options is None or options.plot or options.status or options.evaluate

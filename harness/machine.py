@@ -10,9 +10,9 @@ import sys
 from types import SimpleNamespace
 
 import torch
-from torch import nn
 
 from conf import BadInput
+from measures.geometry import activations
 
 
 class Interrupted(BaseException):
@@ -119,17 +119,6 @@ def choose_precision(name, device):
     fp32 = 'ieee' if device.type != 'cuda' or name == 'float32' else 'tf32'
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = fp32
     return name == 'bf16'
-
-
-def activations(net, image):
-    """How many numbers each convolution and each linear layer makes of an image (1, C, H, W), as a list."""
-    sizes = []
-    layers = [module for module in net.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    hooks = [layer.register_forward_hook(lambda layer, inputs, output: sizes.append(output.numel())) for layer in layers]
-    net(image)
-    for hook in hooks:
-        hook.remove()
-    return sizes
 
 
 def check_memory(settings, net, image, batch, device):

@@ -18,18 +18,11 @@ import torch
 
 from conf import BEFORE, BadInput, load_settings
 from datasets import DATASETS
+from evaluation import COLUMNS, LAYER_COLUMNS, due
 from measures.pac_bayes import COLUMNS as CERTIFICATES
 from models import get_network
 from utils import BOUNDS
 
-COLUMNS = (
-    'epoch, round, density, lr, train_loss, test_loss, train_error, test_error, generalization_gap, train_margin_error, rho, '
-    f'prod_ratio, norm_ratio, path_norm, {", ".join([*BOUNDS, *CERTIFICATES])}, test_set_bound, train_seconds, eval_seconds'
-).split(', ')
-LAYER_COLUMNS = (
-    'epoch, round, layer, size, train_ncc_error, test_ncc_error, train_cdnv, test_cdnv, density, dead_channels, active, '
-    'participation, ramanujan_gap, imdb, weighted_gap'
-).split(', ')
 CHECKPOINT_FORMAT = 1
 
 # What may change when a run is resumed, since the numbers do not depend on it.
@@ -278,11 +271,6 @@ def _forget_the_end(state, before):
     elif not due(before.epochs, before.certify_every):
         cells |= dict.fromkeys(CERTIFICATES, '')
         state['lines'] = [*earlier, ','.join(cells[column] for column in state['columns']) + '\n']
-
-
-def due(epoch, every, last=None):
-    """Whether something that is done every so many epochs, and after the last one, is due after this one; 0 is never."""
-    return every > 0 and (epoch % every == 0 or epoch == last)
 
 
 def load_network(path):

@@ -126,6 +126,17 @@ def rectifies(node, module):
     return isinstance(module, nn.ReLU) or (node.op != 'call_module' and node.target in RELUS)
 
 
+def activations(net, image):
+    """How many numbers each convolution and each linear layer makes of an image (1, C, H, W), as a list."""
+    sizes = []
+    layers = [module for module in net.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    hooks = [layer.register_forward_hook(lambda layer, inputs, output: sizes.append(output.numel())) for layer in layers]
+    net(image)
+    for hook in hooks:
+        hook.remove()
+    return sizes
+
+
 def trace_layers(net, input_shape):
     """The weight layers of a bias-free ReLU network, found by tracing one forward pass.
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 
 
-def group_lasso(problem, lam, start, tolerance=1e-4, between=lambda: None, steps=20_000):
+def group_lasso(problem, lam, start, tolerance=1e-4, steps=20_000):
     """The multi-task lasso, by accelerated proximal gradient steps (FISTA) with restarts, to a certified duality gap.
 
         min_V  1/2 (energy - 2 <V, B> + <V, V G>)  +  lam lam_max sum_k ||V_k||_F
@@ -39,7 +39,6 @@ def group_lasso(problem, lam, start, tolerance=1e-4, between=lambda: None, steps
     momentum = 1.0
     for step in range(steps + 1):
         if step % 10 == 0:
-            between()
             residual, fit = squared_residual(problem, V, VG), problem.energy - (V * problem.cross).sum().item()
             objective = residual / 2 + penalty * norms(V).sum().item()
             alpha = penalty / max(penalty, norms(problem.cross - VG).max().item())
@@ -59,7 +58,7 @@ def group_lasso(problem, lam, start, tolerance=1e-4, between=lambda: None, steps
     return V, {'penalty': penalty, 'gap': gap, 'steps': step}
 
 
-def ridge(problem, decay, V, between, tolerance=1e-8, steps=5_000):
+def ridge(problem, decay, V, tolerance=1e-8, steps=5_000):
     """Solves V (G + diag(decay)) = B on the channels of finite decay, by conjugate gradients for each output, from V."""
     kept = decay.isfinite()[:, None]
     decay = torch.where(kept, decay[:, None], 0)
@@ -75,7 +74,6 @@ def ridge(problem, decay, V, between, tolerance=1e-8, steps=5_000):
     direction, square = residual, dot(residual, residual)
     for step in range(steps):
         if step % 10 == 0:
-            between()
             if square.sum() <= tolerance**2 * target.square().sum():
                 break
         image = system(direction)

@@ -85,15 +85,13 @@ def _ramanujan_gap(edges):
 
 
 @torch.no_grad()
-def measure_masks(net, between=None):
+def measure_masks(net):
     """What layers.csv says of each layer's weights, for any network.
 
     A channel is dead if its filter is zeros or if no later layer reads it. Batch norm, biases and skips do not matter to
     that: a layer reads the channels of every layer whose output, or a sum with it, reaches it. On the way channels keep their
     order: networks that concatenate or shuffle them are not meant.
 
-    Args:
-        between: called after each layer, where given.
     Returns:
         {name: dict} over the Conv2d and Linear modules in their order in the network, the classifier last, with density,
         dead_channels (nan where the forward pass cannot be traced) and the gaps of `topology`.
@@ -106,8 +104,6 @@ def measure_masks(net, between=None):
             dead |= ~torch.stack([_reads(layers[reader], len(dead)) for reader in readers[name]]).any(0)
         dead_channels = int(dead.sum()) if readers else math.nan
         measured[name] = {'density': living / weight.numel(), 'dead_channels': dead_channels} | topology(weight)
-        if between:
-            between()
     return measured
 
 
@@ -160,13 +156,12 @@ def neuron_norms(net, input_shape):
 
 
 @torch.no_grad()
-def sharing(net, images, between=None):
+def sharing(net, images):
     """How many neurons each hidden layer uses and how many of the next layer's share one (Shenouda et al. 2024).
 
     Args:
         net: a network as `trace_layers` takes it.
         images: (N, C, H, W), on which a neuron may fire.
-        between: called before each batch, where given.
     Returns:
         A list of dicts, one for each hidden layer, with inc, out and per of `neuron_norms`:
             K               channels
@@ -196,8 +191,6 @@ def sharing(net, images, between=None):
     try:
         with parametrize.cached():
             for batch in images.split(200):
-                if between:
-                    between()
                 net(batch)
     finally:
         for hook in hooks:

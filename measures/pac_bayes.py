@@ -133,7 +133,7 @@ def _features(kernels, layers, images):
     return images.flatten(1)
 
 
-def _measure(kernels, layers, data, prior, sample, rank, between):
+def _measure(kernels, layers, data, prior, sample, rank):
     """What the bounds ask of hidden kernels h and a classifier W on a sample, with a prior made of other images.
 
     Args:
@@ -153,11 +153,9 @@ def _measure(kernels, layers, data, prior, sample, rank, between):
     step = max(64, 2**21 // classifier[0].numel())
     phi = classifier.new_empty(len(prior), classifier[0].numel())
     for rows, indices in zip(phi.split(step), prior.split(step)):
-        between()
         rows.copy_(_features(hidden, layers, data[0][indices].float()))
     gram = torch.zeros(len(phi), len(phi), dtype=torch.float64, device=phi.device)
     for block in phi.split(2**12, 1):
-        between()
         block = block.double()
         gram.addmm_(block, block.T)
     energy = (gram.trace() / len(phi)).item()
@@ -179,7 +177,6 @@ def _measure(kernels, layers, data, prior, sample, rank, between):
     table = SimpleNamespace(margins=lam.new_empty(len(sample), len(classifier)), v=lam.new_empty(len(sample), len(BETAS)))
     table.x = lam.new_empty(len(sample))
     for indices, margins, v, x in zip(*(part.split(step) for part in (sample, table.margins, table.v, table.x))):
-        between()
         images, own = data[0][indices].float(), data[1][indices, None]
         z = _features(hidden, layers, images) * scale
         projected, outputs = (z @ both).double().split([len(top), len(classifier)], 1)
@@ -283,7 +280,7 @@ def _slack(errors):
 
 
 @torch.no_grad()
-def certify(net, images, labels, delta=0.001, between=None):
+def certify(net, images, labels, delta=0.001):
     """Upper bounds of the true error of a trained network, from its training data alone (docs/certificate.md).
 
     Each holds with probability at least 1 - delta over the sample, jointly and for every network of that architecture at
@@ -294,7 +291,6 @@ def certify(net, images, labels, delta=0.001, between=None):
         net: a network as `trace_layers` takes it.
         images, labels: all the data that the network was trained on, (m, C, H, W) as the network sees them and (m,). An
             iid sample: no augmentation, no label noise of an exact count, no statistics of the data in the images.
-        between: called between batches.
     Returns:
         pac_bayes_error          of the trained network itself
         pac_bayes_rounded_error  of the network with its hidden layers rounded coarsely
@@ -303,8 +299,7 @@ def certify(net, images, labels, delta=0.001, between=None):
         BadInput: the network is not covered, or the arguments make no sense.
     """
     layers = trace_layers(net, tuple(images.shape[1:]))
-    classes, between = layers[-1].shape[0], between or (lambda: None)
-    m = len(images)
+    m, classes = len(images), layers[-1].shape[0]
     if m < 10 or labels.shape != (m,):
         raise BadInput(f'{m} images, labels of shape {tuple(labels.shape)}: wants 10 images or more, and a label for each')
     if labels.dtype != torch.int64 or labels.min() < 0 or labels.max() >= classes:
@@ -328,7 +323,7 @@ def certify(net, images, labels, delta=0.001, between=None):
 
     def measured(kernels, few=False):
         part = (prior[: SEARCH[0]], sample[: SEARCH[2]], SEARCH[1]) if few else (prior, sample, RANK)
-        return _measure(kernels, layers, data, *part, between)
+        return _measure(kernels, layers, data, *part)
 
     with ieee_float32():
         trained = _trained(hidden, classifier, layers, measured, fixed, m1)

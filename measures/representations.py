@@ -18,7 +18,7 @@ BATCH = {'cpu': 32, 'cuda': 256}
 
 
 @torch.no_grad()
-def measure_representations(net, train_images, train_labels, test_images, test_labels, between=None):
+def measure_representations(net, train_images, train_labels, test_images, test_labels):
     """The input and the output of each layer, seen through the means of their classes.
 
     A layer ends with its nonlinearity; the classifier is none. A class that a set lacks has no mean there: it is no candidate
@@ -30,7 +30,6 @@ def measure_representations(net, train_images, train_labels, test_images, test_l
         train_images: (m, ...), exactly as the network sees them; they and the labels are on the network's device.
         train_labels: (m,) int64, the labels trained on, wrong ones included.
         test_images, test_labels: the same of the test set.
-        between: called before each batch, so that a signal is noticed.
     Returns:
         A list of dicts, the input first (layer 0), then layer 1 to L, each with
             size             number of coordinates D_l
@@ -49,10 +48,10 @@ def measure_representations(net, train_images, train_labels, test_images, test_l
             shapes = f'{tuple(images.shape)} and {tuple(labels.shape)}'
             raise BadInput(f'{part} images and labels of shapes {shapes}: must be (m, ...) and integers (m,), m at least 1')
     with evaluation_mode(net), ieee_float32(), parametrize.cached():
-        centers = _class_means(modules, *train, between)
-        train_errors, train_cdnvs = _compare(modules, *train, centers, train_labels.unique(), centers, between)
-        means = _class_means(modules, *test, between)
-        test_errors, test_cdnvs = _compare(modules, *test, centers, train_labels.unique(), means, between)
+        centers = _class_means(modules, *train)
+        train_errors, train_cdnvs = _compare(modules, *train, centers, train_labels.unique(), centers)
+        means = _class_means(modules, *test)
+        test_errors, test_cdnvs = _compare(modules, *test, centers, train_labels.unique(), means)
     columns = [center.shape[1] for center in centers], train_errors, test_errors, train_cdnvs, test_cdnvs
     names = 'size', 'train_ncc_error', 'test_ncc_error', 'train_cdnv', 'test_cdnv'
     return [dict(zip(names, row)) for row in zip(*columns)]
@@ -88,19 +87,17 @@ def _by_class(labels):
     return [(label, (labels == label).nonzero()[:, 0]) for label in labels.unique()]
 
 
-def _batches(modules, images, members, between):
+def _batches(modules, images, members):
     """Yields (layer, representation (B, D_l)) of the samples `members`, all of one class, batch after batch."""
     for indices in members.split(BATCH[images.device.type]):
-        if between:
-            between()
         yield from enumerate(_representations(modules, images[indices]))
 
 
-def _class_means(modules, images, labels, between):
+def _class_means(modules, images, labels):
     """Per layer, the means (C, D_l) float64 of the classes that occur, in increasing order."""
     means, classes = [], _by_class(labels)
     for row, (_, members) in enumerate(classes):
-        for layer, h in _batches(modules, images, members, between):
+        for layer, h in _batches(modules, images, members):
             if layer == len(means):
                 means.append(h.new_zeros((len(classes), h.shape[1]), dtype=torch.float64))
             means[layer][row] += h.sum(0)  # one row: the batch is of one class
@@ -112,7 +109,7 @@ def _class_means(modules, images, labels, between):
     return means
 
 
-def _compare(modules, images, labels, centers, candidates, means, between):
+def _compare(modules, images, labels, centers, candidates, means):
     """Per layer, the NCC error and the CDNV of a set.
 
     With e = h - m, m the sample's class mean in this set, ||h - mu||^2 - ||e||^2 = ||w||^2 - 2 e.w for w = mu - m. All
@@ -131,7 +128,7 @@ def _compare(modules, images, labels, centers, candidates, means, between):
             w = scale * (layer_centers - layer_means[row])
             shifts.append([shift.to(images.dtype) for shift in (-scale * layer_means[row], w, w.square().sum(1) / 2)])
         scores, squares = [[[] for _ in means] for _ in range(2)]
-        for layer, h in _batches(modules, images, members, between):
+        for layer, h in _batches(modules, images, members):
             minus_mean, w, b = shifts[layer]
             e = torch.add(minus_mean, h, alpha=scales[layer])
             scores[layer].append((w @ e.T).T - b)

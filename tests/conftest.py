@@ -56,7 +56,7 @@ def main(*arguments):
     signal.alarm(300)
     with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
         try:
-            status = launch.main(train.train, train.evaluate, [str(argument) for argument in arguments])
+            status = launch.main(train.train, [str(argument) for argument in arguments])
         finally:
             signal.alarm(0)
             for number, handler in handlers.items():
