@@ -1,12 +1,13 @@
 """What is measured at an evaluation, and when: the schedule of a run, losses and errors, a row of each table, its columns."""
 
+import math
 import time
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
-from measures.geometry import activations, not_covered
+from measures.geometry import activations, ieee_float32, not_covered
 from measures.masks import density, measure_masks, sharing
 from measures.norms import classification_margins, margin_error
 from measures.pac_bayes import COLUMNS as CERTIFICATES
@@ -36,9 +37,40 @@ def learning_rate(settings, epoch):
     return settings.lr * settings.lr_decay ** sum(epoch > milestone for milestone in settings.milestones)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# When
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def schedule(settings):
+    """The places (round, epoch) of a run, in order: (0, 0) is the untrained network, (r, 0) with r > 0 the one just pruned.
+
+    Each later round goes on from the epoch to which the weights are rewound.
+    """
+    again = [0, *range(max(settings.rewind_epoch, 0) + 1, settings.epochs + 1)]
+    first = [(0, epoch) for epoch in range(settings.epochs + 1)]
+    return first + [(round_, epoch) for round_ in range(1, settings.prune_rounds + 1) for epoch in again]
+
+
 def due(epoch, every, last=None):
     """Whether something that is done every so many epochs, and after the last one, is due after this one; 0 is never."""
     return every > 0 and (epoch % every == 0 or epoch == last)
+
+
+def stopped_early(settings, rows):
+    """Why a run whose newest rows these are goes on no further, before the end of its schedule; None where it does."""
+    if not (rows and settings.early_stop_epoch and rows[-1]['epoch'] >= settings.early_stop_epoch):
+        return None
+    recent = [row for row in rows[-3:] if row['epoch'] > 0 and row['round'] == rows[-1]['round']]
+    if len(recent) == 3 and all(1 - row['train_error'] < settings.early_stop_accuracy for row in recent):
+        return f'stopped at epoch {rows[-1]["epoch"]:.0f}: accuracy below {settings.early_stop_accuracy:g}'
+
+
+def finished(settings, rows):
+    """Whether a run whose newest rows these are has come to the end of its schedule, or was stopped early."""
+    if rows and (rows[-1]['round'], rows[-1]['epoch']) >= schedule(settings)[-1]:
+        return True
+    return stopped_early(settings, rows) is not None
 
 
 def no_certificate(settings):
@@ -51,6 +83,11 @@ def no_certificate(settings):
         return f'train_samples = {settings.train_samples}, and at least 10 are needed'
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# What
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def batch_of_evaluation(net, images):
     """Images per forward pass: on a CPU few enough that activations stay in its cache, else many."""
     if images.device.type == 'cpu':
@@ -60,46 +97,57 @@ def batch_of_evaluation(net, images):
 
 def losses_and_margins(net, images, labels, loss):
     """The mean loss and the margins (m,) of a network on a whole set."""
-    outputs = []
+    batch = batch_of_evaluation(net, images)
     with parametrize.cached():
-        for batch in images.split(batch_of_evaluation(net, images)):
-            outputs.append(net(batch))
-    outputs = torch.cat(outputs).double()
+        # Filled in place: small tensors that stay, allocated between large ones that go, would tear the heap to pieces.
+        outputs = net(images[:1]).double().repeat(len(images), 1)
+        for rows, part in zip(outputs.split(batch), images.split(batch)):
+            rows.copy_(net(part))
     targets = F.one_hot(labels, outputs.shape[1]).double()
     return loss(outputs, targets).item(), classification_margins(outputs, labels)
 
 
 @torch.no_grad()
-def evaluate(net, settings, dataset, data, round, epoch):
-    """A row of metrics.csv: errors, bounds and, where they are due, certificates; `data` is the table of `measure_data`."""
+def evaluate(net, settings, dataset, data, round_, epoch):
+    """A row of metrics.csv: errors, bounds and, where they are due, certificates; `data` is the table of `measure_data`.
+
+    All of it is of the network in IEEE float32, whatever precision it is trained in. Raises Diverged.
+    """
     start, loss = time.perf_counter(), LOSSES[settings.loss]
     net.eval()
-    train_loss, margins = losses_and_margins(net, dataset.train_images, dataset.train_labels, loss)
-    test_loss, test_margins = losses_and_margins(net, dataset.test_images, dataset.test_labels, loss)
+    with ieee_float32():
+        train_loss, margins = losses_and_margins(net, dataset.train_images, dataset.train_labels, loss)
+        test_loss, test_margins = losses_and_margins(net, dataset.test_images, dataset.test_labels, loss)
     require_finite(*net.state_dict().values(), margins)
     train_error, test_error = margin_error(margins, 0), margin_error(test_margins, 0)
-    row = {'epoch': epoch, 'round': round, 'density': density(net), 'lr': learning_rate(settings, max(epoch, 1))}
+    row = {'epoch': epoch, 'round': round_, 'density': density(net), 'lr': learning_rate(settings, max(epoch, 1))}
     row |= {'train_loss': train_loss, 'test_loss': test_loss, 'train_error': train_error, 'test_error': test_error}
     row |= {'generalization_gap': test_error - train_error, 'train_margin_error': margin_error(margins, settings.gamma)}
     row |= evaluate_bounds(net, data, margins, settings.delta, settings.gamma, skip_uncovered=True)
-    certifies = due(epoch, settings.certify_every, settings.epochs) and not no_certificate(settings)
-    if certifies and not not_covered(net, dataset.input_shape):
+    if certifies(settings, round_, epoch) and not not_covered(net, dataset.input_shape):
         row |= certify(net, dataset.train_images, dataset.train_labels, settings.delta)
     row |= {'test_set_bound': test_set_bound(test_error, len(test_margins), settings.delta)}
     return row | {'eval_seconds': time.perf_counter() - start}
 
 
+def certifies(settings, round_, epoch):
+    """Whether certificates are due: never of the untrained network."""
+    trained = (round_, epoch) > (0, 0)
+    return trained and due(epoch, settings.certify_every, settings.epochs) and not no_certificate(settings)
+
+
 @torch.no_grad()
-def evaluate_layers(net, dataset, round, epoch):
+def evaluate_layers(net, dataset, round_, epoch):
     """The rows of layers.csv, the input first and the classifier last: what each layer has learned, and how sparse it is."""
     learned = measure_representations(
         net, dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels
     )
-    rows = [{'epoch': epoch, 'round': round, 'layer': layer} for layer in range(len(learned) + 1)]
+    rows = [{'epoch': epoch, 'round': round_, 'layer': layer} for layer in range(len(learned) + 1)]
     for row, values in zip(rows, learned):
         row |= values
     if not any(getattr(module, 'is_layer', False) for module in net):  # a residual block is a layer of several weights
-        for row, values in zip(rows[:0:-1], reversed(measure_masks(net).values())):  # a stem is no layer
+        masks = list(measure_masks(net).values())
+        for row, values in zip(rows[1:], masks[len(masks) - len(rows) + 1 :]):  # a stem comes before the first layer
             row |= values
     if not not_covered(net, dataset.input_shape):
         for row, values in zip(rows[1:], sharing(net, dataset.train_images)):
@@ -110,3 +158,30 @@ def evaluate_layers(net, dataset, round, epoch):
 def require_finite(*tensors):
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise Diverged
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In words
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def rounded_up(bound, digits=4):
+    """A bound to so many decimals, which it must not be below."""
+    return math.ceil(10**digits * bound) / 10**digits if math.isfinite(bound) else bound
+
+
+def report(row, width=120):
+    """The cells of a row of metrics.csv that are wanted most, as many as fit; bounds are rounded up, as powers of 2."""
+    bounds = {'our_bound': 'ours', 'corrected_bound': 'corrected'}
+    if math.isnan(row['corrected_bound']):
+        bounds = {'path_bound': 'path'}
+    cells = {'test': ('test_error', '{:.4f}'), 'train': ('train_error', '{:.4f}'), 'gap': ('generalization_gap', '{:+.4f}')}
+    items = [f'{word} {text.format(row[column])}' for word, (column, text) in cells.items()]
+    for column, word in bounds.items():
+        if 0 < row[column] < math.inf:
+            items.append(f'{word} 2^{rounded_up(math.log2(row[column]), 1):.1f}')
+    if 'pac_bayes_error' in row:
+        items.insert(1, f'A {rounded_up(row["pac_bayes_error"]):.4f}')
+    while items and len(' '.join(items)) > width:
+        items.pop()
+    return ' '.join(items)

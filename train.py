@@ -9,137 +9,119 @@ python train.py --results-path results/7 --evaluate   measure the weights that w
 python train.py --results-path results/7 --status     show which networks are finished
 """
 
-import contextlib
-import functools
-import os
-import shutil
+import signal
 import sys
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C ends the program without a traceback
+
+import copy
+import shutil
+import statistics
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -I leaves it out
-
 import sparsify
-from conf import BadInput
+from conf import BadInput, Interrupted
 from datasets import fingerprint
-from evaluation import COLUMNS, LAYER_COLUMNS, LOSSES, due, evaluate, evaluate_layers, learning_rate, require_finite
-from harness import launch
-from harness.machine import Interrupted, check_stop, choose_precision, deferred_stop
-from harness.records import (
-    csv_line,
+from evaluation import (
+    COLUMNS,
+    LAYER_COLUMNS,
+    LOSSES,
+    batch_of_evaluation,
+    certifies,
+    due,
+    evaluate,
+    evaluate_layers,
     finished,
-    load_run,
-    parse_line,
+    learning_rate,
     report,
-    save_checkpoint,
-    write_file,
+    require_finite,
+    schedule,
+    stopped_early,
 )
+from harness import launch
+from harness.machine import check_stop, choose_precision, deferred_stop, graphed, heartbeat, in_words
+from harness.records import append_lines, csv_line, load_run, parse_line, save_checkpoint, write_file
 from measures.norms import measure_data
 from measures.representations import effective_depth
 from models import get_network
 
 TORCH_THREADS = torch.get_num_threads()
-captures = SimpleNamespace(failed=False)  # of CUDA graphs: after one that failed, torch's allocator may not begin another
 
 
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A training step
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def make_loss(net, loss, images, targets, bf16):
-    """The loss of a batch, with its graph: a function of the indices (B,) of its samples."""
-
-    def batch_loss(indices):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            outputs = net(images.index_select(0, indices))
-        return loss(outputs.float(), targets.index_select(0, indices))
-
-    return batch_loss
-
-
-def make_step(optimizer, batch_loss, loss_sum):
-    """The training step: a function of the indices (B,) of a batch's samples that adds the batch's loss to loss_sum."""
+def step_of(run):
+    """The training step of a run, a function of the indices (B,) of the batch's samples."""
 
     def step(indices):
-        optimizer.zero_grad()
-        value = batch_loss(indices)
-        value.backward()
-        optimizer.step()
-        loss_sum.add_(value.detach())
+        run.optimizer.zero_grad()
+        loss = run.loss(run.net, indices)
+        loss.backward()
+        run.optimizer.step()
+        run.loss_sum.add_(loss.detach())
 
     return step
 
 
-def graphed(step, batch_size, device):
-    """The training step as a CUDA graph, called as the step is; plain steps where this machine cannot capture one.
+def train(settings, dataset, folder, device):
+    """Trains one network to its last epoch, from its checkpoint in `folder` where there is one, logging as it goes.
 
-    The first steps are plain ones, to set up kernels, workspaces and momentum; so is that of an uneven last batch. All run on
-    the stream of the capture, since gradients are accumulated on the stream that they came from. What changes from step to step
-    (indices, learning rate, masks) lies in tensors that the graph reads, so it is captured once.
+    Raises:
+        BadInput: the checkpoint is missing, damaged or of other settings.
+        Interrupted: after a checkpoint was written.
+        Diverged: the last good checkpoint is kept.
+        OSError: the results cannot be written; the last checkpoint is kept.
     """
-    indices_of_graph = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    state = SimpleNamespace(graph=None, plain_steps=0, stream=torch.cuda.Stream())
-
-    def capture():
-        before = torch.cuda.current_stream()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, stream=state.stream):
-                step(indices_of_graph)
-        except RuntimeError as error:
-            torch.cuda.set_stream(before)
-            captures.failed = True
-            reason = str(error.__context__ or error).strip().partition('\n')[0]  # to end a capture that failed fails too
-            tqdm.write(f'training goes on without a CUDA graph, which could not be captured: {reason}')
-        else:
-            state.graph = graph
-
-    def call(indices):
-        if state.plain_steps >= 3 and len(indices) == batch_size and state.graph is None and not captures.failed:
-            capture()
-        if state.graph is not None and len(indices) == batch_size:
-            indices_of_graph.copy_(indices)
-            state.graph.replay()
-            return
-        state.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(state.stream):
-            step(indices)
-        torch.cuda.current_stream().wait_stream(state.stream)
-        state.plain_steps += 1
-
-    return call
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A training
-# ----------------------------------------------------------------------------------------------------------------------
+    run = Run(settings, dataset, folder, device)
+    step = step_of(run)
+    if device.type == 'cuda':
+        step = graphed(step, settings.batch_size, device)  # the same five lines, captured once and replayed
+    run.say_pace()
+    try:
+        with progress_bar(run) as bar:
+            for round_, epoch in run.places():
+                if epoch == 0 and round_ > 0:
+                    run.prune(round_)
+                elif epoch > 0:
+                    for number, indices in run.batches(epoch):
+                        regrows = sparsify.regrow_due(settings, number, settings.epochs * run.steps)
+                        if not regrows or settings.regrow == 'random':  # RigL's update takes the place of the gradient step
+                            step(indices)
+                        if regrows:
+                            run.regrow(number, indices)
+                        bar.update()
+                row, layers = run.evaluate(round_, epoch, bar)
+                with deferred_stop():
+                    run.log(row, layers, bar)
+                    run.advance()
+                    if not run.place or due(run.place[1], settings.checkpoint_every) or run.finished():
+                        run.save()
+    except Interrupted:
+        run.save()
+        raise
 
 
 class Run:
     """A network in training: what its checkpoint holds (weights, momentum, `state`), and what is fixed around it.
 
-    `state` is the place in the run (the round, the epoch that is under way, its steps done) and all that is logged so far.
+    `state` is the place in the schedule that is under way, with the steps of its epoch that are done, and all that is logged.
     """
 
     def __init__(self, settings, dataset, folder, device):
         self.settings, self.dataset, self.folder = settings, dataset, folder
-        bf16 = choose_precision(settings.precision, device)
+        self.bf16 = choose_precision(settings.precision, device)
         torch.set_num_threads(settings.threads or TORCH_THREADS)
         torch.manual_seed(settings.seed)
-        loss, images = LOSSES[settings.loss], dataset.train_images
-        targets = F.one_hot(dataset.train_labels, dataset.num_classes).float()
-        self.net = get_network(settings, dataset.input_shape, dataset.num_classes).to(device, memory_format=torch.channels_last)
-        self.batch_loss = make_loss(self.net, loss, images, targets, bf16)
+        self.targets = F.one_hot(dataset.train_labels, dataset.num_classes).float()
+        self.net = get_network(settings, dataset.input_shape, dataset.num_classes)
+        self.net.to(device, memory_format=torch.channels_last)
         rates = {'lr': torch.tensor(settings.lr, device=device), 'momentum': settings.momentum}
         self.optimizer = torch.optim.SGD(self.net.parameters(), **rates, weight_decay=settings.weight_decay, fused=True)
+        self.loss_sum = torch.zeros((), device=device)  # NaN from the first batch on whose loss is
         self.steps = launch.steps_of(settings, dataset)
         self.state = {'round': 0, 'epoch': 0, 'step': 0, 'train_seconds': 0.0}
         self.state |= {'columns': COLUMNS, 'lines': [], 'layer_lines': []}
@@ -149,17 +131,14 @@ class Run:
         if (folder / 'model.pt').exists():
             self.restore()
         elif (folder / 'metrics.csv').exists() and (folder / 'metrics.csv').read_bytes().count(b'\n') > 2:
-            raise BadInput(f'{folder / "model.pt"}: is missing; put it back, or move {folder} away to train this network anew')
+            mend = f'put it back, or move {folder} away to train this network anew'
+            raise BadInput(f'{folder / "model.pt"}: is missing; {mend}')
         else:
-            sparsify.start(self.net, settings, images, targets, loss)
-        self.timed = 0  # steps of this process
-        for name, columns, lines in (('metrics', self.state['columns'], 'lines'), ('layers', LAYER_COLUMNS, 'layer_lines')):
-            if name == 'metrics' or settings.layers_every:
-                write_file(folder / f'{name}.csv', (','.join(columns) + '\n' + ''.join(self.state[lines])).encode())
-        self.data = measure_data(self.net, images, skip_uncovered=True)
-        self.loss_sum = torch.zeros((), device=device)  # NaN from the first batch on whose loss is
-        step = make_step(self.optimizer, self.batch_loss, self.loss_sum)
-        self.step = graphed(step, settings.batch_size, device) if device.type == 'cuda' else step
+            sparsify.start(self.net, settings, dataset.train_images, self.targets, LOSSES[settings.loss])
+        for name, columns, lines in self.tables():
+            if name == 'metrics.csv' or settings.layers_every:
+                write_file(folder / name, (','.join(columns) + '\n' + ''.join(lines)).encode())
+        self.data = measure_data(self.net, dataset.train_images, skip_uncovered=True)
 
     def restore(self):
         """Puts the checkpoint into the network, its optimizer and the state. Raises BadInput where it does not fit."""
@@ -175,149 +154,179 @@ class Run:
         place = f'round {self.state["round"]}, {place}' if self.settings.prune_rounds else place
         print(f'{self.settings.name}: {"finished already" if self.finished() else f"goes on in {place}"}', flush=True)
 
-    def finished(self):
-        return finished(self.settings, [parse_line(line, self.state['columns']) for line in self.state['lines'][-3:]])
+    def tables(self):
+        """(file, columns, lines) of the two tables of the log."""
+        metrics = 'metrics.csv', self.state['columns'], self.state['lines']
+        return metrics, ('layers.csv', LAYER_COLUMNS, self.state['layer_lines'])
 
-    def train_epoch(self, bar):
-        """The steps of the epoch that is under way, from where it is."""
-        epoch, start = self.state['epoch'], time.perf_counter()
+    def newest_rows(self):
+        return [parse_line(line, self.state['columns']) for line in self.state['lines'][-3:]]
+
+    def finished(self):
+        return next(self.places(), None) is None
+
+    def places(self):
+        """What is left of the schedule: the (round, epoch) under way and those after it, until the run is stopped early."""
+        for place in schedule(self.settings):
+            if place >= (self.state['round'], self.state['epoch']) and not finished(self.settings, self.newest_rows()):
+                yield place
+
+    def loss(self, net, indices):
+        """The loss of a network on the training samples with these indices (B,), with its graph."""
+        images, targets = (part.index_select(0, indices) for part in (self.dataset.train_images, self.targets))
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            outputs = net(images)
+        return LOSSES[self.settings.loss](outputs.float(), targets)
+
+    def batches(self, epoch):
+        """Yields the training steps that an epoch has left, as (number in the whole training, indices of the samples).
+
+        A signal waits for the end of the step.
+        """
+        start, m = time.perf_counter(), len(self.dataset.train_images)
         self.net.train()
         self.optimizer.param_groups[0]['lr'].fill_(learning_rate(self.settings, epoch))
-        m, device = len(self.dataset.train_images), self.loss_sum.device
-        order = torch.from_numpy(np.random.default_rng((self.settings.seed, epoch)).permutation(m)).to(device)
+        order = torch.from_numpy(np.random.default_rng((self.settings.seed, epoch)).permutation(m)).to(self.loss_sum.device)
         try:
-            for indices in order.split(self.settings.batch_size)[self.state['step'] :]:
-                check_stop()
-                self.place = None
-                number, steps = (epoch - 1) * self.steps + self.state['step'], self.settings.epochs * self.steps
-                regrows = sparsify.regrow_due(self.settings, number, steps)
-                if not regrows or self.settings.regrow == 'random':  # RigL's update takes the place of the gradient step
-                    self.step(indices)
-                if regrows:
-                    loss = functools.partial(self.batch_loss, indices)
-                    sparsify.regrow(self.net, self.optimizer, self.settings, number, steps, loss)
-                self.state['step'] += 1
-                bar.update()
-                self.say_pace(start)
-            require_finite(self.loss_sum, *self.net.state_dict().values())  # waits for the device
+            with deferred_stop():
+                for indices in order.split(self.settings.batch_size)[self.state['step'] :]:
+                    check_stop()
+                    self.place = None
+                    yield (epoch - 1) * self.steps + self.state['step'], indices
+                    self.state['step'] += 1
+                require_finite(self.loss_sum, *self.net.state_dict().values())  # waits for the device
         finally:
             self.state['train_seconds'] += time.perf_counter() - start
 
-    def say_pace(self, start):
-        """Once in a process, after 20 steps, if epochs are long: how long."""
-        self.timed += 1
-        seconds = (time.perf_counter() - start) / 20 * self.steps
-        if self.timed == 20 and seconds > 60:
-            tqdm.write(f'{self.settings.name}: an epoch takes about {seconds:.0f} s of training')
+    def prune(self, round_):
+        """Removes weights of the trained network, unless an interrupt came after that and before its row was logged."""
+        with deferred_stop():
+            if self.state['step'] == 0:
+                sparsify.prune(self.net, self.settings, round_, self.dataset.input_shape)
+                self.state['step'], self.place = 1, None
 
-    def prune(self):
-        """Kills weights of the trained network, as the round says."""
-        sparsify.prune(self.net, self.settings, self.state['round'], self.dataset.input_shape)
-        self.state['step'], self.place = 1, None  # done, should an interrupt come before its row is logged
+    def regrow(self, number, indices):
+        steps = self.settings.epochs * self.steps
+        sparsify.regrow(self.net, self.optimizer, self.settings, number, steps, lambda: self.loss(self.net, indices))
 
-    def evaluate(self):
-        """The row of metrics.csv and the rows of layers.csv that are due after this epoch: either may be none."""
-        settings, place = self.settings, (self.state['round'], self.state['epoch'])
-        row, layers = None, []
-        if due(place[1], settings.eval_every, settings.epochs):
-            row = evaluate(self.net, settings, self.dataset, self.data, *place)
-            row |= {'train_seconds': self.state['train_seconds']}
-        if due(place[1], settings.layers_every, settings.epochs):
-            layers = evaluate_layers(self.net, self.dataset, *place)
+    def evaluate(self, round_, epoch, bar):
+        """The row of metrics.csv and the rows of layers.csv that are due at this place: either may be none."""
+        settings, row, layers = self.settings, None, []
+        doing = 'certifying' if certifies(settings, round_, epoch) else 'evaluating'
+
+        def beat(seconds):
+            if bar.disable:
+                print(f'{settings.name} epoch {epoch}/{settings.epochs}: {doing} for {seconds:.0f} s', flush=True)
+            else:
+                bar.set_postfix_str(f'{doing} {seconds:.0f} s')
+
+        with heartbeat(beat, 30 if bar.disable else 1):
+            if due(epoch, settings.eval_every, settings.epochs):
+                row = evaluate(self.net, settings, self.dataset, self.data, round_, epoch)
+                row |= {'train_seconds': self.state['train_seconds']}
+            if due(epoch, settings.layers_every, settings.epochs):
+                layers = evaluate_layers(self.net, self.dataset, round_, epoch)
         return row, layers
 
     def log(self, row, layers, bar):
-        """Appends rows to metrics.csv and layers.csv, says the first aloud, and keeps a snapshot where one is due."""
+        """Appends rows to the tables, prints the first, and keeps a snapshot where one is due."""
         settings, place = self.settings, [self.state['round'], self.state['epoch']]
-        for name, key, new, columns in (
-            ('metrics.csv', 'lines', [row] if row else [], self.state['columns']),
-            ('layers.csv', 'layer_lines', layers, LAYER_COLUMNS),
-        ):
-            lines = [csv_line(one, columns) for one in new]
-            self.state[key] += lines
-            with open(self.folder / name, 'a') if lines else contextlib.nullcontext() as file:
-                file and file.writelines(lines)
+        for (name, columns, lines), rows in zip(self.tables(), ([row] if row else [], layers)):
+            new = [csv_line(cells, columns) for cells in rows]
+            lines += new
+            append_lines(self.folder / name, new)
+        self.place = place
         if due(place[1], settings.snapshot_every, settings.epochs):
             (self.folder / 'snapshots').mkdir(exist_ok=True)
             snapshot = {'network': self.net.state_dict(), 'place': place}
-            save_checkpoint(self.folder / 'snapshots' / f'{place[0]}-{place[1]}.pt', snapshot)
-        self.place = place
+            save_checkpoint(self.folder / 'snapshots' / f'{place[0]}-{place[1]}.pt', snapshot | self.origin())
         if layers and place[1] == settings.epochs:
             errors = [layer['train_ncc_error'] for layer in layers[1:-1]]
             depths = ', '.join(f'{effective_depth(errors, eps):g} (eps = {eps})' for eps in (0.01, 0.05))
-            accuracy = f'training accuracy {1 - row["train_error"]:.4f}'
-            tqdm.write(f'{settings.name}: effective depth {depths}; {accuracy}')
+            tqdm.write(f'{settings.name}: effective depth {depths}; training accuracy {1 - row["train_error"]:.4f}')
         if row:
             self.state['train_seconds'] = 0.0
             where = f'{settings.name} ' + f'round {place[0]} ' * bool(settings.prune_rounds)
+            where += f'epoch {place[1]}/{settings.epochs} '
             if bar.disable:
-                print(f'{where}epoch {place[1]}/{settings.epochs} lr {row["lr"]:g} {report(row)}', flush=True)
+                print(f'{where}{report(row, 120 - len(where))}', flush=True)
             else:
                 bar.set_postfix_str(report(row, shutil.get_terminal_size().columns - len(settings.name) - 58))
+            if reason := stopped_early(settings, self.newest_rows()):
+                tqdm.write(f'{settings.name}: {reason}')
 
     def advance(self):
-        """On to the next epoch; after the last one to the next round, and after pruning back to the epoch of the rewinding."""
+        """On to the next place of the schedule; rewinds the weights behind the row of a pruned network."""
         settings, state = self.settings, self.state
-        if settings.prune_rounds and [state['round'], state['epoch']] == [0, settings.rewind_epoch]:
+        here = state['round'], state['epoch']
+        if settings.prune_rounds and here == (0, settings.rewind_epoch):
             self.rewind_to = {name: value.clone() for name, value in self.net.state_dict().items()}
         if state['round'] > 0 and state['epoch'] == 0:
             sparsify.rewind(self.net, self.optimizer, self.rewind_to)
             self.place = None
-            state['epoch'] = max(settings.rewind_epoch, 0) + 1
-        elif state['epoch'] == settings.epochs and state['round'] < settings.prune_rounds:
-            state['round'], state['epoch'] = state['round'] + 1, 0
-        else:
-            state['epoch'] += 1
+        end = (here[0], here[1] + 1)  # behind the last place, from which a longer run goes on
+        state['round'], state['epoch'] = next((place for place in schedule(settings) if place > here), end)
         state['step'] = 0
 
     def save(self):
         require_finite(self.loss_sum, *self.net.state_dict().values())
-        saved = {'settings': vars(self.settings), 'data': self.fingerprint, 'threads': torch.get_num_threads()}
-        saved |= {'network': self.net.state_dict(), 'momentum': self.optimizer.state_dict()['state'], 'state': self.state}
+        saved = self.origin() | {'threads': torch.get_num_threads(), 'network': self.net.state_dict()}
+        saved |= {'momentum': self.optimizer.state_dict()['state'], 'state': self.state}
         save_checkpoint(self.folder / 'model.pt', saved | {'place': self.place, 'rewind_to': self.rewind_to})
+
+    def origin(self):
+        """What a file of weights says of where they come from."""
+        return {'settings': vars(self.settings), 'data': self.fingerprint}
+
+    def say_pace(self):
+        """Says, on a CPU, what an epoch, an evaluation and what is left of a run of more than a minute will take.
+
+        From a few batches of each, on a copy of the network.
+        """
+        places, images = list(self.places()), self.dataset.train_images
+        if images.device.type != 'cpu' or not places:
+            return
+        net = copy.deepcopy(self.net).train()
+        indices = torch.arange(min(self.settings.batch_size, len(images)))
+
+        def forward():
+            with torch.no_grad():
+                net(images[: batch_of_evaluation(net, images)])
+
+        step = _seconds(lambda: self.loss(net, indices).backward()) * self.steps
+        batches = (len(images) + len(self.dataset.test_images)) / batch_of_evaluation(net, images)
+        evaluation = _seconds(forward) * batches
+        evaluations = sum(due(epoch, self.settings.eval_every, self.settings.epochs) for _, epoch in places)
+        epochs = sum(epoch > 0 for _, epoch in places)
+        left = epochs * step + evaluations * evaluation
+        if left > 60:
+            words = f'an epoch takes about {in_words(step)}, an evaluation {in_words(evaluation)} and more with certificates'
+            quicker = '; a GPU is quicker, and so is --settings conf/mnist_quick.py' * (left > 86400)
+            print(f'{self.settings.name}: {words}; {epochs} epochs: about {in_words(left)} on this CPU{quicker}', flush=True)
+
+
+def _seconds(compute, repeats=5):
+    """The median time of a computation, the first one, which sets things up, left out."""
+    times = []
+    for _ in range(1 + repeats):
+        start = time.perf_counter()
+        compute()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
 
 
 def progress_bar(run):
     """One line that fills up, on a terminal; it counts steps and shows epochs."""
-    settings, state = run.settings, run.state
-    round_epochs = settings.epochs - max(settings.rewind_epoch, 0)
-    behind = state['round'] * settings.epochs - max(0, state['round'] - 1) * (settings.epochs - round_epochs)
-    behind += max(0, state['epoch'] - 1 - (settings.epochs - round_epochs) * (state['round'] > 0))
+    left, whole = (sum(epoch > 0 for _, epoch in places) for places in (run.places(), schedule(run.settings)))
     return tqdm(
-        desc=settings.name,
-        total=(settings.epochs + settings.prune_rounds * round_epochs) * run.steps,
-        initial=behind * run.steps + state['step'],
+        desc=run.settings.name,
+        total=whole * run.steps,
+        initial=(whole - left) * run.steps + run.state['step'] * (run.state['epoch'] > 0),
         unit_scale=1 / run.steps,
         bar_format='{desc} {percentage:3.0f}%|{bar:10}| epoch {n:.2f}/{total:.0f} [{elapsed}<{remaining}]{postfix}',
         dynamic_ncols=True,
         disable=not sys.stdout.isatty(),
     )
-
-
-def train(settings, dataset, folder, device):
-    """Trains one network to its last epoch, from its checkpoint in `folder` where there is one, logging as it goes.
-
-    Raises:
-        BadInput: the checkpoint is missing, damaged or of other settings.
-        Interrupted: after a checkpoint was written.
-        Diverged: the last good checkpoint is kept.
-        OSError: the results cannot be written; the last checkpoint is kept.
-    """
-    run = Run(settings, dataset, folder, device)
-    with progress_bar(run) as bar, deferred_stop():
-        try:
-            while not run.finished():
-                if run.state['epoch'] > 0:
-                    run.train_epoch(bar)
-                elif run.state['round'] > 0 and run.state['step'] == 0:
-                    run.prune()
-                run.log(*run.evaluate(), bar)
-                run.advance()
-                if run.place is None or run.place[1] % settings.checkpoint_every == 0 or run.finished():
-                    run.save()
-        except Interrupted:
-            run.save()
-            raise
 
 
 if __name__ == '__main__':

@@ -7,6 +7,7 @@ import itertools
 import os
 import runpy
 import traceback
+from collections import namedtuple
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -18,10 +19,19 @@ class BadInput(ValueError):
     """A mistake in what the user gave; its text is one line that names the thing and the mend."""
 
 
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM. No Exception, so that no handler on its way takes it for a failure of its own."""
+
+
+# What a knob must be, in words; a function from a value to the value as it is used, or None where it is refused; and, of a
+# knob that came after the first runs, the value with which the runs before it were trained.
+Rule = namedtuple('Rule', 'text check before', defaults=(None,))
+
+
 def _integer(low, high=2**31 - 1):
     limits = {2**31 - 1: 'below 2**31', 2**63 - 1: 'below 2**63'}
     text = f'an integer of at least {low} and {limits.get(high, f"at most {high}")}'
-    return text, lambda value: value if type(value) is int and low <= value <= high else None
+    return Rule(text, lambda value: value if type(value) is int and low <= value <= high else None)
 
 
 def _number(text, test):
@@ -29,11 +39,12 @@ def _number(text, test):
         is_number = type(value) in (int, float) and abs(value) <= 1e300  # False for NaN and inf too
         return float(value) if is_number and test(value) else None
 
-    return text, check
+    return Rule(text, check)
 
 
 def _choice(*values):
-    return 'one of ' + ', '.join(values), lambda value: value if type(value) is str and value in values else None
+    text = 'one of ' + ', '.join(values)
+    return Rule(text, lambda value: value if type(value) is str and value in values else None)
 
 
 def _milestones(value):
@@ -43,71 +54,72 @@ def _milestones(value):
     return value if value == sorted(set(value)) else None
 
 
-_BOOLEAN = ('True or False', lambda value: value if type(value) is bool else None)
-_TEXT = ('a printable text', lambda value: value if type(value) is str and value and value.isprintable() else None)
+_BOOLEAN = Rule('True or False', lambda value: value if type(value) is bool else None)
+_TEXT = Rule('a printable text', lambda value: value if type(value) is str and value.isprintable() and value else None)
 
-# Each knob's rule: what it must be, and a function from a value to the value as it is used, or None where it is refused.
+
+def _later(before, rule):
+    """The rule of a knob that came later: a run that has no such knob was trained as with the value `before`."""
+    return rule._replace(before=before)
+
+
 RULES = {
     'dataset_name': _choice('MNIST', 'FashionMNIST', 'SVHN', 'CIFAR10', 'CIFAR100', 'digits'),
     'data_dir': _TEXT,
     'normalize': _BOOLEAN,
-    'train_samples': _integer(0),
-    'label_noise': _number('a number from 0 to 1', lambda value: 0 <= value <= 1),
-    'clean_samples': _integer(0),
-    'data_seed': _integer(0, 2**63 - 1),
+    'train_samples': _later(0, _integer(0)),
+    'label_noise': _later(0.0, _number('a number from 0 to 1', lambda value: 0 <= value <= 1)),
+    'clean_samples': _later(0, _integer(0)),
+    'data_seed': _later(0, _integer(0, 2**63 - 1)),
     'network': _TEXT,
-    'depth': _integer(1, 10_000),
+    'depth': _integer(1, 1000),
     'width': _integer(1, 10**6),
     'kernel_size': _integer(1),
     'stride': _integer(1),
     'padding': _integer(0),
-    'normalization': _choice('weight', 'batch', 'none'),
+    'normalization': _later('weight', _choice('weight', 'batch', 'none')),
     'bias': _BOOLEAN,
     'loss': _choice('MSE', 'CE', 'L1'),
     'epochs': _integer(0),
     'batch_size': _integer(1),
     'lr': _number('a number above 0 and at most 1e9', lambda value: 0 < value <= 1e9),
-    'milestones': ('a list of increasing epochs, as [60, 120, 160]', _milestones),
+    'milestones': Rule('a list of increasing epochs, as [60, 120, 160]', _milestones),
     'lr_decay': _number('a number above 0 and at most 1', lambda value: 0 < value <= 1),
     'momentum': _number('a number from 0 to below 1', lambda value: 0 <= value < 1),
     'weight_decay': _number('a number from 0 to 1000', lambda value: 0 <= value <= 1000),
     'early_stop_epoch': _integer(0),
     'early_stop_accuracy': _number('a number from 0 to 1', lambda value: 0 <= value <= 1),
     'seed': _integer(0, 2**63 - 1),
-    'density': _number('a number above 0 and at most 1', lambda value: 0 < value <= 1),
-    'initial_mask': _choice('none', 'random', 'erk', 'snip', 'synflow'),
-    'prune_rounds': _integer(0),
-    'prune_score': _choice('magnitude', 'path', 'random'),
-    'prune_fraction': _number('a number between 0 and 1', lambda value: 0 < value < 1),
-    'prune_layers': _choice('all', 'conv'),
-    'prune_allocation': _choice('global', 'layer'),
-    'rewind_epoch': _integer(-1),
-    'rescale_neurons': _BOOLEAN,
-    'regrow': _choice('none', 'random', 'gradient'),
-    'regrow_every': _integer(1),
-    'regrow_fraction': _number('a number between 0 and 1', lambda value: 0 < value < 1),
-    'regrow_until': _number('a number from 0 to 1', lambda value: 0 <= value <= 1),
+    'density': _later(1.0, _number('a number above 0 and at most 1', lambda value: 0 < value <= 1)),
+    'initial_mask': _later('none', _choice('none', 'random', 'erk', 'snip', 'synflow')),
+    'prune_rounds': _later(0, _integer(0)),
+    'prune_score': _later('magnitude', _choice('magnitude', 'path', 'random')),
+    'prune_fraction': _later(0.2, _number('a number between 0 and 1', lambda value: 0 < value < 1)),
+    'prune_layers': _later('all', _choice('all', 'conv')),
+    'prune_allocation': _later('global', _choice('global', 'layer')),
+    'rewind_epoch': _later(0, _integer(-1)),
+    'rescale_neurons': _later(False, _BOOLEAN),
+    'regrow': _later('none', _choice('none', 'random', 'gradient')),
+    'regrow_every': _later(100, _integer(1)),
+    'regrow_fraction': _later(0.3, _number('a number between 0 and 1', lambda value: 0 < value < 1)),
+    'regrow_until': _later(0.75, _number('a number from 0 to 1', lambda value: 0 <= value <= 1)),
     'device': _TEXT,
     'precision': _choice('auto', 'float32', 'tf32', 'bf16'),
-    'threads': _integer(0, 1024),
-    'jobs': _integer(1, 1024),
+    'threads': _later(0, _integer(0, 1024)),
+    'jobs': _later(1, _integer(1, 1024)),
     'delta': _number('a number between 0 and 1', lambda value: 1e-300 < value < 1),
     'gamma': _number('a number from 1e-9 to 1e9', lambda value: 1e-9 <= value <= 1e9),
     'eval_every': _integer(1),
-    'certify_every': _integer(0),
-    'layers_every': _integer(0),
-    'snapshot_every': _integer(0),
+    'certify_every': _later(10, _integer(0)),
+    'layers_every': _later(0, _integer(0)),
+    'snapshot_every': _later(0, _integer(0)),
     'checkpoint_every': _integer(1),
     'results_dir': _TEXT,
 }
 
-# What folders were launched with before there was a knob for it.
-BEFORE = {'train_samples': 0, 'label_noise': 0.0, 'clean_samples': 0, 'data_seed': 0, 'normalization': 'weight', 'density': 1.0}
-BEFORE |= {'initial_mask': 'none', 'prune_rounds': 0, 'prune_score': 'magnitude', 'prune_fraction': 0.2, 'prune_layers': 'all'}
-BEFORE |= {'prune_allocation': 'global', 'rewind_epoch': 0, 'rescale_neurons': False, 'regrow': 'none', 'regrow_every': 100}
-BEFORE |= {'regrow_fraction': 0.3, 'regrow_until': 0.75, 'threads': 0, 'jobs': 1, 'certify_every': 10, 'layers_every': 0}
-BEFORE |= {'snapshot_every': 0}
+BEFORE = {name: rule.before for name, rule in RULES.items() if rule.before is not None}
 
+LATER = '_later(value, rule) in conf/__init__.py'
 FOLDERS = ('data_dir', 'results_dir')
 NOT_SWEPT = (*FOLDERS, 'milestones', 'device', 'threads', 'jobs')  # a list in one of these is not a sweep
 
@@ -119,7 +131,7 @@ def _plain(value):
 
 def _check(name, value):
     """The knob's checked value, or the list of its checked values where it is swept. Raises BadInput."""
-    text, check = RULES[name]
+    text, check, _ = RULES[name]
     value = list(value) if isinstance(value, range) else _plain(value)
     if name in NOT_SWEPT or not isinstance(value, (list, tuple)):
         if (checked := check(value)) is None:
@@ -144,26 +156,28 @@ def closest(name, names):
 
 
 def read_settings(path):
-    """The assignments of one settings file, as {knob: checked value}. Raises BadInput."""
+    """The knobs that a settings file has at its end, as {knob: checked value}. Raises BadInput."""
     if not os.path.isfile(path):
         raise BadInput(f'{path}: no such settings file')
     try:
         values = runpy.run_path(str(path))
-    except (Exception, SystemExit, KeyboardInterrupt) as error:
+    except Interrupted:
+        raise
+    except BaseException as error:  # a settings file may raise anything
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)] or [getattr(error, 'lineno', None)]
         where = f'{path}, line {lines[-1]}' if lines[-1] else path
         raise BadInput(f'{where}: {type(error).__name__}: {error}') from None
-    imports = [node for node in ast.walk(ast.parse(Path(path).read_bytes())) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    nodes = ast.walk(ast.parse(Path(path).read_bytes()))
+    imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
     imported = {alias.asname or alias.name for node in imports for alias in node.names}
     settings = {}
     for name, value in values.items():
-        if name.startswith('_') or isinstance(value, ModuleType) or name in imported:
-            continue
-        if name not in RULES:
-            raise BadInput(f'{path}: unknown setting {name}{closest(name, RULES)}; a name of your own starts with _')
         try:
-            settings[name] = _check(name, value)
+            if name in RULES:
+                settings[name] = _check(name, value)
+            elif not (name.startswith('_') or isinstance(value, ModuleType) or name in imported):
+                raise BadInput(f'unknown setting {name}{closest(name, RULES)}; a name of your own starts with _')
         except BadInput as error:
             raise BadInput(f'{path}: {error}') from None
     return settings
@@ -175,18 +189,23 @@ def load_settings(path=GLOBAL_SETTINGS, flags=None, before=None):
     Args:
         path: settings file; what it does not set is taken from conf/global_settings.py.
         flags: {knob: value} of the command line, which win.
-        before: {knob: value} that win over conf/global_settings.py alone: BEFORE for the file of an older launch.
+        before: {knob: value} in place of conf/global_settings.py: BEFORE for the file of a launch, which had every knob of
+            its day.
     Returns:
         (sweep, runs): `sweep` is {knob: value}, lists where swept; `runs` is a list of namespaces with every knob as a
         scalar and `name`, the run's folder: CONV-3-200, followed by the values of what else the sweep varies.
     Raises:
         BadInput: unknown or misspelled settings, wrong types and ranges.
     """
-    sweep = read_settings(GLOBAL_SETTINGS)
-    if missing := [name for name in RULES if name not in sweep]:
-        raise BadInput(f'{GLOBAL_SETTINGS}: the setting {missing[0]} is missing; put its line back')
+    sweep = read_settings(GLOBAL_SETTINGS) if before is None else before
     if Path(path).resolve() != GLOBAL_SETTINGS:
-        sweep |= (before or {}) | read_settings(path)
+        given = read_settings(path)
+        if before is not None and not given:
+            raise BadInput(f'{path}: is empty; put back the settings of this launch')
+        sweep = sweep | given
+    if missing := [name for name in RULES if name not in sweep]:
+        mend = 'put its line back' if before is None else f'if it is a new knob, give its rule the value of older runs: {LATER}'
+        raise BadInput(f'{GLOBAL_SETTINGS if before is None else path}: the setting {missing[0]} is missing; {mend}')
     sweep |= {name: _check(name, value) for name, value in (flags or {}).items()}
 
     swept = {name: value if name not in NOT_SWEPT and isinstance(value, list) else [value] for name, value in sweep.items()}
@@ -231,17 +250,6 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f'{message}; see python {self.prog} --help')
 
 
-class Once(argparse.Action):
-    """Stores the flag's value; a flag given twice is refused, since one of the two would silently be lost."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        if hasattr(namespace, self.dest):
-            parser.error(f'{option_string} is given twice')
-        if self.type is _literal and len(values) == 1 and (self.dest != 'milestones' or isinstance(values[0], list)):
-            values = values[0]
-        setattr(namespace, self.dest, values)
-
-
 def _literal(text):
     try:
         return ast.literal_eval({'true': 'True', 'false': 'False'}.get(text, text))
@@ -260,15 +268,15 @@ def parse_command_line(argv=None):
         f'Not of {", ".join(NOT_SWEPT)}. Defaults: conf/global_settings.py.',
     )
     add = parser.add_argument
-    add('--settings', metavar='FILE', action=Once, help='settings file (default: conf/global_settings.py)')
-    add('--results-path', metavar='DIR', action=Once, help='results folder to make, to resume or to plot')
+    add('--settings', metavar='FILE', help='settings file (default: conf/global_settings.py)')
+    add('--results-path', metavar='DIR', help='results folder to make, to resume or to plot')
     add('--resume', action='store_true', help='go on from the checkpoints in --results-path')
-    add('--run', metavar='K', type=int, action=Once, help='train only the K-th network of the sweep, counted from 1')
+    add('--run', metavar='K', type=int, help='train only the K-th network of the sweep, counted from 1')
     either = parser.add_mutually_exclusive_group()
     prepare = 'check everything, make the results folder, print the number of networks and the folder, train nothing'
     either.add_argument('--prepare', action='store_true', help=prepare)
-    plot = 'draw the figures of --results-path from what is logged so far; --plot all: with every bound'
-    either.add_argument('--plot', nargs='?', const=True, choices=['all'], action=Once, help=plot)
+    plot = 'draw the figures of --results-path from what is logged so far'
+    either.add_argument('--plot', action='store_true', help=plot)
     again = 'measure the snapshots and checkpoints of --results-path anew, with the bounds of today, into evaluation.csv'
     either.add_argument('--evaluate', action='store_true', help=again)
     either.add_argument('--status', action='store_true', help='show which networks of --results-path are finished')
@@ -279,7 +287,7 @@ def parse_command_line(argv=None):
         kind = str if name in FOLDERS else _literal
         several = None if name in FOLDERS else '*' if name == 'milestones' else '+'
         help_text = about.get(name, '').replace('%', '%%')
-        knobs.add_argument(*flags, dest=name, type=kind, nargs=several, metavar='X', action=Once, help=help_text)
+        knobs.add_argument(*flags, dest=name, type=kind, nargs=several, metavar='X', help=help_text)
 
     options, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -287,6 +295,9 @@ def parse_command_line(argv=None):
         raise BadInput(f'unknown argument {unknown[0]}{closest(unknown[0], known)}; see python train.py --help')
     given = vars(options)
     flags = {name: given.pop(name) for name in RULES if name in given}
+    for name, values in flags.items():  # one value of the command line is no sweep
+        if name not in FOLDERS and len(values) == 1 and (name != 'milestones' or isinstance(values[0], list)):
+            flags[name] = values[0]
     for name in FOLDERS:  # on the command line a folder is relative to where the command is given
         if name in flags:
             flags[name] = os.path.abspath(flags[name])

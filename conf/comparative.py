@@ -23,4 +23,3 @@ milestones = [100, 150, 180]
 weight_decay = 5e-4
 eval_every = 200
 layers_every = 200
-certify_every = 0

@@ -15,4 +15,3 @@ milestones = [200, 300, 360]
 weight_decay = 5e-4
 eval_every = 10
 layers_every = 10
-certify_every = 0

@@ -18,4 +18,3 @@ lr_decay = 0.2
 weight_decay = 5e-4
 eval_every = 10
 layers_every = 10
-certify_every = 0

@@ -4,4 +4,3 @@ dataset_name = 'digits'
 width = 32
 epochs = 150
 milestones = [100, 130]
-certify_every = 0  # 1,437 samples certify little

@@ -64,7 +64,7 @@ gamma = 1.0  # margin
 
 # Logging
 eval_every = 1  # epochs between evaluations; the last epoch is always evaluated
-certify_every = 10  # epochs between PAC-Bayes certificates, and at the last one; 0: never
+certify_every = 0  # epochs between PAC-Bayes certificates, and at the last one; 0: never
 layers_every = 0  # epochs between rows of layers.csv, and at the last one; 0: never
 snapshot_every = 0  # epochs between copies of the weights that are kept, for --evaluate; 0: none
 checkpoint_every = 1  # epochs between checkpoints; an interrupt and the last epoch always leave one

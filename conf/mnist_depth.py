@@ -5,3 +5,4 @@ width = 16
 epochs = 100
 eval_every = 2
 layers_every = 25
+certify_every = 10

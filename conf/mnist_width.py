@@ -4,3 +4,4 @@ width = [8, 16, 32]
 epochs = 100
 eval_every = 2
 layers_every = 25
+certify_every = 10

@@ -10,3 +10,4 @@ prune_layers = 'conv'
 rewind_epoch = 2
 eval_every = 5
 layers_every = 10
+certify_every = 10

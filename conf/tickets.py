@@ -5,5 +5,4 @@ width = 16
 epochs = 100  # of each of the 14 trainings
 milestones = [70, 90]
 prune_rounds = 13
-certify_every = 0  # 1,437 samples certify little
 layers_every = 100

@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from conf import BadInput
-from evaluation import no_certificate
+from evaluation import no_certificate, rounded_up
 from harness.launch import get_inputs
 from harness.machine import keep_freed_memory
-from harness.records import folder_settings, load_network, rounded_up
+from harness.records import folder_settings, load_network
 from measures import pac_bayes
 
 CHANGES = {

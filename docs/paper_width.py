@@ -20,10 +20,9 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from conf import load_settings
-from evaluation import losses_and_margins
+from evaluation import losses_and_margins, rounded_up
 from harness.launch import get_inputs
 from harness.machine import keep_freed_memory
-from harness.records import rounded_up
 from measures.geometry import trace_layers
 from measures.norms import margin_error
 from measures.pac_bayes import certify, live_channels
@@ -31,7 +30,6 @@ from models import get_network
 from models.layers import hidden_layer
 from models.weight_norm import Mask, set_mask
 from sparsify import best
-from train import make_loss, make_step
 
 STAGES = [  # weights of the second and of the third convolution that stay, None for all; then the learning rate of each epoch
     (None, [0.01]),
@@ -95,13 +93,16 @@ def main():
         optimizer = torch.optim.SGD(
             net.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
-        step = make_step(optimizer, make_loss(net, F.mse_loss, images, targets, bf16=True), torch.zeros((), device=device))
         for rate in rates:
             optimizer.param_groups[0]['lr'] = rate
             number += 1
             order = torch.from_numpy(np.random.default_rng((settings.seed, number)).permutation(len(images))).to(device)
             for indices in tqdm(order.split(settings.batch_size), desc=f'epoch {number}', disable=not sys.stdout.isatty()):
-                step(indices)
+                optimizer.zero_grad()
+                with torch.autocast(device.type, torch.bfloat16):
+                    outputs = net(images[indices])
+                F.mse_loss(outputs.float(), targets[indices]).backward()
+                optimizer.step()
         kernels = kernels_of(net, shape)
         with torch.no_grad():
             error = margin_error(losses_and_margins(net, dataset.test_images, dataset.test_labels, F.mse_loss)[1], 0)

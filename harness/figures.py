@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from conf import NOT_SWEPT, RULES, BadInput
-from harness.records import finished, folder_settings, locked, read_layers, read_metrics, rows_of, write_file
+from evaluation import finished
+from harness.records import folder_settings, locked, read_layers, read_metrics, rows_of, write_file
 from measures.representations import effective_depth
 from utils import BOUNDS
 

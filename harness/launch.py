@@ -19,12 +19,11 @@ import torch
 from tqdm import tqdm
 
 import sparsify
-from conf import GLOBAL_SETTINGS, ROOT, BadInput, load_settings, parse_command_line, settings_text
+from conf import GLOBAL_SETTINGS, ROOT, BadInput, Interrupted, load_settings, parse_command_line, settings_text
 from datasets import fingerprint, load_dataset
-from evaluation import COLUMNS, Diverged, evaluate, no_certificate
+from evaluation import COLUMNS, Diverged, evaluate, finished, no_certificate, stopped_early
 from harness import figures
 from harness.machine import (
-    Interrupted,
     check_memory,
     check_stop,
     choose_device,
@@ -33,14 +32,15 @@ from harness.machine import (
     keep_freed_memory,
 )
 from harness.records import (
+    BOUNDS_ALONE,
     FREE,
     csv_line,
-    finished,
     folder_settings,
     load_run,
     load_weights,
     locked,
     new_results_folder,
+    newest_rows,
     read_metrics,
     rows_of,
     write_file,
@@ -48,6 +48,8 @@ from harness.records import (
 from measures.geometry import not_covered
 from measures.norms import measure_data
 from models import get_network
+
+CHILD = 'SPARSE_NETWORKS_CHILD'  # in the environment of a process of --jobs, whose parent draws
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What a run is trained on, and what can be seen to be wrong before
@@ -128,13 +130,18 @@ def locked_run(folder):
 def check_options(options, flags):
     """Raises BadInput where the options do not fit together or the folder does not fit them."""
     folder, reads = options.folder, [name for name in ('plot', 'status', 'evaluate') if getattr(options, name)]
+    allowed = FREE if options.resume else BOUNDS_ALONE if options.evaluate else ()
     option = f'--{reads[0]}' if reads else '--resume'
     if options.prepare and options.run is not None:
         raise BadInput('--prepare makes the folder of a whole sweep; leave --run out')
     if not (options.resume or reads):
-        if folder and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            resume = 'add --resume to go on with it, or ' * (folder / 'global_settings.py').exists()
-            raise BadInput(f'{folder}: exists already; {resume}name a new folder')
+        if folder and folder.exists():
+            content = [path.name for path in folder.iterdir()] if folder.is_dir() else None
+            if content == ['global_settings.py'] and options.settings is None:
+                options.settings = folder / 'global_settings.py'  # put there by hand, or left by a launch that trained nothing
+            elif content != []:
+                resume = 'add --resume to go on with it, or ' * (folder / 'global_settings.py').exists()
+                raise BadInput(f'{folder}: exists already; {resume}name a new folder')
         return
     if folder is None:
         raise BadInput(f'{option} needs the folder: --results-path DIR')
@@ -145,13 +152,17 @@ def check_options(options, flags):
         raise BadInput(f'{folder}: not a results folder, it has no global_settings.py; {mend}')
     if options.resume and any(folder.glob('*/compress.csv')):
         raise BadInput(f'{folder}: holds networks made narrower, not trained ones; run compress.py again')
+    if options.resume and any(folder.glob('*/metrics.csv')) and not any(folder.glob('*/model.pt')):
+        if not any(path.read_bytes().count(b'\n') < 3 for path in folder.glob('*/metrics.csv')):
+            repeat = f'python train.py --settings {folder}/global_settings.py repeats them'
+            raise BadInput(f'{folder}: results without checkpoints, as those that are shipped, are for reading; {repeat}')
     if reads and options.run is not None:
         raise BadInput(f'{option} is for every network of the folder; leave --run out')
-    if flags and (reads or options.run is not None):
-        where = option if reads else '--run; give it to a --resume of the whole sweep'
-        raise BadInput(f'{next(iter(flags))}: a setting cannot change with {where}')
-    if changed := [name for name in flags if name not in FREE]:
-        raise BadInput(f'--resume keeps the setting {changed[0]}; only {", ".join(FREE)} may change')
+    if flags and options.run is not None:
+        raise BadInput(f'{next(iter(flags))}: a setting cannot change with --run; give it to a --resume of the whole sweep')
+    if changed := [name for name in flags if name not in allowed]:
+        may = f'only {", ".join(allowed)} may change' if allowed else 'leave it out'
+        raise BadInput(f'{option} keeps the setting {changed[0]}; {may}')
 
 
 def check_resume(folder, flags, runs):
@@ -203,7 +214,7 @@ def make_folder(options, flags, sweep, missing, device):
 
 
 def train_all(runs, folder, train):
-    """Trains one network after the other, then draws the figures. Returns 1 if one of them diverged, else 0."""
+    """Trains one network after the other. Returns 1 if one of them diverged, else 0."""
     keep_freed_memory()
     status = 0
     for settings in runs:
@@ -220,14 +231,13 @@ def train_all(runs, folder, train):
                 print(f'train.py: error: {settings.name}: the loss became NaN or infinite; {mend}', file=sys.stderr)
                 status = 1
         check_stop()
-    draw(folder)
     return status
 
 
-def draw(folder, every=False):
+def draw(folder):
     """Draws the figures, or says why not: what was trained does not depend on them."""
     try:
-        paths = figures.draw(folder, every)
+        paths = figures.draw(folder)
         print('\n'.join(f'drew {path}' for path in paths) or f'{folder}: nothing is logged yet, so no figure was drawn')
     except ImportError:
         print('no figure was drawn, since matplotlib is not installed: pip install matplotlib')
@@ -238,8 +248,13 @@ def draw(folder, every=False):
 
 
 def evaluate_all(runs, folder):
-    """Measures the snapshots and the last checkpoint of each network anew, with today's BOUNDS, into its evaluation.csv."""
+    """Measures the snapshots and the last checkpoint of each network anew, with today's BOUNDS, into its evaluation.csv.
+
+    Rows of places whose weights are gone stay. The knobs on which the bounds alone depend, delta and gamma, may be others than
+    those of the training; the table says which they were.
+    """
     keep_freed_memory()
+    columns = [*COLUMNS, 'delta', 'gamma']
     for settings in runs:
         path = folder / settings.name
         files = [*path.glob('snapshots/*.pt'), *path.glob('model.pt'), *path.glob('weights.pt')]
@@ -247,15 +262,18 @@ def evaluate_all(runs, folder):
             print(f'{path}: has no weights yet')
             continue
         device, dataset = get_inputs(settings)
-        choose_precision(settings.precision, device)
         net = get_network(settings, dataset.input_shape, dataset.num_classes).to(device, memory_format=torch.channels_last)
-        data, rows = measure_data(net, dataset.train_images, skip_uncovered=True), {}
+        data, rows, table = measure_data(net, dataset.train_images, skip_uncovered=True), {}, path / 'evaluation.csv'
         for file in tqdm(files, desc=settings.name, disable=not sys.stdout.isatty()):
-            if (place := load_weights(net, file)) is not None and place not in rows:
+            place = load_weights(net, file, settings, fingerprint(dataset))
+            if place is not None and place not in rows:
                 rows[place] = evaluate(net, settings, dataset, data, *place)
-        lines = [csv_line(rows[place], COLUMNS) for place in sorted(rows)]
-        write_file(path / 'evaluation.csv', (','.join(COLUMNS) + '\n' + ''.join(lines)).encode())
-        print(f'{path / "evaluation.csv"}: {len(rows)} row{"s" * (len(rows) != 1)}')
+                rows[place] |= {'delta': settings.delta, 'gamma': settings.gamma}
+        before = rows_of(read_metrics(table)) if table.exists() else []
+        rows = {(int(row['round']), int(row['epoch'])): row for row in before} | rows
+        lines = [csv_line(row | {'round': place[0], 'epoch': place[1]}, columns) for place, row in sorted(rows.items())]
+        write_file(table, (','.join(columns) + '\n' + ''.join(lines)).encode())
+        print(f'{table}: {len(rows)} row{"s" * (len(rows) != 1)}')
     draw(folder)
 
 
@@ -264,7 +282,7 @@ def show_status(runs, folder):
     print(f'{"network":40} {"state":9} {"round":>5} {"epoch":>11} {"test error":>10}  last written')
     for settings in runs:
         path = folder / settings.name / 'metrics.csv'
-        rows = rows_of(read_metrics(path))[-3:] if path.exists() else []
+        rows = newest_rows(path)
         state = 'finished' if finished(settings, rows) else 'left'
         if (folder / settings.name).is_dir() and state == 'left':
             with contextlib.suppress(OSError), locked(folder / settings.name / '.lock', seconds=0) as free:  # or read-only
@@ -274,10 +292,11 @@ def show_status(runs, folder):
             continue
         last, epochs = rows[-1], f'{rows[-1]["epoch"]:.0f}/{settings.epochs}'
         written = datetime.datetime.fromtimestamp(path.stat().st_mtime).isoformat(' ', 'seconds')
-        print(f'{settings.name:40} {state:9} {last["round"]:5.0f} {epochs:>11} {last["test_error"]:10.4f}  {written}')
+        early = f'  {reason}' if (reason := stopped_early(settings, rows)) else ''
+        print(f'{settings.name:40} {state:9} {last["round"]:5.0f} {epochs:>11} {last["test_error"]:10.4f}  {written}{early}')
 
 
-def train_side_by_side(numbers, folder, jobs, device):
+def train_side_by_side(numbers, runs, folder, jobs, device):
     """Trains networks of a folder in processes of their own, `jobs` at a time, on a GPU each unless `device` names one.
 
     The processes end with this one, however it ends. Returns 1 where one of them failed, else 0.
@@ -293,8 +312,9 @@ def train_side_by_side(numbers, folder, jobs, device):
 
     def train_one(number):
         slot = slots.get()
-        command = [sys.executable, str(ROOT / 'train.py'), '--results-path', str(folder), '--run', str(number), '--resume']
-        environment = os.environ | ({} if ':' in device else {'CUDA_VISIBLE_DEVICES': gpus[slot % len(gpus)]})
+        command = [sys.executable, str(ROOT / 'train.py'), f'--results-path={folder}', f'--run={number}', '--resume']
+        environment = os.environ | {CHILD: '1'}
+        environment |= {} if ':' in device else {'CUDA_VISIBLE_DEVICES': gpus[slot % len(gpus)]}
         caught = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
         before = end_with_parent if hasattr(libc, 'prctl') else None
         try:
@@ -309,32 +329,37 @@ def train_side_by_side(numbers, folder, jobs, device):
                         bars[slot].set_description_str(line.rstrip()[: (bars[slot].ncols or 80) - 1])
             if process.returncode and not bars[slot].disable:
                 bars[slot].write(''.join(last), end='')  # the bar is another network's soon
+            if process.returncode < 0:
+                name = signal.Signals(-process.returncode).name
+                killed = f'its process was ended by {name}' + ', as by the kernel for want of memory' * (name == 'SIGKILL')
+                again = f'go on with: python train.py --results-path {shlex.quote(str(folder))} --resume --run {number}'
+                tqdm.write(f'train.py: error: {runs[number - 1].name}: {killed}; {again}', sys.stderr)
             return process.returncode
         finally:
             slots.put(slot)
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        runs = [pool.submit(train_one, number) for number in numbers]
+        trainings = [pool.submit(train_one, number) for number in numbers]
         try:
-            concurrent.futures.wait(runs)
+            concurrent.futures.wait(trainings)
         except Interrupted:
-            for run in runs:
-                run.cancel()
-            while concurrent.futures.wait(runs, timeout=0.5).not_done:
+            for training in trainings:
+                training.cancel()
+            while concurrent.futures.wait(trainings, timeout=0.5).not_done:
                 for process in children:
                     process.terminate()  # each writes its checkpoint; one that has ended is left alone
             raise
         finally:
             for bar in bars:
                 bar.close()
-    return int(any(run.result() for run in runs))
+    return int(any(training.result() for training in trainings))
 
 
 def run(options, flags, train):
     """Does what the command line says. Returns the exit status."""
     check_options(options, flags)
     if options.plot:
-        draw(options.folder, options.plot == 'all')
+        draw(options.folder)
         return 0
     if options.status:
         show_status(folder_settings(options.folder)[1], options.folder)
@@ -343,6 +368,8 @@ def run(options, flags, train):
         sweep, runs = folder_settings(options.folder, flags)
     else:
         sweep, runs = load_settings(GLOBAL_SETTINGS if options.settings is None else options.settings, flags)
+    torch.set_default_dtype(torch.float32)  # a settings file is a program, and may have changed either
+    torch.set_grad_enabled(True)
     if options.run is not None and not 1 <= options.run <= len(runs):
         raise BadInput(f'--run {options.run}: the sweep has the networks 1 to {len(runs)}')
     numbers = range(1, len(runs) + 1) if options.run is None else [options.run]
@@ -352,6 +379,8 @@ def run(options, flags, train):
         evaluate_all(runs, options.folder)
         return 0
     if not (options.resume or options.prepare):  # a task of Slurm has its own number of threads
+        if sweep['threads'] > os.cpu_count():
+            raise BadInput(f'threads = {sweep["threads"]}: this machine has {os.cpu_count()} cores; choose less, or 0')
         sweep['threads'] = sweep['threads'] or max(1, torch.get_num_threads() // min(sweep['jobs'], len(runs)))
         for settings in runs:
             settings.threads = sweep['threads']
@@ -367,8 +396,14 @@ def run(options, flags, train):
         return 0
     print(''.join(f'{line}\n' for line in missing), end='')
     if sweep['jobs'] > 1 and len(chosen) > 1:
-        return train_side_by_side(numbers, options.folder, min(sweep['jobs'], len(chosen)), sweep['device'])
-    return train_all(chosen, options.folder, train)
+        status = train_side_by_side(numbers, runs, options.folder, min(sweep['jobs'], len(chosen)), sweep['device'])
+    else:
+        status = train_all(chosen, options.folder, train)
+    if CHILD not in os.environ:  # of a sweep on Slurm, the task that ends last draws
+        tables = [(settings, options.folder / settings.name / 'metrics.csv') for settings in runs]
+        if options.run is None or all(finished(settings, newest_rows(path)) for settings, path in tables):
+            draw(options.folder)
+    return status
 
 
 def main(train, argv=None):
@@ -382,14 +417,16 @@ def main(train, argv=None):
     def program():
         nonlocal options
         options, flags = parse_command_line(argv)
+        if not (options.results_path or '').isprintable():
+            raise BadInput(f'--results-path {options.results_path!r}: must be a printable name')
         options.folder = None if options.results_path is None else Path(options.results_path)
         return run(options, flags, train)
 
-    def go_on():
+    def how_to_go_on():
         reads = options is None or options.plot or options.status or options.evaluate
         if reads or not options.folder or not (options.folder / 'global_settings.py').exists():
             return ''
         only = '' if options.run is None else f' --run {options.run}'
-        return f'; go on with: python train.py --results-path {shlex.quote(str(options.folder))} --resume{only}'
+        return f'; go on with: python train.py --results-path={shlex.quote(str(options.folder))} --resume{only}'
 
-    return guarded('train.py', program, go_on)
+    return guarded('train.py', program, how_to_go_on)

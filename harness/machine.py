@@ -1,29 +1,29 @@
-"""The machine that trains: signals, devices and precisions, memory."""
+"""The machine that trains: signals, devices and precisions, CUDA graphs, memory, and what is shown of long computations."""
 
 import contextlib
 import ctypes
+import errno
 import functools
 import os
 import re
 import signal
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import torch
+from tqdm import tqdm
 
-from conf import BadInput
+from conf import BadInput, Interrupted
 from measures.geometry import activations
 
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM. No Exception, so that nothing on its way takes it for a failure of its own."""
-
-
 stop = SimpleNamespace(deferred=False, signal=None)
+captures = SimpleNamespace(failed=False)  # of CUDA graphs: after one that failed, torch's allocator may not begin another
 
 
 def on_signal(number, frame):
-    """Ends the program here, or, while a network is being trained, at the next `check_stop`.
+    """Ends the program here, or, within `deferred_stop`, at the next `check_stop`.
 
     A second SIGINT kills. A second SIGTERM does not: batch systems send it to a script and to its children alike.
     """
@@ -41,7 +41,7 @@ def check_stop():
 
 @contextlib.contextmanager
 def deferred_stop():
-    """Lets a signal wait for the next `check_stop`, where weights, optimizer and step count fit together."""
+    """Lets a signal wait while weights, masks or files change: for the next `check_stop`, or for the end of this block."""
     stop.deferred = True
     try:
         yield
@@ -50,10 +50,10 @@ def deferred_stop():
     check_stop()
 
 
-def guarded(name, program, go_on):
+def guarded(name, program, how_to_go_on):
     """The exit status of a program: what `program()` returns, 1 where the machine failed, 2 for bad input, 128 + signal.
 
-    What ends it is said in one line, with what `go_on()` adds to it unless the input was bad.
+    What ends it is said in one line, with what `how_to_go_on()` adds to it unless the input was bad.
     """
     stop.deferred, stop.signal = False, None
     for stream in ('stdout', 'stderr'):  # a stream may be closed, or of a locale that a path does not fit
@@ -70,14 +70,15 @@ def guarded(name, program, go_on):
     except Interrupted:
         status, message = 128 + stop.signal, f'stopped by {signal.Signals(stop.signal).name}'
     except OSError as error:
-        status, message = 1, f'error: {error}'
+        mend = {errno.ENOSPC: '; make room on that disk', errno.ELOOP: '; mend its links, which lead in a circle'}
+        status, message = 1, f'error: {error}{mend.get(error.errno, "")}'
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error))):
             raise
         reason = re.split(r'[.] |\n', str(error))[0]
         mend = 'end other programs that hold memory, or choose a smaller width or batch_size'
         status, message = 1, f'error: not enough memory ({reason}); {mend}'
-    print(f'{name}: {" ".join(message.splitlines())}{go_on() if status != 2 else ""}', file=sys.stderr)
+    print(f'{name}: {" ".join(message.splitlines())}{how_to_go_on() if status != 2 else ""}', file=sys.stderr)
     return status
 
 
@@ -91,6 +92,32 @@ def keep_freed_memory():
     if hasattr(libc, 'mallopt'):
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: the largest that it accepts, in bytes
+
+
+@contextlib.contextmanager
+def heartbeat(beat, seconds):
+    """Calls `beat(seconds so far)` every so many seconds, from a thread of its own, while the block computes."""
+    over, start = threading.Event(), time.monotonic()
+
+    def run():
+        while not over.wait(seconds):
+            beat(time.monotonic() - start)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def in_words(seconds):
+    """A duration in the unit that suits it: 45 s, 12 min, 82 h."""
+    for unit, size in (('s', 1), ('min', 60)):
+        if seconds < 120 * size:
+            return f'{seconds / size:.{1 if seconds < 2 else 0}f} {unit}'
+    return f'{seconds / 3600:.0f} h'
 
 
 @functools.lru_cache
@@ -119,6 +146,46 @@ def choose_precision(name, device):
     fp32 = 'ieee' if device.type != 'cuda' or name == 'float32' else 'tf32'
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = fp32
     return name == 'bf16'
+
+
+def graphed(step, batch_size, device):
+    """The training step as a CUDA graph, called as the step is; plain steps where this machine cannot capture one.
+
+    The first steps are plain ones, to set up kernels, workspaces and momentum; so is that of an uneven last batch. All run on
+    the stream of the capture, since gradients are accumulated on the stream that they came from. What changes from step to step
+    (indices, learning rate, masks) lies in tensors that the graph reads, so it is captured once.
+    """
+    indices_of_graph = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    state = SimpleNamespace(graph=None, plain_steps=0, stream=torch.cuda.Stream())
+
+    def capture():
+        before = torch.cuda.current_stream()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=state.stream):
+                step(indices_of_graph)
+        except RuntimeError as error:
+            torch.cuda.set_stream(before)
+            captures.failed = True
+            reason = str(error.__context__ or error).strip().partition('\n')[0]  # to end a capture that failed fails too
+            tqdm.write(f'training goes on without a CUDA graph, which could not be captured: {reason}')
+        else:
+            state.graph = graph
+
+    def call(indices):
+        if state.plain_steps >= 3 and len(indices) == batch_size and state.graph is None and not captures.failed:
+            capture()
+        if state.graph is not None and len(indices) == batch_size:
+            indices_of_graph.copy_(indices)
+            state.graph.replay()
+            return
+        state.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(state.stream):
+            step(indices)
+        torch.cuda.current_stream().wait_stream(state.stream)
+        state.plain_steps += 1
+
+    return call
 
 
 def check_memory(settings, net, image, batch, device):

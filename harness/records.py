@@ -6,7 +6,6 @@ A kill at any moment leaves every file whole: as it was, or as it was to be.
 import contextlib
 import fcntl
 import io
-import math
 import os
 import time
 import warnings
@@ -16,17 +15,17 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from conf import BEFORE, BadInput, load_settings
+from conf import BEFORE, LATER, BadInput, load_settings
 from datasets import DATASETS
-from evaluation import COLUMNS, LAYER_COLUMNS, due
+from evaluation import COLUMNS, LAYER_COLUMNS, due, finished
 from measures.pac_bayes import COLUMNS as CERTIFICATES
 from models import get_network
-from utils import BOUNDS
 
 CHECKPOINT_FORMAT = 1
 
 # What may change when a run is resumed, since the numbers do not depend on it.
 FREE = ('epochs', 'device', 'data_dir', 'results_dir', 'checkpoint_every', 'snapshot_every', 'jobs')
+BOUNDS_ALONE = ('delta', 'gamma')  # what may change when weights are measured anew
 
 
 def new_results_folder(results_dir):
@@ -45,7 +44,7 @@ def write_file(path, content):
     """Writes bytes to a temporary file and moves it into place, so that a kill at any moment leaves the old or the new."""
     temporary = Path(f'{path}.tmp')
     try:
-        with open(temporary, 'wb') as file:
+        with _named(path), open(temporary, 'wb') as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -54,6 +53,22 @@ def write_file(path, content):
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+@contextlib.contextmanager
+def _named(path):
+    """Gives an error of writing, which names no file, the name of the file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def append_lines(path, lines):
+    if lines:
+        with _named(path), open(path, 'a') as file:
+            file.writelines(lines)
 
 
 @contextlib.contextmanager
@@ -108,10 +123,14 @@ def read_table(path, columns, required):
         if not set(required) <= set(header):
             raise ValueError
     except ValueError:
-        again = '--evaluate' if Path(path).stem == 'evaluation' else '--resume, from the checkpoint,'
-        raise BadInput(f'{path}: not a table of {Path(path).stem}; move it away, {again} writes it again') from None
+        raise _not_a_table(path) from None
     names = dict.fromkeys([*columns, *header])
     return {name: np.array([row.get(name, np.nan) for row in rows], dtype=float) for name in names}
+
+
+def _not_a_table(path):
+    again = '--evaluate' if Path(path).stem == 'evaluation' else '--resume, from the checkpoint,'
+    return BadInput(f'{path}: not a table of {Path(path).stem}; move it away, {again} writes it again')
 
 
 def rows_of(table):
@@ -126,31 +145,24 @@ def read_metrics(path):
     return table
 
 
+def newest_rows(path, count=3):
+    """The last rows of a metrics.csv, {column: cell}; none where there is no table yet. Reads no more than its two ends."""
+    if not path.exists():
+        return []
+    with open(path, 'rb') as file:
+        header = file.readline()
+        file.seek(max(len(header), os.path.getsize(path) - (count + 1) * 8 * len(header)))
+        *lines, _ = file.read().decode().split('\n')  # what follows the last newline is not finished
+    columns = header.decode().rstrip('\n').split(',')
+    try:
+        return [{'round': 0.0} | parse_line(line, columns) for line in lines[-count:]]
+    except ValueError:
+        raise _not_a_table(path) from None
+
+
 def read_layers(path):
     """layers.csv as {column: float array}, a row per layer and evaluation. Raises BadInput."""
     return read_table(path, LAYER_COLUMNS, ('epoch', 'round', 'layer'))
-
-
-def rounded_up(bound):
-    """A certificate to four digits, which it must not be below."""
-    return math.ceil(1e4 * bound) / 1e4
-
-
-def report(row, width=math.inf):
-    """A row of metrics.csv in words, most wanted first, as many as fit; bounds as powers of 2, as on the figure's axis."""
-    wanted = {'test_error': 'test {:.4f}', 'pac_bayes_error': 'pac bayes {:.4f}', 'our_bound': ''}
-    wanted |= {'train_error': 'train {:.4f}', 'generalization_gap': 'gap {:+.4f}'}
-    for column in BOUNDS:
-        is_power = column.endswith('_bound') and 0 < row[column] < math.inf
-        wanted[column] = f'{column.removesuffix("_bound").replace("_", " ")} {"2^{:.1f}" if is_power else "{:.3g}"}'
-    items = []
-    for column, text in wanted.items():
-        if (value := row.get(column, math.nan)) == value:  # else the cell is empty
-            value = rounded_up(value) if column == 'pac_bayes_error' else value
-            items.append(text.format(math.log2(value) if '2^' in text else value))
-    while items and len(' '.join(items)) > width:
-        items.pop()
-    return ' '.join(items)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -161,18 +173,6 @@ def report(row, width=math.inf):
 def folder_settings(folder, flags=None):
     """(sweep, runs) of a results folder, as `load_settings`; knobs that came after it have the value that they stand for."""
     return load_settings(Path(folder, 'global_settings.py'), flags, BEFORE)
-
-
-def finished(settings, rows):
-    """Whether the newest of a run's rows is its last, or its training accuracy was hopeless at the last three evaluations."""
-    if not rows:
-        return False
-    last = rows[-1]
-    if (last.get('round', 0), last['epoch']) >= (settings.prune_rounds, settings.epochs):
-        return True
-    recent = [row for row in rows[-3:] if row['epoch'] > 0 and row.get('round') == last.get('round')]
-    hopeless = len(recent) == 3 and all(1 - row['train_error'] < settings.early_stop_accuracy for row in recent)
-    return bool(hopeless and settings.early_stop_epoch and last['epoch'] >= settings.early_stop_epoch)
 
 
 def save_checkpoint(path, checkpoint):
@@ -214,15 +214,12 @@ def load_run(path, settings, net, data, steps):
         BadInput: it is damaged, or was left by other settings or on other data.
     """
     checkpoint = load_checkpoint(path, next(net.parameters()).device)
+    check_origin(path, checkpoint, settings, data)
+    before = BEFORE | checkpoint['settings']
+    if settings.epochs != before['epochs'] and (settings.prune_rounds or settings.regrow != 'none'):
+        changed = 'with rounds or regrowth they cannot change'
+        raise BadInput(f'{path}: was trained with epochs = {before["epochs"]}; {changed}')
     try:
-        before = BEFORE | checkpoint['settings']
-        for name, value in vars(settings).items():
-            if name not in (*FREE, 'name') and before[name] != value:
-                raise BadInput(f'{path}: was trained with {name} = {before[name]!r}, not {value!r}')
-        if settings.epochs != before['epochs'] and (settings.prune_rounds or settings.regrow != 'none'):
-            raise BadInput(f'{path}: was trained with epochs = {before["epochs"]}; with rounds or regrowth they cannot change')
-        if checkpoint.get('data', data) != data:
-            raise BadInput(f'{path}: was trained on other data than data_dir or DATA_DIR holds here; name the folder of before')
         state = {'round': 0, 'layer_lines': []} | checkpoint['state']
         shapes = [weight.shape for weight in net.parameters()]
         momentum = [entry['momentum_buffer'].shape for _, entry in sorted(checkpoint['momentum'].items())]
@@ -243,8 +240,6 @@ def load_run(path, settings, net, data, steps):
         )
         if not all(sound):
             raise ValueError
-    except BadInput:
-        raise
     except Exception:  # the content may be anything
         raise BadInput(f'{path}: not a checkpoint of {settings.name}; move {path.parent} away to train it anew') from None
     if settings.epochs > before['epochs']:
@@ -255,6 +250,22 @@ def load_run(path, settings, net, data, steps):
         state['lines'] = [','.join(row.get(column, '') for column in columns) + '\n' for row in rows]
         state['columns'] = columns
     return checkpoint | {'state': state}
+
+
+def check_origin(path, checkpoint, settings, data, free=FREE):
+    """Raises BadInput where a file of weights says that it is of other settings or other data, but for the knobs `free`."""
+    before = BEFORE | (checkpoint['settings'] if isinstance(checkpoint.get('settings'), dict) else {})
+    for name, value in vars(settings).items():
+        if name in (*free, 'name'):
+            continue
+        if name not in before:
+            mend = f'if it is a new knob, give its rule the value of older runs: {LATER}'
+            raise BadInput(f'{path}: has no setting {name}; {mend}')
+        if before[name] != value:
+            raise BadInput(f'{path}: was trained with {name} = {before[name]!r}, not {value!r}')
+    if checkpoint.get('data', data) != data:
+        mend = 'name the folder of before'
+        raise BadInput(f'{path}: was trained on other data than data_dir or DATA_DIR holds here; {mend}')
 
 
 def _forget_the_end(state, before):
@@ -276,7 +287,8 @@ def _forget_the_end(state, before):
 def load_network(path):
     """The trained network of a run's folder, and its settings: load_network('results/7/CONV-3-200') -> (net, settings).
 
-    The network is on the CPU, in evaluation mode, with its masks where it has any.
+    The network is on the CPU, in evaluation mode, with its masks where it has any. A warning says where its training is not
+    at its end.
 
     Raises:
         BadInput: there is no such run, or no sound checkpoint of it.
@@ -293,21 +305,33 @@ def load_network(path):
     settings = runs[path.name]
     net = get_network(settings, *DATASETS[settings.dataset_name][1:3])
     load_weights(net, files[0])
+    rows = newest_rows(path / 'metrics.csv')
+    if not finished(settings, rows):
+        where = f'epoch {rows[-1]["epoch"]:.0f} of round {rows[-1]["round"]:.0f}' if rows else 'the start'
+        warnings.warn(f'{path}: its training is not finished; the last row is that of {where}', stacklevel=2)
     return net.eval(), settings
 
 
-def load_weights(net, path):
+def load_weights(net, path, settings=None, data=None):
     """Puts the weights of a checkpoint or a snapshot into a network.
 
+    Args:
+        settings, data: where given, the file must be of these settings, but for delta and gamma, and of the data with this
+            fingerprint; a file that does not say is taken as it is.
     Returns:
         (round, epoch) after which they are, or None where they are of the middle of an epoch.
     """
     checkpoint = load_checkpoint(path, next(net.parameters()).device)
+    if settings is not None and 'settings' in checkpoint:
+        check_origin(path, checkpoint, settings, data, (*FREE, *BOUNDS_ALONE))
     try:
         net.load_state_dict(checkpoint['network'])
         state = checkpoint.get('state', {})
         before = (0, state['epoch'] - 1) if state and state['step'] == 0 else None  # as it is in older checkpoints
         place = checkpoint.get('place', before)
-        return None if place is None else tuple(place)
+        place = None if place is None else tuple(place)
     except (KeyError, TypeError, AttributeError, RuntimeError):
         raise BadInput(f'{path}: does not hold the weights of the network that its settings describe') from None
+    if not all(tensor.isfinite().all() for tensor in net.state_dict().values()):
+        raise BadInput(f'{path}: its weights contain NaN or infinity; move it away')
+    return place

@@ -26,7 +26,8 @@ from torch.nn.utils import parametrize  # noqa: E402
 
 import train  # noqa: E402
 from conf import load_settings  # noqa: E402
-from harness.machine import choose_device, keep_freed_memory  # noqa: E402
+from evaluation import LOSSES, batch_of_evaluation, losses_and_margins  # noqa: E402
+from harness.machine import choose_device, graphed, keep_freed_memory  # noqa: E402
 from measures.geometry import trace_layers  # noqa: E402
 from models import get_network  # noqa: E402
 from utils import evaluate_bounds  # noqa: E402
@@ -88,7 +89,7 @@ def bare_step(settings, dataset, device):
     optimizer = torch.optim.SGD(net.parameters(), **rates, fused=True)
     images = dataset.train_images[: settings.batch_size].clone()
     targets = torch.eye(dataset.num_classes, device=device)[dataset.train_labels[: settings.batch_size]]
-    loss = train.LOSSES[settings.loss]
+    loss = LOSSES[settings.loss]
 
     def step(indices):
         optimizer.zero_grad()
@@ -97,7 +98,7 @@ def bare_step(settings, dataset, device):
         loss(outputs.float(), targets).backward()
         optimizer.step()
 
-    return net, train.graphed(step, settings.batch_size, device) if device.type == 'cuda' else step
+    return net, graphed(step, settings.batch_size, device) if device.type == 'cuda' else step
 
 
 def peak_memory(device):
@@ -121,17 +122,18 @@ def measure(settings, dataset, device, repeats):
     batches = itertools.cycle(batch for batch in batches if len(batch) == settings.batch_size)
     run.net.train()
     run.optimizer.param_groups[0]['lr'].fill_(settings.lr)
-    fixed = next(batches)
-    step_s, bare_s = alternate([lambda: run.step(next(batches)), lambda: step(fixed)], device, repeats)
+    fixed, own = next(batches), train.step_of(run)
+    own = graphed(own, settings.batch_size, device) if device.type == 'cuda' else own
+    step_s, bare_s = alternate([lambda: own(next(batches)), lambda: step(fixed)], device, repeats)
 
     run.net.eval()
     with torch.no_grad():
-        chunk = train.batch_of_evaluation(run.net, dataset.train_images)
+        chunk = batch_of_evaluation(run.net, dataset.train_images)
         many = slice(0, chunk * (100 if device.type == 'cpu' else 10))  # its end, which comes once, must not count
         images, labels = dataset.train_images[many], dataset.train_labels[many]
-        loss, fixed_images = train.LOSSES[settings.loss], images[:chunk].clone()
+        loss, fixed_images = LOSSES[settings.loss], images[:chunk].clone()
         evaluated = [
-            lambda: train.losses_and_margins(run.net, images, labels, loss),
+            lambda: losses_and_margins(run.net, images, labels, loss),
             lambda: [bare(fixed_images) for _ in range(0, len(images), chunk)],
         ]
         eval_s, bare_eval_s = (value / len(images) for value in alternate(evaluated, device, repeats, 0.1, 1))
@@ -184,7 +186,7 @@ import train
 from harness import launch
 def first_step(indices):
     raise SystemExit
-train.make_step = lambda *arguments: first_step
+train.step_of = lambda run: first_step
 launch.main(train.train, {['--settings', str(ROOT / 'conf' / 'digits.py'), '--results-path']!r} + [sys.argv[1]])
 raise AssertionError('no step was taken')
 """

@@ -7,14 +7,15 @@ any device and any size.
 """
 
 import sys
-from types import SimpleNamespace
 
 import torch
 from benchmark import device_name, measure, new_run, peak_memory, random_dataset, report, seconds, synchronize
 
+import sparsify
 import train
 from conf import load_settings
-from harness.machine import choose_device
+from evaluation import evaluate
+from harness.machine import choose_device, graphed
 from measures.pac_bayes import certify
 
 # Of a loss, relative, beyond what two plain trainings differ by: atomic sums of a GPU come in any order, and 24 steps add up.
@@ -28,19 +29,21 @@ def settings_of(**flags):
 def losses(settings, dataset, device, graph):
     """The loss of each step of a training: the program's epochs, with evaluations and whatever changes masks between."""
     run, values = new_run(settings, dataset, device), []
-    step = train.make_step(run.optimizer, run.batch_loss, run.loss_sum)
-    step = train.graphed(step, settings.batch_size, device) if graph else step
+    step = train.step_of(run)
+    step = graphed(step, settings.batch_size, device) if graph else step
 
     def noted(indices):
         run.loss_sum.zero_()
         step(indices)
         values.append(run.loss_sum.item())
 
-    run.step = noted
     for epoch in range(1, settings.epochs + 1):
         run.state |= {'epoch': epoch, 'step': 0}
-        run.train_epoch(SimpleNamespace(update=lambda: None))
-        train.evaluate(run.net, settings, dataset, run.data, 0, epoch)
+        for number, indices in run.batches(epoch):
+            noted(indices)
+            if sparsify.regrow_due(settings, number, settings.epochs * run.steps):
+                run.regrow(number, indices)
+        evaluate(run.net, settings, dataset, run.data, 0, epoch)
     return torch.tensor(values, dtype=torch.float64)
 
 
@@ -68,7 +71,7 @@ def longest_kernels(settings, dataset, device, steps=30, count=12):
     """Lines on the kernels of a plain training step: share of its time, calls, name."""
     run, cuda = new_run(settings, dataset, device), device.type == 'cuda'
     run.net.train()
-    step = train.make_step(run.optimizer, run.batch_loss, run.loss_sum)
+    step = train.step_of(run)
     indices = torch.arange(settings.batch_size, device=device)
     for _ in range(3):
         step(indices)
@@ -106,7 +109,7 @@ def survey(device, widths, samples, test_samples, certified, repeats=5):
             print(f'  certificate {took:10.1f} s, that of {passes:.1f} evaluations of the training set; it says {value:.3f}')
             print(f'  memory      {peak_memory(device)[0]:10.0f} MiB at the peak, the certificate included', flush=True)
         hours = settings.epochs * table.epoch / 3600
-        certificates = (settings.epochs // settings.certify_every + 1) * passes * samples * table.image / 3600
+        certificates = settings.epochs // 10 * passes * samples * table.image / 3600
         lines.append(f'  {settings.name:12} {hours:6.2f} h, and {certificates:.2f} h of certificates')
         del table  # and with it the memory of its graph
     print(f'\n{settings.epochs} epochs, with every bound at each and a certificate at every tenth:', *lines, '', sep='\n')

@@ -14,6 +14,7 @@ from torch.cuda._utils import _get_device_index
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import evaluation
 import train
 from conf import BadInput
 from harness import launch, machine
@@ -129,7 +130,7 @@ def cuda(monkeypatch):
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch._C, '_host_emptyCache', lambda: None, raising=False)
-    monkeypatch.setattr(train.captures, 'failed', False)
+    monkeypatch.setattr(machine.captures, 'failed', False)
     return state
 
 
@@ -153,11 +154,11 @@ def test_a_graph_gives_the_losses_of_plain_steps(cuda, precision):
 
 def metrics_and_weights(settings, folder, monkeypatch, step_of=None):
     """What the program leaves after training a small network; `step_of` makes its step from that of the program."""
-    make_step = train.make_step
+    plain_step_of = train.step_of
     folder.mkdir()
     with monkeypatch.context() as patch:
         if step_of:
-            patch.setattr(train, 'make_step', lambda *arguments: step_of(make_step(*arguments), *arguments))
+            patch.setattr(train, 'step_of', lambda run: step_of(plain_step_of(run), run))
         train.train(settings, random_dataset(CPU, 5 * 32 + 16, 64, (1, 8, 8)), folder, CPU)
     table = read_metrics(folder / 'metrics.csv')
     columns = [table[name].tolist() for name in ('epoch', 'round', 'lr', 'density', 'train_loss', 'test_loss')]
@@ -186,12 +187,12 @@ def small(**flags):
 def test_the_program_trains_the_same_with_a_graph(cuda, tmp_path, monkeypatch, flags):
     settings, streams = small(**flags), set()
 
-    def step_of(step, *_):
+    def step_of(step, _):
         def noted(indices):
             streams.add(cuda.current)
             step(indices)
 
-        return train.graphed(noted, settings.batch_size, CPU)
+        return machine.graphed(noted, settings.batch_size, CPU)
 
     plain = metrics_and_weights(settings, tmp_path / 'plain', monkeypatch)
     assert_same(metrics_and_weights(settings, tmp_path / 'graph', monkeypatch, step_of), plain)
@@ -204,12 +205,12 @@ def test_training_goes_on_where_no_graph_can_be_captured(cuda, tmp_path, monkeyp
     capsys.readouterr()
     cuda.fails = fails
 
-    def step_of(step, optimizer, batch_loss, loss_sum):
+    def step_of(step, run):
         def asks_for_a_value(indices):
             step(indices)
-            loss_sum.item()
+            run.loss_sum.item()
 
-        return train.graphed(asks_for_a_value if fails == 'step' else step, 32, CPU)
+        return machine.graphed(asks_for_a_value if fails == 'step' else step, 32, CPU)
 
     for folder in ('one', 'two'):
         assert_same(metrics_and_weights(small(), tmp_path / folder, monkeypatch, step_of), plain)
@@ -220,13 +221,14 @@ def test_training_goes_on_where_no_graph_can_be_captured(cuda, tmp_path, monkeyp
 
 
 def test_a_learning_rate_in_a_tensor_changes_no_digit(tmp_path, monkeypatch):
-    rates, learning_rate = [], train.learning_rate
+    rates, learning_rate = [], evaluation.learning_rate
 
     def noted(settings, epoch):
         rates.append(learning_rate(settings, epoch))
         return rates[-1]
 
-    def step_of(_, optimizer, batch_loss, loss_sum):
+    def step_of(_, run):
+        optimizer = run.optimizer
         assert optimizer.param_groups[0]['lr'].dtype == torch.float32  # which is what its CUDA kernel reads
         sgd = torch.optim.SGD(optimizer.param_groups[0]['params'], lr=1.0, momentum=0.9, weight_decay=3e-3, fused=True)
         sgd.state = optimizer.state
@@ -234,10 +236,10 @@ def test_a_learning_rate_in_a_tensor_changes_no_digit(tmp_path, monkeypatch):
         def step(indices):
             sgd.param_groups[0]['lr'] = rates[-1]
             sgd.zero_grad()
-            value = batch_loss(indices)
+            value = run.loss(run.net, indices)
             value.backward()
             sgd.step()
-            loss_sum.add_(value.detach())
+            run.loss_sum.add_(value.detach())
 
         return step
 
@@ -278,7 +280,7 @@ def test_a_gpu_that_torch_cannot_use_is_one_line(gpus, tmp_path, monkeypatch, ca
         raise torch.AcceleratorError('CUDA error: no kernel image is available for execution on the device\nCompile ...')
 
     monkeypatch.setattr(torch, 'ones', too_old)
-    status = launch.main(train.train, train.evaluate, [*SMALL, '--results-path', str(tmp_path / 'run')])
+    status = launch.main(train.train, [*SMALL, '--results-path', str(tmp_path / 'run')])
     stderr = capsys.readouterr().err
     assert status == 2 and stderr.count('\n') == 1 and not (tmp_path / 'run').exists()
     assert f'torch {torch.__version__} cannot use this GPU' in stderr and 'no kernel image' in stderr and 'cpu' in stderr
@@ -312,11 +314,12 @@ def test_bf16_is_for_training_alone():
     for module in net:
         module.register_forward_hook(lambda module, inputs, output: kinds.add(output.dtype))
     images, labels = torch.rand(4, 1, 8, 8), torch.arange(4)
-    loss = train.make_loss(net, nn.functional.mse_loss, images, torch.eye(10)[labels], bf16=True)(labels)
+    run = gpu.new_run(small(precision='bf16'), random_dataset(CPU, 32, 16, (1, 8, 8)), CPU)
+    loss = run.loss(net, labels)
     assert kinds == {torch.bfloat16} and loss.dtype == torch.float32
     kinds.clear()
     with torch.no_grad():
-        train.losses_and_margins(net, images, labels, nn.functional.mse_loss)
+        evaluation.losses_and_margins(net, images, labels, nn.functional.mse_loss)
     assert kinds == {torch.float32}
 
 
@@ -325,7 +328,7 @@ def test_batches_of_evaluations_are_bounded_by_memory(width, batch):
     """At most 1 GiB in the largest activation, the first convolution's 27 x 27 maps; `meta` is a device without memory."""
     with torch.device('meta'):
         net, images = get_network(settings_of(width=width), (1, 28, 28), 10), torch.empty(60000, 1, 28, 28)
-    assert train.batch_of_evaluation(net, images) == batch
+    assert evaluation.batch_of_evaluation(net, images) == batch
     assert batch == 1000 or 2**30 - 4 * 27 * 27 * width < 4 * batch * 27 * 27 * width <= 2**30
     assert not any(module._forward_hooks for module in net.modules())
 
@@ -345,7 +348,7 @@ def test_out_of_memory_is_one_line_that_helps(tmp_path, capsys, error):
     def fails(settings, dataset, folder, device):
         raise error
 
-    assert launch.main(fails, train.evaluate, [*SMALL, '--device', 'cpu', '--results-path', str(tmp_path / 'run')]) == 1
+    assert launch.main(fails, [*SMALL, '--device', 'cpu', '--results-path', str(tmp_path / 'run')]) == 1
     stderr = capsys.readouterr().err
     assert stderr.count('\n') == 1 and 'not enough memory' in stderr and 'smaller width or batch_size' in stderr
     assert '--resume' in stderr and 'might be reported' not in stderr

@@ -27,7 +27,8 @@ from conftest import (
 from test_datasets import make_idx
 
 from conf import load_settings
-from harness.records import COLUMNS, load_checkpoint, locked, read_metrics
+from evaluation import COLUMNS
+from harness.records import load_checkpoint, locked, read_metrics
 from utils import BOUNDS
 
 

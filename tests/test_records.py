@@ -16,8 +16,9 @@ from test_datasets import make_idx
 
 import train
 from conf import BEFORE, BadInput
+from evaluation import COLUMNS
 from harness.launch import get_dataset
-from harness.records import COLUMNS, csv_line, load_checkpoint, load_network, parse_line, read_metrics, save_checkpoint
+from harness.records import csv_line, load_checkpoint, load_network, parse_line, read_metrics, save_checkpoint
 
 # The columns of metrics.csv before there were empty cells.
 OLD_COLUMNS = (

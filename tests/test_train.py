@@ -19,9 +19,11 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, main, numbers, resume, rows, run, same, settings_of, train_small
 
+import evaluation
 import train
+from evaluation import COLUMNS
 from harness import machine
-from harness.records import COLUMNS, csv_line, load_checkpoint, parse_line, read_metrics, save_checkpoint
+from harness.records import csv_line, load_checkpoint, parse_line, read_metrics, save_checkpoint
 from measures.norms import classification_margins, margin_error, measure_data
 from models import get_network
 from utils import BOUNDS, evaluate_bounds
@@ -337,7 +339,7 @@ def test_the_seconds_of_a_row_that_is_taken_back_are_kept(tmp_path):
 
 def test_resume_to_more_epochs_takes_back_certificates(tmp_path, monkeypatch):
     """Certificates are due every 2 epochs and at the last; those of the last row alone go when it is the last no more."""
-    monkeypatch.setattr(train, 'certify', lambda net, images, labels, delta, between: {'pac_bayes_error': 0.5})
+    monkeypatch.setattr(evaluation, 'certify', lambda net, images, labels, delta: {'pac_bayes_error': 0.5})
     train_small(tmp_path / 'whole', '--certify-every', '2')
     train_small(tmp_path / 'run', '--certify-every', '2', '--epochs', '3')
     resume(tmp_path / 'run', '--epochs', '6')
