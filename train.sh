@@ -72,7 +72,12 @@ for environment in "$repo/venv" "$repo/.venv" "${VIRTUAL_ENV:-}"; do # the last 
     fi
 done
 
-case " $* " in # what trains nothing is no job
+if ! "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'; then
+    echo "train.sh: error: $python has no torch; install it: $python -m pip install -r $repo/requirements.txt" >&2
+    exit 1
+fi
+
+case " $* " in # commands that do not train run here
 *' --help '* | *' -h '*) exec "$python" "$repo/train.py" --help ;;
 *' --plot'* | *' --status '* | *' --evaluate '* | *' --prepare '*) exec "$python" "$repo/train.py" "$@" ;;
 esac

@@ -152,10 +152,10 @@ def check_options(options, flags):
         raise BadInput(f'{folder}: not a results folder, it has no global_settings.py; {mend}')
     if options.resume and any(folder.glob('*/compress.csv')):
         raise BadInput(f'{folder}: holds networks made narrower, not trained ones; run compress.py again')
-    if options.resume and any(folder.glob('*/metrics.csv')) and not any(folder.glob('*/model.pt')):
-        if not any(path.read_bytes().count(b'\n') < 3 for path in folder.glob('*/metrics.csv')):
-            repeat = f'python train.py --settings {folder}/global_settings.py repeats them'
-            raise BadInput(f'{folder}: results without checkpoints, as those that are shipped, are for reading; {repeat}')
+    trained_here = [*folder.glob('*/model.pt'), *folder.glob('*/.lock')]
+    if options.resume and any(folder.glob('*/metrics.csv')) and not trained_here:
+        repeat = f'python train.py --settings {folder}/global_settings.py repeats them'
+        raise BadInput(f'{folder}: results that are shipped without checkpoints are for reading; {repeat}')
     if reads and options.run is not None:
         raise BadInput(f'{option} is for every network of the folder; leave --run out')
     if flags and options.run is not None:
@@ -417,8 +417,8 @@ def main(train, argv=None):
     def program():
         nonlocal options
         options, flags = parse_command_line(argv)
-        if not (options.results_path or '').isprintable():
-            raise BadInput(f'--results-path {options.results_path!r}: must be a printable name')
+        if not (options.results_path or '').isprintable() or (options.results_path or '').startswith('-'):
+            raise BadInput(f'--results-path {options.results_path!r}: must be a printable name without a dash in front')
         options.folder = None if options.results_path is None else Path(options.results_path)
         return run(options, flags, train)
 
@@ -427,6 +427,6 @@ def main(train, argv=None):
         if reads or not options.folder or not (options.folder / 'global_settings.py').exists():
             return ''
         only = '' if options.run is None else f' --run {options.run}'
-        return f'; go on with: python train.py --results-path={shlex.quote(str(options.folder))} --resume{only}'
+        return f'; go on with: python train.py --results-path {shlex.quote(str(options.folder))} --resume{only}'
 
     return guarded('train.py', program, how_to_go_on)

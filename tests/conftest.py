@@ -38,7 +38,7 @@ def start(*arguments, **options):
     return subprocess.Popen(command, text=True, **(caught | options))
 
 
-def run(*arguments, timeout=60, **options):
+def run(*arguments, timeout=300, **options):
     """As `start`, to its end: (exit status, stdout, stderr)."""
     process = start(*arguments, **options)
     stdout, stderr = process.communicate(timeout=timeout)
@@ -46,14 +46,14 @@ def run(*arguments, timeout=60, **options):
 
 
 def out_of_time(*_):
-    pytest.fail('not done in 60 seconds')
+    pytest.fail('not done in 300 seconds')
 
 
 def main(*arguments):
     """As `run`, in this process, which is quicker."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
     signal.signal(signal.SIGALRM, out_of_time)
-    signal.alarm(60)
+    signal.alarm(300)
     with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
         try:
             status = launch.main(train.train, [str(argument) for argument in arguments])

@@ -98,7 +98,7 @@ def test_data_dir_of_the_environment_wins(tmp_path):
 
 
 def test_a_figure_that_fails_loses_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr('figures.epochs_picture', lambda *arguments: 1 / 0)
+    monkeypatch.setattr('harness.figures.epochs_picture', lambda *arguments: 1 / 0)
     stdout = train_small(tmp_path / 'run', '--epochs', '1')
     assert 'no figure was drawn: ZeroDivisionError' in stdout and rows(tmp_path / 'run') == 2
 

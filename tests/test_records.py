@@ -14,7 +14,7 @@ import torch
 from conftest import SMALL, contents, numbers, refused, resume, rows, run, same, start, succeeds, train_small, wait_for
 from test_datasets import make_idx
 
-import train
+import evaluation
 from conf import BEFORE, BadInput
 from evaluation import COLUMNS
 from harness.launch import get_dataset
@@ -179,7 +179,7 @@ def aged(folder):
 @pytest.mark.parametrize('epochs', [3, 6])
 def test_a_folder_of_before_goes_on(tmp_path, uninterrupted, monkeypatch, epochs):
     folder, path = tmp_path / 'run', tmp_path / 'run' / 'CONV-3-4'
-    monkeypatch.setattr(train, 'certify', lambda *arguments: {'pac_bayes_error': 0.5})
+    monkeypatch.setattr(evaluation, 'certify', lambda *arguments: {'pac_bayes_error': 0.5})
     train_small(folder, '--epochs', epochs)
     aged(folder)
     old = numbers(path / 'metrics.csv')
