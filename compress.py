@@ -40,7 +40,7 @@ GRAM_COLUMNS = 12_000  # the largest Gram matrix that is formed, 1.1 GiB; beyond
 FEATURE_BYTES = 2**31  # ... of as many images as fit into this
 CHUNK = 2**23  # features at once where they are summed up
 COLUMNS = 'lam, channels, weights, residual, gap, train_error, test_error, rho, prod_ratio, norm_ratio, path_norm'.split(', ')
-COLUMNS += [*BOUNDS, *CERTIFICATES, 'test_set_bound']
+COLUMNS += [*BOUNDS, *CERTIFICATES, 'test_set_bound', 'test_size']
 
 
 def balance(net, input_shape):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
 from measures.geometry import activations, ieee_float32, not_covered
-from measures.masks import density, measure_masks, sharing
+from measures.masks import density, masked_density, measure_masks, sharing
 from measures.norms import classification_margins, margin_error
 from measures.pac_bayes import COLUMNS as CERTIFICATES
 from measures.pac_bayes import certify, test_set_bound
@@ -20,7 +20,8 @@ LOSSES = {'MSE': F.mse_loss, 'CE': F.cross_entropy, 'L1': F.l1_loss}  # of outpu
 
 COLUMNS = (
     'epoch, round, density, lr, train_loss, test_loss, train_error, test_error, generalization_gap, train_margin_error, rho, '
-    f'prod_ratio, norm_ratio, path_norm, {", ".join([*BOUNDS, *CERTIFICATES])}, test_set_bound, train_seconds, eval_seconds'
+    f'prod_ratio, norm_ratio, path_norm, {", ".join([*BOUNDS, *CERTIFICATES])}, test_set_bound, '
+    'masked_density, train_size, test_size, train_seconds, eval_seconds'
 ).split(', ')
 LAYER_COLUMNS = (
     'epoch, round, layer, size, train_ncc_error, test_ncc_error, train_cdnv, test_cdnv, density, dead_channels, active, '
@@ -127,6 +128,7 @@ def evaluate(net, settings, dataset, data, round_, epoch):
     if certifies(settings, round_, epoch) and not not_covered(net, dataset.input_shape):
         row |= certify(net, dataset.train_images, dataset.train_labels, settings.delta)
     row |= {'test_set_bound': test_set_bound(test_error, len(test_margins), settings.delta)}
+    row |= {'masked_density': masked_density(net), 'train_size': len(margins), 'test_size': len(test_margins)}
     return row | {'eval_seconds': time.perf_counter() - start}
 
 

@@ -39,6 +39,12 @@ def density(net):
     return sum(_living(layer) for layer in layers) / total
 
 
+def masked_density(net):
+    """The share of living entries among the weights of the layers that have a mask; it is 1 where none has."""
+    masks = [mask for layer in weight_layers(net).values() if (mask := weight_mask(layer)) is not None]
+    return sum(int(mask.count_nonzero()) for mask in masks) / sum(mask.numel() for mask in masks) if masks else 1.0
+
+
 def _living(layer):
     mask = weight_mask(layer)
     return layer.weight.numel() if mask is None else int(mask.count_nonzero())

@@ -9,7 +9,7 @@ from conftest import settings_of
 from torch import nn
 
 from conf import BadInput
-from measures.masks import density, measure_masks, neuron_norms, sharing, topology, weight_mask
+from measures.masks import density, masked_density, measure_masks, neuron_norms, sharing, topology, weight_mask
 from models import get_network
 from models.weight_norm import set_mask
 
@@ -61,7 +61,7 @@ def test_topology_against_the_adjacency_matrix():
 
 def test_density_counts_masks(digits):
     net = get_network(settings_of(depth=2, width=4), digits.input_shape, 10)
-    assert density(net) == 1 and weight_mask(net[0]) is None
+    assert density(net) == masked_density(net) == 1 and weight_mask(net[0]) is None
     net = get_network(settings_of(depth=2, width=4, prune_rounds=1), digits.input_shape, 10)
     assert density(net) == 1 and weight_mask(net[0]).all()
     mask = torch.ones(4, 4, 2, 2, dtype=torch.bool)
@@ -73,6 +73,11 @@ def test_density_counts_masks(digits):
     set_mask(net[2], mask)
     assert net[2].weight[0, 1].eq(0).all() and density(net) == (total - 12) / total
     assert [entry['density'] for entry in measure_masks(net).values()] == [1, (64 - 12) / 64, 1]
+    assert masked_density(net) == density(net)
+    net = get_network(settings_of(depth=2, width=4, prune_rounds=1, prune_layers='conv'), digits.input_shape, 10)
+    assert masked_density(net) == 1
+    set_mask(net[2], mask)
+    assert masked_density(net) == (16 + 64 - 12) / (16 + 64) < density(net)
     with pytest.raises(BadInput, match='weights'):
         density(nn.ReLU())
 

@@ -302,7 +302,7 @@ def test_rounds_are_logged_from_the_pruned_network_on(tmp_path):
     left.append(left[1] - round(0.2 * left[1]))
     assert table['density'] == pytest.approx([left[int(number)] / weights for number in table['round']], rel=1e-12)
     figures = {path.name for path in (tmp_path / 'run').glob('*.p[nd][gf]')}
-    assert figures == {f'{name}.{suffix}' for name in ('figure', 'density', 'layers') for suffix in ('png', 'pdf')}
+    assert figures == {f'{name}.{suffix}' for name in ('figure', 'bounds', 'density', 'layers') for suffix in ('png', 'pdf')}
 
 
 def test_a_density_of_1_is_the_dense_network(tmp_path, uninterrupted):
