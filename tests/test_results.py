@@ -1,5 +1,6 @@
 """The shipped results: complete, redrawn from the shipped files alone, and quoted in the pages as they are."""
 
+import ast
 import csv
 import math
 import re
@@ -243,7 +244,32 @@ def test_the_words_of_the_bounds_are_those_of_the_files():
         table[column][table['epoch'] == 2].item() for column in ('path_norm', 'path_bound', 'corrected_bound')
     )
     quoted = f'r = {norm:.1f}, `path_bound` is {path:.1f} and `corrected_bound` {corrected:.1f}'
-    assert quoted in words('docs/bounds.md')
+    text = words('docs/bounds.md')
+    assert quoted in text
+    norm, path, corrected = (table[column][-1] for column in ('our_bound', 'path_bound', 'corrected_bound'))
+    assert f'{path:.1f} for CONV-3-16 on MNIST after 100 epochs, where `corrected_bound` is {corrected:.1f}' in text
+    assert f"Figure 1's own curve, is {norm:.2f}" in text
+
+
+def test_the_counterexample_of_the_page_of_bounds(mnist):
+    """Kahane's lower bounds on the complexity, with a sign per sample and output and with one per sample, rounded down."""
+    for depth in (1, 2):
+        crop = mnist.train_images[:, 0, : 28 - depth, : 28 - depth].double()
+        lower = math.sqrt(crop.square().sum().item() / 2) / len(crop)
+        assert 0.085 <= math.sqrt(10) * lower < 0.086 and 0.027 <= lower < 0.028
+    text = words('docs/bounds.md')
+    assert '=0.085$; the right side is 0.024 for CONV-1, 0.054 for CONV-2' in text and 'complexity of at least 0.027' in text
+
+
+def test_the_examples_of_the_pages_print_what_they_say(capsys):
+    page = (ROOT / 'docs' / 'bounds.md').read_text()
+    ((code, output),) = re.findall(r'```python\n(.*?)```\n\n```\n(.*?)```', page, flags=re.S)
+    exec(code, {})
+    assert capsys.readouterr().out == output
+    page = (ROOT / 'docs' / 'certificate.md').read_text()
+    printed = ast.literal_eval(re.search(r"^\{'pac_bayes_error.*\}$", page, flags=re.M)[0])
+    last = ends_of_rounds('sparse-certificate', 'CONV-3-16')[-1]
+    assert printed == pytest.approx({column: last[column] for column in printed}, rel=1e-6)
 
 
 def test_the_page_of_the_released_code_quotes_its_factors(mnist):
