@@ -59,7 +59,8 @@ def test_a_bound(program):
         "    'my_bound': my_bound,\n",
     )
     metrics = goes_on(folder, run)
-    assert metrics['my_bound'].tolist()[-1] == 42 and read_metrics(folder / 'results/1/CONV-3-4/evaluation.csv')['my_bound'][0] == 42
+    evaluated = read_metrics(folder / 'results/1/CONV-3-4/evaluation.csv')
+    assert metrics['my_bound'][-1] == evaluated['my_bound'][0] == 42
 
 
 def test_a_network(program):
@@ -67,8 +68,8 @@ def test_a_network(program):
     (folder / 'models' / 'wide.py').write_text(
         'from torch import nn\n\n\ndef wide(settings, input_shape, num_classes):\n'
         '    """A hidden layer on all pixels."""\n    size = input_shape[0] * input_shape[1] * input_shape[2]\n'
-        '    layers = nn.Linear(size, settings.width, bias=False), nn.ReLU(), nn.Linear(settings.width, num_classes, bias=False)\n'
-        '    return nn.Sequential(nn.Flatten(), *layers)\n'
+        '    first = nn.Linear(size, settings.width, bias=False)\n'
+        '    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), nn.Linear(settings.width, num_classes, bias=False))\n'
     )
     text = (folder / 'models' / '__init__.py').read_text()
     text = text.replace('from models.mlp import', 'from models.wide import wide\nfrom models.mlp import', 1)
@@ -83,8 +84,10 @@ def test_a_dataset(program):
     edit(
         folder / 'datasets.py',
         'DATASETS = {\n',
-        'def _two_splits(data_dir):\n    images = np.random.default_rng(0).integers(0, 9, (90, 1, 6, 6), dtype=np.uint8)\n'
-        "    for part in (slice(0, 60), slice(60, 90)):\n        yield 'two', images[part], (images[part].sum((1, 2, 3)) % 2)\n\n\n"
+        'def _two_splits(data_dir):\n'
+        '    images = np.random.default_rng(0).integers(0, 9, (90, 1, 6, 6), dtype=np.uint8)\n'
+        '    for part in (slice(0, 60), slice(60, 90)):\n'
+        "        yield 'two', images[part], images[part].sum((1, 2, 3)) % 2\n\n\n"
         "DATASETS = {\n    'two': (_two_splits, (1, 6, 6), 2, 8),\n",
     )
     edit(folder / 'conf' / '__init__.py', "'CIFAR100', 'digits')", "'CIFAR100', 'digits', 'two')")
@@ -96,7 +99,8 @@ def test_a_dataset(program):
 def test_a_knob(program):
     folder, run = program
     edit(folder / 'conf' / 'global_settings.py', '\nseed = 0  #', '\ndropout = 0.5  # of my own\nseed = 0  #')
-    edit(folder / 'conf' / '__init__.py', "    'seed': ", "    'dropout': _later(0.0, _number('a number', lambda value: 0 <= value < 1)),\n    'seed': ")
+    rule = "_later(0.0, _number('a number', lambda value: 0 <= value < 1))"
+    edit(folder / 'conf' / '__init__.py', "    'seed': ", f"    'dropout': {rule},\n    'seed': ")
     goes_on(folder, run)
     assert 'dropout = 0.0  # of my own' in (folder / 'results/1/global_settings.py').read_text()
     run(*SMALL, '--epochs', '1', '--results-path', 'results/2')
@@ -107,6 +111,7 @@ def test_a_knob_without_its_value_of_older_runs(program):
     """The run is not taken for one of today's default, and the line says what is missing and where."""
     folder, run = program
     edit(folder / 'conf' / 'global_settings.py', '\nseed = 0  #', '\ndropout = 0.5  # of my own\nseed = 0  #')
-    edit(folder / 'conf' / '__init__.py', "    'seed': ", "    'dropout': _number('a number', lambda value: 0 <= value < 1),\n    'seed': ")
+    rule = "_number('a number', lambda value: 0 <= value < 1)"
+    edit(folder / 'conf' / '__init__.py', "    'seed': ", f"    'dropout': {rule},\n    'seed': ")
     with pytest.raises(AssertionError, match='the setting dropout is missing.*_later.*conf/__init__.py'):
         run('--results-path', 'results/1', '--resume', '--epochs', '4')

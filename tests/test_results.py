@@ -1,7 +1,9 @@
 """The shipped results: complete, redrawn from the shipped files alone, and quoted in the pages as they are."""
 
+import ast
 import csv
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -180,11 +182,11 @@ def test_the_readme_quotes_the_shipped_certificates():
 
 def test_the_page_of_sparse_networks_quotes_the_shipped_rounds():
     (table,) = tables('sparse.md', 'weights left')
-    rows = ends_of_rounds('tickets-digits', 'CONV-3-16')
-    check_rows(table, rows)
-    assert [row['weights left'] for row in table] == [f'{100 * row["density"]:.1f} %' for row in rows]
-    scores = ('magnitude', 'path', 'random')
-    for score, table in zip(scores, tables('sparse.md', 'left of the convolutions'), strict=True):
+    rows = {f'{100 * row["density"]:.1f} %': row for row in ends_of_rounds('tickets-digits', 'CONV-3-16')}
+    check_rows(table, [rows[row['weights left']] for row in table])
+    path = tables('certificate.md', 'left of the convolutions')[0]  # the same run, as the page says
+    shown = zip(('magnitude', 'random', 'path'), [*tables('sparse.md', 'left of the convolutions'), path], strict=True)
+    for score, table in shown:
         check_rows(table, ends_of_rounds('tickets', f'CONV-3-16-prune_score{score}'))
         assert [row['left of the convolutions'] for row in table] == [f'{100 * 0.5**number:.3g} %' for number in range(7)]
 
@@ -241,7 +243,32 @@ def test_the_words_of_the_bounds_are_those_of_the_files():
         table[column][table['epoch'] == 2].item() for column in ('path_norm', 'path_bound', 'corrected_bound')
     )
     quoted = f'r = {norm:.1f}, `path_bound` is {path:.1f} and `corrected_bound` {corrected:.1f}'
-    assert quoted in words('docs/bounds.md')
+    text = words('docs/bounds.md')
+    assert quoted in text
+    norm, path, corrected = (table[column][-1] for column in ('our_bound', 'path_bound', 'corrected_bound'))
+    assert f'{path:.1f} for CONV-3-16 on MNIST after 100 epochs, where `corrected_bound` is {corrected:.1f}' in text
+    assert f"Figure 1's own curve, is {norm:.2f}" in text
+
+
+def test_the_counterexample_of_the_page_of_bounds(mnist):
+    """Kahane's lower bounds on the complexity, with a sign per sample and output and with one per sample, rounded down."""
+    for depth in (1, 2):
+        crop = mnist.train_images[:, 0, : 28 - depth, : 28 - depth].double()
+        lower = math.sqrt(crop.square().sum().item() / 2) / len(crop)
+        assert 0.085 <= math.sqrt(10) * lower < 0.086 and 0.027 <= lower < 0.028
+    text = words('docs/bounds.md')
+    assert '=0.085$; the right side is 0.024 for CONV-1, 0.054 for CONV-2' in text and 'complexity of at least 0.027' in text
+
+
+def test_the_examples_of_the_pages_print_what_they_say(capsys):
+    page = (ROOT / 'docs' / 'bounds.md').read_text()
+    ((code, output),) = re.findall(r'```python\n(.*?)```\n\n```\n(.*?)```', page, flags=re.S)
+    exec(code, {})
+    assert capsys.readouterr().out == output
+    page = (ROOT / 'docs' / 'certificate.md').read_text()
+    printed = ast.literal_eval(re.search(r"^\{'pac_bayes_error.*\}$", page, flags=re.M)[0])
+    last = ends_of_rounds('sparse-certificate', 'CONV-3-16')[-1]
+    assert printed == pytest.approx({column: last[column] for column in printed}, rel=1e-6)
 
 
 def test_the_page_of_the_released_code_quotes_its_factors(mnist):
@@ -251,7 +278,7 @@ def test_the_page_of_the_released_code_quotes_its_factors(mnist):
     page = words('docs/released_code.md')
     quoted = ['2.75', '2.99', '1.20', '1.20', '1.10', '1.06', '0.60', '0.205', '1.82', '3.39', '6.83', '1.36', '6.87']
     for factor, number in zip(factors, quoted, strict=True):
-        assert f' {number} ' in page and factor == pytest.approx(float(number), abs=0.0052)
+        assert re.search(rf'(?<![\d.]){number}(?!\d)', page) and factor == pytest.approx(float(number), abs=0.0052)
 
 
 def fall(rows, column, number):
