@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
-from measures.geometry import activations, ieee_float32, not_covered
+from measures.geometry import ieee_float32, images_per_pass, not_covered, traced_once
 from measures.masks import density, measure_masks, sharing
 from measures.norms import classification_margins, margin_error
 from measures.pac_bayes import COLUMNS as CERTIFICATES
@@ -88,16 +88,9 @@ def no_certificate(settings):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def batch_of_evaluation(net, images):
-    """Images per forward pass: on a CPU few enough that activations stay in its cache, else many."""
-    if images.device.type == 'cpu':
-        return 32
-    return max(1, min(1000, 2**28 // max(activations(net, images[:1]))))
-
-
 def losses_and_margins(net, images, labels, loss):
     """The mean loss and the margins (m,) of a network on a whole set."""
-    batch = batch_of_evaluation(net, images)
+    batch = images_per_pass(net, images)
     with parametrize.cached():
         # Filled in place: small tensors that stay, allocated between large ones that go, would tear the heap to pieces.
         outputs = net(images[:1]).double().repeat(len(images), 1)
@@ -108,6 +101,7 @@ def losses_and_margins(net, images, labels, loss):
 
 
 @torch.no_grad()
+@traced_once()
 def evaluate(net, settings, dataset, data, round_, epoch):
     """A row of metrics.csv: errors, bounds and, where they are due, certificates; `data` is the table of `measure_data`.
 
@@ -137,6 +131,7 @@ def certifies(settings, round_, epoch):
 
 
 @torch.no_grad()
+@traced_once()
 def evaluate_layers(net, dataset, round_, epoch):
     """The rows of layers.csv, the input first and the classifier last: what each layer has learned, and how sparse it is."""
     learned = measure_representations(
