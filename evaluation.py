@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
+from conf import RULES, BadInput
 from measures.geometry import ieee_float32, images_per_pass, not_covered, traced_once
 from measures.masks import density, measure_masks, sharing
 from measures.norms import classification_margins, margin_error
@@ -26,6 +27,15 @@ LAYER_COLUMNS = (
     'epoch, round, layer, size, train_ncc_error, test_ncc_error, train_cdnv, test_cdnv, density, dead_channels, active, '
     'participation, ramanujan_gap, imdb, weighted_gap'
 ).split(', ')
+
+
+def check_bounds():
+    """Raises BadInput where a name in BOUNDS cannot be a column beside those of metrics.csv and summary.csv."""
+    for name in BOUNDS:
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise BadInput(f'BOUNDS of utils.py: {name!r} cannot be a column; name it by letters, digits and _')
+        if COLUMNS.count(name) > 1 or name in RULES:  # knobs are columns of summary.csv
+            raise BadInput(f'BOUNDS of utils.py: {name!r} is the name of another column; rename the bound')
 
 
 class Diverged(Exception):

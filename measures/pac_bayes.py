@@ -16,6 +16,8 @@ from measures.norms import dft_norm
 PRIOR_IMAGES = 2000  # n0, images set aside for the prior and the losses; never more than a tenth of the sample
 RANK = 512  # R, directions of the features in which the classifier's noise is held back
 SEARCH = 500, 128, 1000  # images set aside, rank and other images that a search makes do with
+MAX_PIXEL = 1e25  # so that the features, which are no longer than an image, stay far from float32's end
+MAX_CLASSES = 1000  # up to which the quadrature of `noisy_errors` is known to be within its allowance
 MAX_FLOATS = 2**28  # of the features of the images set aside, held at a time: 1 GiB
 CHOICES = 1000  # designs of prior and loss among which this one was chosen by looking at MNIST; delta pays for them
 
@@ -147,7 +149,7 @@ def _measure(layers, kernels, data):
             margins     (N, C) (W_y - W_r) . phi_h(x), infinite at r = y
             v           (N, betas) sqrt(phi' Sigma phi)
             x           (N,) |x|
-            scale       1 / sqrt(E_h), of the features; 0 where E_h is, so that all is a tie
+            scale       1 / sqrt(E_h), of the features; 0 where E_h is (or below 1e-60), so that all is a tie
             kl(c, beta) the classifier's KL in nats, of its mean's size c and the index of beta
     """
     *hidden, classifier = (kernel.float() for kernel in kernels)
@@ -163,7 +165,7 @@ def _measure(layers, kernels, data):
         block = block.double()
         gram.addmm_(block, block.T)
     energy = (gram.trace() / len(phi)).item()
-    scale = 1 / math.sqrt(energy) if energy else 0.0
+    scale = 1 / math.sqrt(energy) if energy > 1e-60 else 0.0  # below, 1 / |phi| nears float32's end
     phi *= scale  # from here on the prior's images have E_h = 1, and the grids fit any network
     lam, vectors = torch.linalg.eigh(gram * (scale**2 / len(phi)))
     lam, vectors = lam.flip(0), vectors.flip(1)
@@ -189,7 +191,7 @@ def _measure(layers, kernels, data):
         rest = (torch.linalg.vector_norm(z, dim=1).double().square() - squares.sum(1)).clamp_min(0)
         margins.copy_((outputs.gather(1, own) - outputs).scatter(1, own, math.inf))
         v.copy_((rest[:, None] + squares @ shrink).sqrt())
-        x.copy_(torch.linalg.vector_norm(batch.flatten(1), dim=1))
+        x.copy_(torch.linalg.vector_norm(batch.flatten(1), dim=1, dtype=torch.float64))
     square = classifier.double().square().sum().item()
     problem.kl = _classifier_kl(lam, len(top), vectors, means, square, labels[prior])
     return problem
@@ -300,7 +302,7 @@ def certify(net, images, labels, delta=0.001):
         pac_bayes_rounded_error  of the network with its hidden layers rounded coarsely
         pac_bayes_gibbs_error    of those, with a random classifier for each image
     Raises:
-        BadInput: the network is not covered, or the arguments make no sense.
+        BadInput: the network is not covered, has more than MAX_CLASSES outputs, or the arguments make no sense.
     """
     layers = trace_layers(net, tuple(images.shape[1:]))
     m, classes = len(images), layers[-1].shape[0]
@@ -313,6 +315,10 @@ def certify(net, images, labels, delta=0.001):
     kernels = [layer.kernel for layer in layers]
     if not all(tensor.isfinite().all() for tensor in (images, *kernels)):
         raise BadInput(f'{type(net).__name__}: the images or its weights contain NaN or infinity')
+    if (largest := images.abs().max().item()) > MAX_PIXEL:
+        raise BadInput(f'images: a pixel of {largest:g}; float32 wants them below {MAX_PIXEL:g}: scale the images down')
+    if classes > MAX_CLASSES:
+        raise BadInput(f'{classes} classes: the errors of noisy outputs are computed for at most {MAX_CLASSES}')
 
     n0 = max(1, min(PRIOR_IMAGES, m // 10, MAX_FLOATS // kernels[-1][0].numel()))
     prior, sample = torch.from_numpy(np.random.default_rng(0).permutation(m)).to(images.device).split([n0, m - n0])
