@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import settings_of
+from conftest import settings_of, train_small
 from torch import nn
 
 from conf import BadInput
 from docs import paper_width
+from harness import read_metrics
 from measures import pac_bayes
 from measures.geometry import trace_layers
 from measures.pac_bayes import certify, code_length, kl_inverse, noisy_errors
@@ -165,17 +166,18 @@ def test_noisy_errors():
     assert ((lost.any(-1).double().mean(0) - p).abs() <= 5 * (p * (1 - p) / 4000).sqrt() + 1e-3).all()
 
 
-@pytest.mark.parametrize('classes', [2, 10, 100])
+@pytest.mark.parametrize('classes', [2, 10, 100, 1000])
 def test_quadrature_errs_on_the_safe_side(classes):
     """Against the trapezoidal rule, which converges faster than any power here, at margins of every size."""
     z = torch.linspace(-12, 12, 801, dtype=torch.float64)
     weight = torch.exp(-z.square() / 2) * (z[1] - z[0]) / math.sqrt(2 * math.pi)
-    shifts = torch.linspace(-6, 12, 200, dtype=torch.float64)[:, None].expand(-1, classes).clone()
+    count = 200 if classes <= 100 else 20
+    shifts = torch.linspace(-6, 12, count, dtype=torch.float64)[:, None].expand(-1, classes).clone()
     tilted = shifts + torch.linspace(-3, 3, classes, dtype=torch.float64)
     for margins in (shifts, tilted):
         margins[:, 0] = math.inf
         exact = torch.stack([1 - weight @ torch.special.ndtr(z[:, None] + row).prod(1) for row in margins])
-        excess = noisy_errors(margins, torch.ones(200, dtype=torch.float64), 0) - exact
+        excess = noisy_errors(margins, torch.ones(count, dtype=torch.float64), 0) - exact
         assert excess.min() >= -1e-12 and excess.max() <= 2e-6
 
 
@@ -290,6 +292,42 @@ def test_linear_network_by_sampling(sample, monkeypatch):
     draws = mean + torch.randn(400, 4, 36, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) @ noise.T
     lost = torch.einsum('nd,tcd->tnc', phi[600:], draws).argmax(2) != labels[order[600:]]
     assert p.mean().item() == pytest.approx(lost.double().mean().item(), abs=5 * lost.double().mean(1).std().item() / 20)
+
+
+def test_each_hidden_layer_pays_for_the_number_of_its_channels_that_live(monkeypatch):
+    """It is chosen by looking at the data, among as many as the layer has: log K, dead channels or not."""
+    images, labels = templates(60, 0)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3, bias=False), nn.ReLU(), nn.Conv2d(3, 5, 2, bias=False), nn.ReLU(), nn.Flatten(),
+                        nn.Linear(5 * 9, 4, bias=False))  # fmt: skip
+    nn.init.zeros_(net[0].weight[:1])
+    seen = set()
+    monkeypatch.setattr(pac_bayes, '_bound', lambda problem, *_: seen.add(problem.nats) or 0.5)
+    for name in ('code_length', '_nats'):  # what the kernels themselves cost
+        monkeypatch.setattr(pac_bayes, name, lambda *_: 0.0)
+    certify(net, images, labels, delta=0.01)
+    losses = math.log(2 * math.sqrt(54) * 1000 * 11 * 17 * 801 / 0.01)
+    assert list(seen) == pytest.approx([losses + math.log(3) + math.log(5)] * len(seen))
+
+
+def test_images_of_any_size(sample):
+    """Scaled by a power of 2 they give the same margins and noise, bit for bit, and lengths that are no infinity."""
+    images, labels = sample[0][:200], sample[1][:200]
+    net = fitted(convolutions(), images, labels)
+    (table, _, _), (large, _, _) = (measured(net, part, labels) for part in (images, images * 2.0**66))
+    assert torch.equal(large.margins, table.margins) and torch.equal(large.v, table.v)
+    assert torch.equal(large.x, table.x * 2.0**66)
+    (small, _, _) = measured(net, images * 2.0**-125, labels)  # the features' squares have no float32, and all is a tie
+    assert small.scale == 0 and pac_bayes._bound(SimpleNamespace(**vars(small), gibbs=False), pac_bayes.START) == math.inf
+
+
+@pytest.mark.parametrize('knob', ['label_noise', 'normalize'])
+def test_samples_that_are_not_iid_are_not_certified(tmp_path, knob):
+    reason = {'label_noise': 'with label_noise the training samples', 'normalize': 'normalize = True takes the statistics'}
+    value = {'label_noise': 0.1, 'normalize': True}[knob]
+    flags = '--epochs', 1, '--certify-every', 1, '--train-samples', 50, f'--{knob}', value
+    assert f'certificates stay empty: {reason[knob]}' in train_small(tmp_path / 'run', *flags)
+    table = read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')
+    assert len(table['epoch']) == 2 and all(np.isnan(table[column]).all() for column in (A, B, C))
 
 
 def test_certificates_bound_and_say_something(toy, sample):
@@ -469,6 +507,8 @@ def test_bad_input(toy, sample):
         ((net, images, labels + 1), 'labels'),
         ((net, images, labels.float()), 'labels'),
         ((net, nan, labels), 'NaN'),
+        ((net, images * 1e26, labels), 'scale the images down'),
+        ((nn.Sequential(nn.Flatten(), nn.Linear(36, 1001, bias=False)), images, labels), '1001 classes'),
         ((net, images[0], labels), 'input_shape'),
         ((nn.Sequential(nn.Flatten(), nn.Linear(36, 4)), images, labels), 'bias'),
     ):

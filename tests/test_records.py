@@ -18,7 +18,7 @@ import train
 from conf import BEFORE, BadInput
 from evaluation import COLUMNS
 from harness.launch import get_dataset
-from harness.records import csv_line, load_checkpoint, load_network, parse_line, read_metrics, save_checkpoint
+from harness.records import csv_line, load_checkpoint, load_network, parse_line, read_metrics, report, save_checkpoint
 
 # The columns of metrics.csv before there were empty cells.
 OLD_COLUMNS = (
@@ -33,6 +33,11 @@ def folder(tmp_path, uninterrupted):
     """A copy of the finished small run."""
     shutil.copytree(uninterrupted, tmp_path / 'run')
     return tmp_path / 'run'
+
+
+def test_a_certificate_on_the_screen_is_rounded_up():
+    row = dict.fromkeys(COLUMNS, np.nan) | {'test_error': 0.12341, 'pac_bayes_error': 0.12341}
+    assert report(row) == 'test 0.1234 pac bayes 0.1235'
 
 
 @pytest.mark.parametrize('seed', range(2))
