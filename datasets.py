@@ -68,10 +68,15 @@ DOWNLOADS = {
 }
 
 
+def _demand(holds, complaint):
+    if not holds:
+        raise BadInput(complaint)
+
+
 def _refuse_special(path):
     """Refuses a FIFO, a socket or a device, whose reading could wait for ever."""
-    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-        raise BadInput(f'{Path(path).name} is not a regular file')
+    regular = not os.path.exists(path) or os.path.isfile(path) or os.path.isdir(path)
+    _demand(regular, f'{Path(path).name} is not a regular file')
 
 
 @contextlib.contextmanager
@@ -96,19 +101,43 @@ def read_idx(path, item_shape):
     """
     with _readable(path), (gzip.open if Path(path).suffix == '.gz' else open)(path, 'rb') as file:
         dims = 1 + len(item_shape)
-        header = file.read(4 + 4 * dims)
-        magic, count, *shape = struct.unpack(f'>{1 + dims}I', header)
-        if magic != 0x800 + dims:
-            raise BadInput(f'its first bytes are {magic:#010x} where an IDX file of {dims} dimensions has {0x800 + dims:#010x}')
-        if tuple(shape) != tuple(item_shape):
-            raise BadInput(f'holds items of shape {tuple(shape)}, not {tuple(item_shape)}')
+        right = 0x800 + dims
+        magic, count, *shape = struct.unpack(f'>{1 + dims}I', file.read(4 + 4 * dims))
+        _demand(magic == right, f'its first bytes are {magic:#010x} where an IDX file of {dims} dimensions has {right:#010x}')
+        _demand(tuple(shape) == tuple(item_shape), f'holds items of shape {tuple(shape)}, not {tuple(item_shape)}')
         size = count * math.prod(item_shape)
-        if size > MAX_BYTES:
-            raise BadInput(f'declares {count} items, more than any of these datasets has')
+        _demand(size <= MAX_BYTES, f'declares {count} items, more than any of these datasets has')
         data = file.read(size + 1)  # one byte more, to see the end of the file
-        if len(data) != size:
-            raise BadInput(f'holds {"more" if len(data) > size else "fewer"} bytes than the {size} that it declares')
+        _demand(len(data) <= size, f'holds more bytes than the {size} that it declares')
+        _demand(len(data) == size, f'holds fewer bytes than the {size} that it declares')
     return np.frombuffer(data, np.uint8).reshape(count, *item_shape)
+
+
+def _unpacked(folder, members):
+    """{member: bytes} of the files of a folder."""
+    found = {}
+    for member in members:
+        _refuse_special(Path(folder, member))
+        with open(Path(folder, member), 'rb') as file:
+            found[member] = file.read(MAX_BYTES + 1)
+    return found
+
+
+def _packed(archive, folder, members):
+    """{member: bytes} of those that a .tar.gz has in `folder`.
+
+    It is read in one pass and by exact name, never unpacked, so that neither links nor `..` matter.
+    """
+    wanted, found, total = {f'{folder}/{member}': member for member in members}, {}, 0
+    with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode='r|') as tar:
+        for entry in tar:
+            total += entry.size
+            _demand(total <= MAX_BYTES, 'unpacks to more than this dataset has')
+            if entry.isreg() and (name := os.path.normpath(entry.name)) in wanted:
+                found[wanted[name]] = tar.extractfile(entry).read()
+        rest = stream.read(2**20)  # to the end, where gzip checks its checksum
+        _demand(len(rest) < 2**20, 'goes on after its last member')
+    return found
 
 
 def read_cifar(archive, folder, members, label_bytes):
@@ -121,31 +150,14 @@ def read_cifar(archive, folder, members, label_bytes):
     Raises:
         BadInput: a batch is missing, truncated or not a whole number of records.
     """
-    record, found = label_bytes + 3 * 32 * 32, {}
+    record = label_bytes + 3 * 32 * 32
     with _readable(archive):
-        if Path(archive).is_dir():
-            for member in members:
-                _refuse_special(Path(archive, member))
-                with open(Path(archive, member), 'rb') as file:
-                    found[member] = file.read(MAX_BYTES + 1)
-        else:
-            # Read in one pass and by exact name, never unpacked, so that neither links nor `..` matter.
-            wanted = {f'{folder}/{member}': member for member in members}
-            total = 0
-            with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode='r|') as tar:
-                for entry in tar:
-                    total += entry.size
-                    if total > MAX_BYTES:
-                        raise BadInput('unpacks to more than this dataset has')
-                    if entry.isreg() and (name := os.path.normpath(entry.name)) in wanted:
-                        found[wanted[name]] = tar.extractfile(entry).read()
-                if len(stream.read(2**20)) == 2**20:  # to the end, where gzip checks its checksum
-                    raise BadInput('goes on after its last member')
+        found = _unpacked(archive, members) if Path(archive).is_dir() else _packed(archive, folder, members)
         for member in members:
-            if member not in found:
-                raise BadInput(f'has no {folder}/{member}')
-            if not found[member] or len(found[member]) % record or len(found[member]) > MAX_BYTES:
-                raise BadInput(f'{member} is not a whole number of records of {record} bytes')
+            _demand(member in found, f'has no {folder}/{member}')
+            size = len(found[member])
+            whole = 0 < size <= MAX_BYTES and size % record == 0
+            _demand(whole, f'{member} is not a whole number of records of {record} bytes')
         records = np.frombuffer(b''.join(found[member] for member in members), np.uint8).reshape(-1, record)
     return records[:, label_bytes:].reshape(-1, 3, 32, 32), records[:, label_bytes - 1]
 
@@ -160,16 +172,15 @@ def read_svhn(path):
         try:
             shapes = {name: (shape, kind) for name, shape, kind in scipy.io.whosmat(str(path))}
             (*size, count), kind = shapes['X']
-            if kind != 'uint8' or size != [32, 32, 3] or shapes['y'][0] != (count, 1) or count * 3072 > MAX_BYTES:
-                raise BadInput('X and y are not 32x32 colour images and their labels')
+            right = kind == 'uint8' and size == [32, 32, 3] and shapes['y'][0] == (count, 1) and count * 3072 <= MAX_BYTES
+            _demand(right, 'X and y are not 32x32 colour images and their labels')
             content = scipy.io.loadmat(str(path), variable_names=['X', 'y'])
         except (BadInput, OSError):
             raise
         except Exception as error:  # scipy's reader raises whatever a damaged field leads it to
             raise ValueError(f'{type(error).__name__}: {error}') from None
         labels = content['y'][:, 0]
-        if not np.isin(labels, range(1, 11)).all():
-            raise BadInput('has labels out of range 1 to 10')
+        _demand(np.isin(labels, range(1, 11)).all(), 'has labels out of range 1 to 10')
     return content['X'].transpose(3, 2, 0, 1), (labels % 10).astype(np.uint8)
 
 
@@ -205,8 +216,8 @@ def download(url, md5, path):
                     file.write(chunk)
                     digest.update(chunk)
                     bar.update(len(chunk))
-        if digest.hexdigest() != md5:
-            raise BadInput(f'{url}: the download has MD5 {digest.hexdigest()}, not {md5}; try again or fetch it by hand')
+        found = digest.hexdigest()
+        _demand(found == md5, f'{url}: the download has MD5 {found}, not {md5}; try again or fetch it by hand')
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -281,20 +292,27 @@ def load_dataset(name, data_dir, normalize=False, device='cpu', train_samples=0,
         Namespace of name, num_classes, input_shape (C, H, W), train_images (m, C, H, W) float32, train_labels (m,) int64,
         test_images and test_labels. Test labels are never made wrong.
     Raises:
-        BadInput: a file is missing and cannot be downloaded, or is damaged, mixed up, or has labels out of range; or more
-            samples are asked for than there are.
+        BadInput: a file is missing and cannot be downloaded, or is damaged, mixed up, or has labels out of range; what a reader
+            yields is not what DATASETS declares; or more samples are asked for than there are.
     """
-    splits, _, num_classes, largest = DATASETS[name]
+    splits, shape, num_classes, largest = DATASETS[name]
     parts = []
     for part, (path, images, labels) in zip(('train', 'test'), splits(data_dir)):
-        if len(images) != len(labels):
-            raise BadInput(f'{path}: {len(labels)} labels for {len(images)} {part} images; the files of two sets are mixed up')
-        if len(images) == 0:
-            raise BadInput(f'{path}: holds no {part} images')
-        if labels.max() >= num_classes:
-            raise BadInput(f'{path}: label {labels.max()} is out of range; {name} has the labels 0 to {num_classes - 1}')
+        mixed_up = f'{path}: {len(labels)} labels for {len(images)} {part} images; the files of two sets are mixed up'
+        _demand(len(images) == len(labels), mixed_up)
+        _demand(len(images) > 0, f'{path}: holds no {part} images')
+        found = tuple(images.shape[1:])
+        _demand(found == shape, f'{path}: {part} images of shape {found}; DATASETS declares {shape} for {name}')
+        whole = labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer)
+        _demand(whole, f'{path}: {part} labels of {labels.dtype} and shape {labels.shape}; they must be integers, one an image')
+        for label in (labels.min(), labels.max()):
+            right = 0 <= label < num_classes
+            _demand(right, f'{path}: label {label} is out of range; {name} has the labels 0 to {num_classes - 1}')
         parts.append((images, labels.astype(np.int64)))
+    _demand(len(parts) == 2, f'{name}: its reader yields {len(parts)} of the two parts, training and test, that it must yield')
     if normalize:
+        counted = np.issubdtype(parts[0][0].dtype, np.integer) and parts[0][0].min() >= 0
+        _demand(counted, f'normalize = True: the pixels of {name} are no integers from 0 to {largest}; set it to False')
         mean, std = _mean_and_std(parts[0][0], largest)
     parts[0] = _draw(*parts[0], num_classes, train_samples, label_noise, clean_samples, data_seed)
 
@@ -326,17 +344,16 @@ def _mean_and_std(images, largest):
 
 def _draw(images, labels, num_classes, train_samples, label_noise, clean_samples, data_seed):
     """The training samples that the settings ask for, some labels made wrong; see `load_dataset`."""
-    if train_samples > len(images):
-        raise BadInput(f'train_samples = {train_samples}: the training set holds {len(images)}; ask for fewer, or 0 for all')
+    m = len(images)
+    _demand(train_samples <= m, f'train_samples = {train_samples}: the training set holds {m}; ask for fewer, or 0 for all')
     choice, noise = (np.random.default_rng(seed) for seed in np.random.SeedSequence(data_seed).spawn(2))
     if train_samples:
         first = choice.permutation(len(images))[:train_samples]
         images, labels = images[first], labels[first]
-    if clean_samples > len(labels):
-        raise BadInput(f'clean_samples = {clean_samples}: there are {len(labels)} training samples; keep at most so many clean')
-    if not 0 <= label_noise <= 1:
-        raise BadInput(f'label_noise = {label_noise}: must be a share from 0 to 1')
-    others = len(labels) - clean_samples
+    m = len(labels)
+    _demand(clean_samples <= m, f'clean_samples = {clean_samples}: there are {m} training samples; keep at most so many clean')
+    _demand(0 <= label_noise <= 1, f'label_noise = {label_noise}: must be a share from 0 to 1')
+    others = m - clean_samples
     wrong = noise.permutation(others)[: round(label_noise * others)]
     steps = noise.integers(1, num_classes, others)  # drawn for all, so that a larger share only adds wrong labels
     labels[clean_samples + wrong] = (labels[clean_samples + wrong] + steps[wrong]) % num_classes

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
-from measures.geometry import activations, ieee_float32, not_covered
+from conf import RULES, BadInput
+from measures.geometry import ieee_float32, images_per_pass, not_covered, traced_once
 from measures.masks import density, masked_density, measure_masks, sharing
 from measures.norms import classification_margins, margin_error
 from measures.pac_bayes import COLUMNS as CERTIFICATES
@@ -17,16 +18,25 @@ from utils import BOUNDS, evaluate_bounds
 
 LOSSES = {'MSE': F.mse_loss, 'CE': F.cross_entropy, 'L1': F.l1_loss}  # of outputs and one-hot targets
 
-
-COLUMNS = (
-    'epoch, round, density, lr, train_loss, test_loss, train_error, test_error, generalization_gap, train_margin_error, rho, '
-    f'prod_ratio, norm_ratio, path_norm, {", ".join([*BOUNDS, *CERTIFICATES])}, test_set_bound, '
-    'masked_density, train_size, test_size, train_seconds, eval_seconds'
+_FIRST = (
+    'epoch, round, density, lr, train_loss, test_loss, train_error, test_error, generalization_gap, train_margin_error, '
+    'rho, prod_ratio, norm_ratio, path_norm'
 ).split(', ')
+_LAST = [*CERTIFICATES, *'test_set_bound masked_density train_size test_size train_seconds eval_seconds'.split()]
+COLUMNS = [*_FIRST, *BOUNDS, *_LAST]
 LAYER_COLUMNS = (
     'epoch, round, layer, size, train_ncc_error, test_ncc_error, train_cdnv, test_cdnv, density, dead_channels, active, '
     'participation, ramanujan_gap, imdb, weighted_gap'
 ).split(', ')
+
+
+def check_bounds():
+    """Raises BadInput where a name in BOUNDS cannot be a column beside those of metrics.csv and summary.csv."""
+    for name in BOUNDS:
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise BadInput(f'BOUNDS of utils.py: {name!r} cannot be a column; name it by letters, digits and _')
+        if name in (*_FIRST, *_LAST, *RULES):  # knobs are columns of summary.csv
+            raise BadInput(f'BOUNDS of utils.py: {name!r} is the name of another column; rename the bound')
 
 
 class Diverged(Exception):
@@ -89,16 +99,9 @@ def no_certificate(settings):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def batch_of_evaluation(net, images):
-    """Images per forward pass: on a CPU few enough that activations stay in its cache, else many."""
-    if images.device.type == 'cpu':
-        return 32
-    return max(1, min(1000, 2**28 // max(activations(net, images[:1]))))
-
-
 def losses_and_margins(net, images, labels, loss):
     """The mean loss and the margins (m,) of a network on a whole set."""
-    batch = batch_of_evaluation(net, images)
+    batch = images_per_pass(net, images)
     with parametrize.cached():
         # Filled in place: small tensors that stay, allocated between large ones that go, would tear the heap to pieces.
         outputs = net(images[:1]).double().repeat(len(images), 1)
@@ -109,6 +112,7 @@ def losses_and_margins(net, images, labels, loss):
 
 
 @torch.no_grad()
+@traced_once()
 def evaluate(net, settings, dataset, data, round_, epoch):
     """A row of metrics.csv: errors, bounds and, where they are due, certificates; `data` is the table of `measure_data`.
 
@@ -139,6 +143,7 @@ def certifies(settings, round_, epoch):
 
 
 @torch.no_grad()
+@traced_once()
 def evaluate_layers(net, dataset, round_, epoch):
     """The rows of layers.csv, the input first and the classifier last: what each layer has learned, and how sparse it is."""
     learned = measure_representations(
@@ -175,14 +180,14 @@ def rounded_up(bound, digits=4):
 def report(row, width=120):
     """The cells of a row of metrics.csv that are wanted most, as many as fit; bounds are rounded up, as powers of 2."""
     bounds = {'our_bound': 'ours', 'corrected_bound': 'corrected'}
-    if math.isnan(row['corrected_bound']):
+    if math.isnan(row.get('corrected_bound', math.nan)):
         bounds = {'path_bound': 'path'}
     cells = {'test': ('test_error', '{:.4f}'), 'train': ('train_error', '{:.4f}'), 'gap': ('generalization_gap', '{:+.4f}')}
     items = [f'{word} {text.format(row[column])}' for word, (column, text) in cells.items()]
     for column, word in bounds.items():
-        if 0 < row[column] < math.inf:
+        if 0 < row.get(column, math.nan) < math.inf:
             items.append(f'{word} 2^{rounded_up(math.log2(row[column]), 1):.1f}')
-    if 'pac_bayes_error' in row:
+    if row.get('pac_bayes_error', math.nan) <= 1:
         items.insert(1, f'A {rounded_up(row["pac_bayes_error"]):.4f}')
     while items and len(' '.join(items)) > width:
         items.pop()

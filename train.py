@@ -32,7 +32,6 @@ from evaluation import (
     COLUMNS,
     LAYER_COLUMNS,
     LOSSES,
-    batch_of_evaluation,
     certifies,
     due,
     evaluate,
@@ -47,6 +46,7 @@ from evaluation import (
 from harness import launch
 from harness.machine import check_stop, choose_precision, deferred_stop, graphed, heartbeat, in_words
 from harness.records import append_lines, csv_line, load_run, parse_line, save_checkpoint, write_file
+from measures.geometry import images_per_pass
 from measures.norms import measure_data
 from measures.representations import effective_depth
 from models import get_network
@@ -291,10 +291,10 @@ class Run:
 
         def forward():
             with torch.no_grad():
-                net(images[: batch_of_evaluation(net, images)])
+                net(images[: images_per_pass(net, images)])
 
         step = _seconds(lambda: self.loss(net, indices).backward()) * self.steps
-        batches = (len(images) + len(self.dataset.test_images)) / batch_of_evaluation(net, images)
+        batches = (len(images) + len(self.dataset.test_images)) / images_per_pass(net, images)
         evaluation = _seconds(forward) * batches
         evaluations = sum(due(epoch, self.settings.eval_every, self.settings.epochs) for _, epoch in places)
         epochs = sum(epoch > 0 for _, epoch in places)

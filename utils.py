@@ -3,7 +3,7 @@
 import numpy as np
 
 from conf import BadInput
-from measures.norms import log_product, margin_error, measure_network, product
+from measures.norms import NotCovered, log_product, margin_error, measure_network, product
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Formulas of bounds on err_P(f) - err_S^gamma(f). Each is a function of the two tables, delta and gamma. The words before
@@ -222,14 +222,14 @@ def evaluate_bounds(net, data, margins, delta=0.001, gamma=1.0, skip_uncovered=F
     if not 0 < gamma < np.inf:
         raise BadInput(f'gamma = {gamma}: must be positive')
     network = measure_network(net, data.input_shape, margins, skip_uncovered)
-    row = {column: getattr(network, column, np.nan) for column in ('rho', 'prod_ratio')}
-    row |= {'norm_ratio': data.norm_ratio, 'path_norm': getattr(network, 'path_norm', np.nan)}
+    row = {column: vars(network).get(column, np.nan) for column in ('rho', 'prod_ratio')}
+    row |= {'norm_ratio': data.norm_ratio, 'path_norm': vars(network).get('path_norm', np.nan)}
     with np.errstate(over='ignore', under='ignore'):
         for column, bound in BOUNDS.items():
             try:
                 row[column] = bound(network, data, delta, gamma)
-            except AttributeError:  # of a measure that the table lacks
-                if not network.not_covered:
+            except NotCovered:
+                if not skip_uncovered:
                     raise
                 row[column] = np.nan
     return {column: float(value) for column, value in row.items()}

@@ -36,23 +36,24 @@ CHANGES = {
 
 
 def certificates(net, settings):
-    """The three certificates, with the arguments of every bound `_best` and of every code `_nats` on the way."""
+    """The three certificates, with the arguments of every bound `_least_bound` and of every code `_nats` on the way."""
     device, dataset = get_inputs(settings)
-    best = mock.patch.object(pac_bayes, '_best', wraps=pac_bayes._best)
+    least = mock.patch.object(pac_bayes, '_least_bound', wraps=pac_bayes._least_bound)
     code = mock.patch.object(pac_bayes, '_nats', wraps=pac_bayes._nats)
-    with best as best, code as code:
+    with least as least, code as code:
         found = pac_bayes.certify(net.to(device), dataset.train_images, dataset.train_labels, settings.delta)
-    return found, [call.args for call in best.call_args_list], [call.args for call in code.call_args_list]
+    return found, [call.args for call in least.call_args_list], [call.args for call in code.call_args_list]
 
 
-def parts(table, m1, nats, gap, point):
+def parts(problem, point):
     """What a bound is made of: mean of p, nats per image of hidden layers and of the classifier, c, beta, gamma, theta |x|."""
-    _, (octaves, beta, gamma) = pac_bayes._best(table, m1, nats, gap, point)
+    _, (octaves, beta, gamma) = pac_bayes._least_bound(problem, point)
     c, log_beta, gamma = 2 ** (octaves / 8), pac_bayes.BETAS[beta].log2().item(), pac_bayes.GAMMAS[gamma]
-    theta = next(theta for theta in pac_bayes.THETAS if theta >= c * gap)
-    noisy = pac_bayes.noisy_errors(c * table.margins - theta * table.x[:, None], table.v[:, beta], gamma)
-    shares = [f'{value:.4f}' for value in (noisy.mean().item(), nats / m1, table.kl(c, beta) / m1)]
-    return [*shares, f'{c:.1f}', f'2^{log_beta:.0f}', f'{gamma:g}', f'{theta * table.x.mean().item():.3f}']
+    theta = next(theta for theta in pac_bayes.THETAS if theta >= c * problem.gap)
+    noisy = pac_bayes.noisy_errors(c * problem.margins - theta * problem.x[:, None], problem.v[:, beta], gamma)
+    nats, m1 = problem.nats, problem.m1
+    shares = [f'{value:.4f}' for value in (noisy.mean().item(), nats / m1, problem.kl(c, beta) / m1)]
+    return [*shares, f'{c:.1f}', f'2^{log_beta:.0f}', f'{gamma:g}', f'{theta * problem.x.mean().item():.3f}']
 
 
 def sent(kernels, bits):

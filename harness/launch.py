@@ -21,7 +21,7 @@ from tqdm import tqdm
 import sparsify
 from conf import GLOBAL_SETTINGS, ROOT, BadInput, Interrupted, load_settings, parse_command_line, settings_text
 from datasets import fingerprint, load_dataset
-from evaluation import COLUMNS, Diverged, evaluate, finished, no_certificate, stopped_early
+from evaluation import COLUMNS, Diverged, check_bounds, evaluate, finished, no_certificate, stopped_early
 from harness import figures
 from harness.machine import (
     check_memory,
@@ -72,6 +72,7 @@ def get_inputs(settings):
 
 def check(settings):
     """Raises BadInput for all that is seen to be wrong before training. Returns what will not be logged, and why, as lines."""
+    check_bounds()
     device, dataset = get_inputs(settings)
     choose_precision(settings.precision, device)
     sparsify.check(settings)

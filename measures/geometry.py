@@ -1,9 +1,10 @@
 """The layers of a network as linear maps on their real input, found by tracing one forward pass; what is not covered."""
 
 import contextlib
+import contextvars
 import math
 import operator
-from collections import namedtuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,19 +13,58 @@ from torch import fx, nn
 
 from conf import BadInput
 
-# One weight layer seen as a convolution; a linear layer is one whose kernel covers the whole map. `taps` holds, for the
-# vertical and the horizontal axis, the boolean array (kernel, outputs, inputs) that says which tap of which output
-# position reads which input position; a tap that lies in the padding reads none.
-Layer = namedtuple('Layer', 'name module shape stride padding dilation taps')
-
+WEIGHT_LAYERS = (nn.Conv2d, nn.Linear)
 RELUS = (torch.relu, F.relu, 'relu', 'relu_')
 FLATTENS = (torch.flatten, 'flatten')
 _SIZES = ('size', 'shape', getattr, operator.getitem)  # what a traced x.size(0) or x.shape[0] consists of
 
+_traced = contextvars.ContextVar('traced', default=None)  # {network: its trace} inside of `traced_once`
+
+
+class Layer(NamedTuple):
+    """One weight layer seen as a convolution; a linear layer is one whose kernel covers the whole map.
+
+    `shape` is (out, in, h, w). `taps` holds, for the vertical and the horizontal axis, the boolean array (kernel, outputs,
+    inputs) that says which tap of which output position reads which input position; a tap that lies in the padding reads none.
+    """
+
+    name: str
+    module: nn.Module
+    shape: tuple
+    stride: tuple
+    padding: tuple
+    dilation: tuple
+    taps: list
+
+    @property
+    def is_linear(self):
+        return isinstance(self.module, nn.Linear)
+
+    @property
+    def in_size(self):
+        """(height, width) of the input map."""
+        return tuple(axis.shape[2] for axis in self.taps)
+
+    @property
+    def kernel(self):
+        """The effective weight as it is now, (out, in, h, w) float64."""
+        return self.module.weight.detach().double().reshape(self.shape)
+
+    def forward(self, kernel, maps):
+        """The pre-activations (N, out, h', w') of the layer with another kernel, (out, in, h, w), on maps (N, in, H, W)."""
+        if self.is_linear:
+            return (maps.flatten(1) @ kernel.flatten(1).T)[:, :, None, None]
+        return F.conv2d(maps, kernel, None, self.stride, self.padding, self.dilation)
+
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module, name):
-        return isinstance(module, (nn.Conv2d, nn.Linear)) or super().is_leaf_module(module, name)
+        return isinstance(module, WEIGHT_LAYERS) or super().is_leaf_module(module, name)
+
+
+def weight_layers(net):
+    """{name: module} of the network's Conv2d and Linear modules, in their order in the network."""
+    return {name: module for name, module in net.named_modules() if isinstance(module, WEIGHT_LAYERS)}
 
 
 @contextlib.contextmanager
@@ -54,6 +94,16 @@ def ieee_float32():
             switch.fp32_precision = precision
 
 
+@contextlib.contextmanager
+def traced_once():
+    """In what it encloses or decorates, each network is traced once. Its weights may change in there, its modules may not."""
+    token = _traced.set({})
+    try:
+        yield
+    finally:
+        _traced.reset(token)
+
+
 def trace(net):
     """The forward pass of a network as a list of (fx.Node, module or None, what it is in words), the output's node last.
 
@@ -62,6 +112,15 @@ def trace(net):
     Raises:
         BadInput: it cannot be traced, or what a module computes is not what its type says; it is named.
     """
+    known = _traced.get()
+    if known is None:
+        return _trace(net)
+    if net not in known:
+        known[net] = _trace(net)
+    return known[net]
+
+
+def _trace(net):
     kind = type(net).__name__
     for name, module in net.named_modules():
         what = f'{name} ({type(module).__name__})' if name else kind
@@ -76,7 +135,7 @@ def trace(net):
             raise BadInput(f'{what} has forward hooks of torch.nn.utils, which compute its weights: {mend}')
         if module._forward_hooks or module._forward_pre_hooks:
             raise BadInput(f'{what} has forward hooks, which can change what it computes; remove them')
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, WEIGHT_LAYERS):
             passes = (nn.Conv2d.forward, nn.Linear.forward), (nn.Conv2d._conv_forward, None)
             own = (getattr(getattr(module, method, None), '__func__', None) for method in ('forward', '_conv_forward'))
             if any(function not in known for function, known in zip(own, passes)):
@@ -129,12 +188,25 @@ def rectifies(node, module):
 def activations(net, image):
     """How many numbers each convolution and each linear layer makes of an image (1, C, H, W), as a list."""
     sizes = []
-    layers = [module for module in net.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    hooks = [layer.register_forward_hook(lambda layer, inputs, output: sizes.append(output.numel())) for layer in layers]
+
+    def note(layer, inputs, output):
+        sizes.append(output.numel())
+
+    hooks = [layer.register_forward_hook(note) for layer in weight_layers(net).values()]
     net(image)
     for hook in hooks:
         hook.remove()
     return sizes
+
+
+def images_per_pass(net, images):
+    """How many of the images go through the network at once, where nothing is learned from them.
+
+    On a CPU few enough that activations stay in its cache, else many: at most 1 GiB in the largest activation.
+    """
+    if images.device.type == 'cpu':
+        return 32
+    return max(1, min(1000, 2**28 // max(activations(net, images[:1]), default=1)))
 
 
 def trace_layers(net, input_shape):
@@ -160,7 +232,7 @@ def trace_layers(net, input_shape):
             raise BadInput(
                 f'{what}: its output does not go to the next layer and there alone; skip connections are not covered'
             )
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, WEIGHT_LAYERS):
             if module.bias is not None:
                 raise BadInput(f'{what} has a bias; the theorems are about bias-free networks')
             if not rectified:

@@ -9,16 +9,10 @@ import itertools
 import math
 
 import torch
-from torch import nn
 from torch.nn.utils import parametrize
 
 from conf import BadInput
-from measures.geometry import trace, trace_layers
-
-
-def weight_layers(net):
-    """{name: module} of the network's Conv2d and Linear modules, in their order in the network."""
-    return {name: layer for name, layer in net.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
+from measures.geometry import images_per_pass, trace, trace_layers, weight_layers
 
 
 def weight_mask(layer):
@@ -156,8 +150,7 @@ def neuron_norms(net, input_shape):
         norms of the filters, per (D, K) those of the weights from channel k to channel d, over taps or, at a classifier,
         positions, and out (K,) those of all weights out of channel k.
     """
-    layers = trace_layers(net, input_shape)
-    weights = [layer.module.weight.detach().double().reshape(layer.shape).flatten(2) for layer in layers]
+    weights = [layer.kernel.flatten(2) for layer in trace_layers(net, input_shape)]
     return [(into.norm(dim=(1, 2)), out.norm(dim=(0, 2)), out.norm(dim=2)) for into, out in itertools.pairwise(weights)]
 
 
@@ -196,7 +189,7 @@ def sharing(net, images):
     hooks = [layer.module.register_forward_hook(note(fires)) for layer, fires in zip(layers, fired)]
     try:
         with parametrize.cached():
-            for batch in images.split(200):
+            for batch in images.split(images_per_pass(net, images)):
                 net(batch)
     finally:
         for hook in hooks:

@@ -1,17 +1,33 @@
 """Norms of each layer of a network, energies of the training data, and margins: the tables that bounds are formulas of."""
 
-import contextlib
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from conf import BadInput
 from measures.geometry import not_covered, trace_layers
 from measures.paths import measure_paths
+
+# What `measure_network` measures of the layers of a chain, and what `measure_paths` measures of more networks.
+LAYER_MEASURES = 'F', 'T', 's', 'a', 'b', 'R', 'deg', 'A', 'p', 'c', 'W', 'u', 'r', 'rho', 'D', 'prod_ratio'
+PATH_MEASURES = 'path_norm', 'path_depth', 'pool', 'biased', 'chain', 'outputs'
+
+
+class NotCovered(BadInput):
+    """A measure was asked for that a network does not have, since the theory does not cover it; its text says why."""
+
+
+class Table(SimpleNamespace):
+    """Measures by name; `missing` is {measure: why there is none}, and to read one of these raises NotCovered."""
+
+    def __getattr__(self, name):  # Python asks it for what the table has not
+        missing = vars(self).get('missing', {})
+        if name in missing:
+            raise NotCovered(f'{name} is not measured: {missing[name]}')
+        raise AttributeError(f'no measure has the name {name}', name=name, obj=self)
 
 
 def operator_norm(weight, in_size, stride=1, padding=0, dilation=1, tolerance=1e-5):
@@ -45,13 +61,19 @@ def operator_norm(weight, in_size, stride=1, padding=0, dilation=1, tolerance=1e
 
 
 def _lanczos(square, vector, start, nothing, tolerance):
-    """The largest eigenvalue of a positive semidefinite map `square`; what is shorter than `nothing` is taken for rounding."""
+    """The largest eigenvalue of a positive semidefinite map `square`; what is shorter than `nothing` is taken for rounding.
+
+    `start` gives a further random vector. In the orthonormal basis of the vectors so far the map is tridiagonal: alphas on the
+    diagonal, betas beside it.
+    """
     size = len(vector)
-    basis = vector.new_empty(min(size, 64), size)
+    basis = vector.new_empty(min(size, 64), size)  # it grows where it must: few steps are the rule, and `size` may be millions
     alphas, betas = [], []
 
     def orthogonal(image):
-        for _ in range(2):  # once is not enough
+        # Against the whole basis: the three-term recursion loses orthogonality to rounding just as a Ritz value converges, and
+        # finds it again and again. One pass leaves a remainder of the digits that cancelled, which the second one takes away.
+        for _ in range(2):
             image = image - (basis[: step + 1] @ image) @ basis[: step + 1]
         return image
 
@@ -63,15 +85,18 @@ def _lanczos(square, vector, start, nothing, tolerance):
         alphas.append(image @ vector)
         image = orthogonal(image)
         norm = image.norm()
+        # What is left is rounding: the basis spans an invariant space, and the tridiagonal matrix falls into blocks here.
         betas.append(norm if norm > nothing else torch.zeros_like(norm))
+        # Not at every step, since the small eigenproblem costs more than a convolution, and each waits for the device.
         if step % 8 == 7 or step == size - 1:
             off = torch.stack(betas)
             ritz = torch.diag(torch.stack(alphas)) + torch.diag(off[:-1], 1) + torch.diag(off[:-1], -1)
             values, vectors = torch.linalg.eigh(ritz.cpu())
+            # |A'A x - largest x| of the Ritz vector x = V y is the last beta times the last entry of y.
             largest, residual = values[-1].item(), off[-1].item() * abs(vectors[-1, -1].item())
             if residual <= tolerance * largest and step >= 15:
                 break
-        if not betas[-1] and step < size - 1:
+        if not betas[-1] and step < size - 1:  # a larger eigenvalue may lie outside the invariant space: go on from there
             image = orthogonal(start())
             norm = image.norm()
         vector = image / norm
@@ -153,25 +178,34 @@ def measure_network(net, input_shape, margins=None, skip_uncovered=False):
             c    output channels
             W    number of weights
         of u, the number of units of each layer, that of the inputs first; of r (the largest l2 norm of a classifier row),
-        rho = prod F, prod_ratio = prod s / rho (0 for a dead layer), D, what `measure_paths` returns, margins, and
-        not_covered: why the layers are not measured, or None.
+        rho = prod F, prod_ratio = prod s / rho (0 for a dead layer), D, what `measure_paths` returns, and margins. To read a
+        measure that was left out raises NotCovered, with the reason.
     Raises:
         BadInput: the network is not covered, or its weights contain NaN or infinity.
     """
-    network = SimpleNamespace(margins=margins, not_covered=None)
+    network, layers = Table(margins=margins, missing={}), None
     try:
         layers = trace_layers(net, input_shape)
     except BadInput as error:
         if not skip_uncovered:
             raise
-        network.not_covered = str(error)
-    with contextlib.suppress(BadInput) if network.not_covered else contextlib.nullcontext():
+        network.missing |= dict.fromkeys(LAYER_MEASURES, str(error))
+    try:
         vars(network).update(vars(measure_paths(net, input_shape)))
-    if network.not_covered:
-        return network
+    except BadInput as error:
+        if layers:  # then it is not the network that is wrong, but its weights or the shape
+            raise
+        network.missing |= dict.fromkeys(PATH_MEASURES, str(error))
+    if layers:
+        vars(network).update(vars(_measure_layers(layers, input_shape)))
+    return network
+
+
+def _measure_layers(layers, input_shape):
+    """LAYER_MEASURES of the layers that `trace_layers` returns."""
     table = {symbol: [] for symbol in ('F', 'T', 's', 'a', 'b', 'R', 'deg', 'A', 'p', 'c', 'W')}
     for layer in layers:
-        weight = layer.module.weight.detach().double().view(layer.shape)
+        weight = layer.kernel
         scale = weight.abs().max().item()  # taken out, so that no square over- or underflows
         weight = weight / (scale or 1.0)
         rows, columns = layer.taps
@@ -183,24 +217,23 @@ def measure_network(net, input_shape, margins=None, skip_uncovered=False):
         filters = weight.flatten(1)
         if scale == 0:
             spectral = 0.0
-        elif isinstance(layer.module, nn.Linear):
+        elif layer.is_linear:
             gram = filters @ filters.T if len(filters) <= filters.shape[1] else filters.T @ filters
             spectral = math.sqrt(torch.linalg.eigvalsh(gram)[-1].item())
         else:
-            in_size = (rows.shape[2], columns.shape[2])
-            spectral = operator_norm(weight, in_size, layer.stride, layer.padding, layer.dilation)
+            spectral = operator_norm(weight, layer.in_size, layer.stride, layer.padding, layer.dilation)
         table['F'].append(scale * weight.norm().item())
         table['T'].append(scale * math.sqrt((tap_squares * counts).sum()))
         table['s'].append(scale * spectral)
         table['a'].append(scale * filters.norm(dim=1).sum().item())
         table['b'].append(scale * weight.norm(dim=1).sum().item())
-        table['R'].append(table['a' if isinstance(layer.module, nn.Linear) else 'b'][-1])
+        table['R'].append(table['a' if layer.is_linear else 'b'][-1])
         table['A'].append(scale * incoming.sqrt().sum().item())
         table['deg'].append(rows.sum((0, 2)).max() * columns.sum((0, 2)).max())
         table['p'].append(rows.shape[1] * columns.shape[1])
         table['c'].append(layer.shape[0])
         table['W'].append(weight.numel())
-    vars(network).update({symbol: np.array(values, dtype=float) for symbol, values in table.items()})
+    network = SimpleNamespace(**{symbol: np.array(values, dtype=float) for symbol, values in table.items()})
     network.r = scale * filters.norm(dim=1).max().item()
     network.a[-1] = network.F[-1]
     network.u = np.array([math.prod(input_shape), *network.p * network.c])
@@ -216,7 +249,7 @@ def measure_data(net, images, skip_uncovered=False):
     Args:
         net: a network as `trace_layers` takes it.
         images: (m, C, H, W), exactly as the network sees them.
-        skip_uncovered: for a network that is not covered, leave P nan instead of refusing it.
+        skip_uncovered: for a network that is not covered, leave P out instead of refusing it; to read it raises NotCovered.
     Returns:
         Namespace of
             m            number of samples
@@ -237,8 +270,8 @@ def measure_data(net, images, skip_uncovered=False):
     input_shape = tuple(images.shape[1:])
     reach = [np.eye(size) for size in input_shape[1:]]
     fields = []  # per hidden layer and axis, (outputs, pixels): does this output position see this pixel?
-    covered = not (skip_uncovered and not_covered(net, input_shape))
-    for layer in trace_layers(net, input_shape)[:-1] if covered else ():
+    reason = not_covered(net, input_shape) if skip_uncovered else None
+    for layer in () if reason else trace_layers(net, input_shape)[:-1]:
         reach = [(taps.any(0) @ seen > 0).astype(float) for taps, seen in zip(layer.taps, reach)]
         fields.append([torch.from_numpy(axis).to(images.device) for axis in reach])
     coordinates, largest = 0.0, torch.zeros(len(fields) + 1, dtype=torch.float64, device=images.device)
@@ -252,13 +285,14 @@ def measure_data(net, images, skip_uncovered=False):
     E_max, E_tot = energy.max().item(), energy.sum().item()
     if not math.isfinite(E_tot):
         raise BadInput('the images contain NaN or infinity, or numbers whose squares have no float')
-    return SimpleNamespace(
+    return Table(
+        missing={'P': reason} if reason else {},
         m=len(images),
         E_max=E_max,
         E_coord=coordinates.max().item(),
         E_tot=E_tot,
         B=largest[-1].sqrt().item(),
-        P=largest.sqrt().cpu().numpy() if covered else math.nan,
+        **({} if reason else {'P': largest.sqrt().cpu().numpy()}),
         norm_ratio=math.sqrt(E_tot / E_max) if E_max else 0.0,
         input_shape=input_shape,
         inputs=math.prod(input_shape),

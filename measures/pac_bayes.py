@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from conf import BadInput
 from measures.geometry import ieee_float32, trace_layers
@@ -17,6 +16,8 @@ from measures.norms import dft_norm
 PRIOR_IMAGES = 2000  # n0, images set aside for the prior and the losses; never more than a tenth of the sample
 RANK = 512  # R, directions of the features in which the classifier's noise is held back
 SEARCH = 500, 128, 1000  # images set aside, rank and other images that a search makes do with
+MAX_PIXEL = 1e25  # so that the features, which are no longer than an image, stay far from float32's end
+MAX_CLASSES = 1000  # up to which the quadrature of `noisy_errors` is known to be within its allowance
 MAX_FLOATS = 2**28  # of the features of the images set aside, held at a time: 1 GiB
 CHOICES = 1000  # designs of prior and loss among which this one was chosen by looking at MNIST; delta pays for them
 
@@ -75,8 +76,9 @@ def code_length(steps):
     """
     values, counts = steps.abs().double().flatten().unique(return_counts=True)
     cells, counts = _cells(values), counts.double()
-    best = max(((share * cells[:, None] + (1 - share) * cells).log() @ counts).max().item() for share in SHARES.tolist())
-    return math.log(len(SCALES) ** 2 * len(SHARES)) - best
+    mixtures = (share * cells[:, None] + (1 - share) * cells for share in SHARES.tolist())
+    log_likelihood = max((mixture.log() @ counts).max().item() for mixture in mixtures)
+    return math.log(len(SCALES) ** 2 * len(SHARES)) - log_likelihood
 
 
 def noisy_errors(margins, v, gamma):
@@ -98,96 +100,101 @@ def noisy_errors(margins, v, gamma):
 def _climb(score, point, strides):
     """The point of integers and its score that a coordinate search ends at, with smaller and smaller strides."""
     score, point = lru_cache(None)(score), tuple(point)
-    best = score(point)
+    least = score(point)
     for stride in strides:
         moves = [tuple(sign * stride * (i == j) for j in range(len(point))) for i in range(len(point)) for sign in (1, -1)]
-        while point and score(near := min((tuple(map(sum, zip(point, move))) for move in moves), key=score)) < best:
-            point, best = near, score(near)
-    return point, best
+        while point and score(near := min((tuple(map(sum, zip(point, move))) for move in moves), key=score)) < least:
+            point, least = near, score(near)
+    return point, least
 
 
 def live_channels(kernels):
-    """Kernels (out, in, h, w) of the same function, less the channels that are zero or feed nothing; [] where it is zero."""
+    """Kernels (out, in, h, w) of the same function, less the channels that are zero or feed nothing.
+
+    Each hidden layer keeps a channel, so that the zero function has kernels too: one of them, at least, is all zeros.
+    """
     kernels = list(kernels)
     pairs = range(1, len(kernels))
     for l, filters in [(l, True) for l in pairs] + [(l, False) for l in reversed(pairs)]:
         keep = (kernels[l - 1] if filters else kernels[l].transpose(0, 1)).flatten(1).any(1)
+        keep[0] |= ~keep.any()
         kernels[l - 1], kernels[l] = kernels[l - 1][keep], kernels[l][:, keep]
-    return kernels if kernels[-1].any() else []
+    return kernels
 
 
 def _operator_norm(kernel, layer):
     """An upper bound of the operator norm of a layer with that kernel."""
-    if isinstance(layer.module, nn.Linear):
+    if layer.is_linear:
         return torch.linalg.matrix_norm(kernel.flatten(1), 2).item()
-    return dft_norm(kernel, tuple(axis.shape[2] for axis in layer.taps), layer.padding, layer.dilation)
+    return dft_norm(kernel, layer.in_size, layer.padding, layer.dilation)
 
 
-def _features(kernels, layers, images):
+def _features(layers, kernels, images):
     """What the classifier sees, (N, d), of a batch of images."""
-    for kernel, layer in zip(kernels, layers):
-        if isinstance(layer.module, nn.Linear):
-            images = (images.flatten(1) @ kernel.flatten(1).T)[:, :, None, None].relu()
-        else:
-            images = F.conv2d(images, kernel, None, layer.stride, layer.padding, layer.dilation).relu()
+    for layer, kernel in zip(layers, kernels):
+        images = layer.forward(kernel, images).relu()
     return images.flatten(1)
 
 
-def _measure(kernels, layers, data, prior, sample, rank):
+def _measure(layers, kernels, data):
     """What the bounds ask of hidden kernels h and a classifier W on a sample, with a prior made of other images.
 
     Args:
+        layers: as `trace_layers` returns them, those of the hidden kernels first.
         kernels: list of (out, in, h, w) float64, the last one the classifier.
-        data: (images, labels).
-        prior, sample: indices of the samples that the prior is made of, and of those that are measured.
-        rank: so many directions, at most.
+        data: namespace of images and labels, of prior and sample, the indices of the images that the prior is made of and of
+            those that are measured, of rank, so many directions at most, and of m1, the number of images outside the prior.
     Returns:
-        Namespace of
+        Namespace of m1 and
             margins     (N, C) (W_y - W_r) . phi_h(x), infinite at r = y
             v           (N, betas) sqrt(phi' Sigma phi)
             x           (N,) |x|
-            scale       1 / sqrt(E_h), of the features; 0 where E_h is, so that all is a tie
+            scale       1 / sqrt(E_h), of the features; 0 where E_h is (or below 1e-60), so that all is a tie
             kl(c, beta) the classifier's KL in nats, of its mean's size c and the index of beta
     """
     *hidden, classifier = (kernel.float() for kernel in kernels)
-    step = max(64, 2**21 // classifier[0].numel())
+    images, labels, prior, sample = data.images, data.labels, data.prior, data.sample
+    step = max(64, 2**21 // classifier[0].numel())  # images at once: 8 MiB of features, enough for fast matrix products
     phi = classifier.new_empty(len(prior), classifier[0].numel())
     for rows, indices in zip(phi.split(step), prior.split(step)):
-        rows.copy_(_features(hidden, layers, data[0][indices].float()))
+        rows.copy_(_features(layers, hidden, images[indices].float()))
+    # The eigenvectors of the features' second moment come from the Gram matrix of the images, which are fewer as a rule. It is
+    # summed up in float64, in which small eigenvalues survive, and in blocks, since phi as a whole is too large for that.
     gram = torch.zeros(len(phi), len(phi), dtype=torch.float64, device=phi.device)
     for block in phi.split(2**12, 1):
         block = block.double()
         gram.addmm_(block, block.T)
     energy = (gram.trace() / len(phi)).item()
-    scale = 1 / math.sqrt(energy) if energy else 0.0
-    phi *= scale
+    scale = 1 / math.sqrt(energy) if energy > 1e-60 else 0.0  # below, 1 / |phi| nears float32's end
+    phi *= scale  # from here on the prior's images have E_h = 1, and the grids fit any network
     lam, vectors = torch.linalg.eigh(gram * (scale**2 / len(phi)))
     lam, vectors = lam.flip(0), vectors.flip(1)
-    vectors = vectors[:, lam > 1e-7 * lam[0]]
+    vectors = vectors[:, lam > 1e-7 * lam[0]]  # the others are rounding of the float32 features, and no directions
     lam = lam[: vectors.shape[1]]
-    top = lam[:rank]
-    directions = phi.T @ (vectors[:, :rank] / (len(phi) * top).sqrt()).float()
+    top = lam[: data.rank]
+    directions = phi.T @ (vectors[:, : data.rank] / (len(phi) * top).sqrt()).float()
     weights = classifier.flatten(1).T
     means = vectors.T @ (phi @ weights).double() / (len(phi) * lam).sqrt()[:, None]
-    del phi
+    del phi  # 1 GiB, before the sample's own
 
+    # v^2 = phi' (I + beta Phi)^-1 phi: along Phi's directions the noise shrinks, and on the rest of phi all of it acts.
     shrink = 1 / (1 + BETAS.to(lam.device) * top[:, None])
-    both = torch.cat([directions, weights], 1)
+    coordinates_and_outputs = torch.cat([directions, weights], 1)  # one pass over the features gives both
     # Filled in place: small tensors that stay, allocated between large ones that go, would tear the heap to pieces.
-    table = SimpleNamespace(margins=lam.new_empty(len(sample), len(classifier)), v=lam.new_empty(len(sample), len(BETAS)))
-    table.x = lam.new_empty(len(sample))
-    for indices, margins, v, x in zip(*(part.split(step) for part in (sample, table.margins, table.v, table.x))):
-        images, own = data[0][indices].float(), data[1][indices, None]
-        z = _features(hidden, layers, images) * scale
-        projected, outputs = (z @ both).double().split([len(top), len(classifier)], 1)
-        squares = projected.square()
+    problem = SimpleNamespace(m1=data.m1, scale=scale, margins=lam.new_empty(len(sample), len(classifier)))
+    problem.v, problem.x = lam.new_empty(len(sample), len(BETAS)), lam.new_empty(len(sample))
+    for indices, margins, v, x in zip(*(part.split(step) for part in (sample, problem.margins, problem.v, problem.x))):
+        batch, own = images[indices].float(), labels[indices, None]
+        z = _features(layers, hidden, batch) * scale
+        coordinates, outputs = (z @ coordinates_and_outputs).double().split([len(top), len(classifier)], 1)
+        squares = coordinates.square()
         rest = (torch.linalg.vector_norm(z, dim=1).double().square() - squares.sum(1)).clamp_min(0)
-        v.copy_((rest[:, None] + squares @ shrink).sqrt())
         margins.copy_((outputs.gather(1, own) - outputs).scatter(1, own, math.inf))
-        x.copy_(torch.linalg.vector_norm(images.flatten(1), dim=1))
-    table.scale, square = scale, classifier.double().square().sum().item()
-    table.kl = _classifier_kl(lam, len(top), vectors, means, square, data[1][prior])
-    return table
+        v.copy_((rest[:, None] + squares @ shrink).sqrt())
+        x.copy_(torch.linalg.vector_norm(batch.flatten(1), dim=1, dtype=torch.float64))
+    square = classifier.double().square().sum().item()
+    problem.kl = _classifier_kl(lam, len(top), vectors, means, square, labels[prior])
+    return problem
 
 
 def _classifier_kl(lam, rank, vectors, means, square, labels):
@@ -225,35 +232,34 @@ def _classifier_kl(lam, rank, vectors, means, square, labels):
     return kl
 
 
-def _bound(table, count, m1, nats, gap, point, gibbs=False):
+def _bound(problem, point, count=None):
     """A bound of the statement, and above 1 a number that still tells how far from 1 a search is.
 
     Args:
-        table: as `_measure` makes it.
-        count: it is computed on the first so many samples.
-        m1: samples outside the prior.
-        nats: KL without the classifier's, and the price of the losses and delta.
-        gap: theta / c, how far an output difference of the trained network can be from that of h, per |x|.
+        problem: namespace of what `_measure` returns and of
+            nats   KL without the classifier's, and the price of the losses and delta
+            gap    theta / c, how far an output difference of the trained network can be from that of h, per |x|
+            gibbs  whether it is of the Gibbs classifier, whose gamma is 0
         point: (8 log2 c, index of beta, index of gamma).
-        gibbs: of the Gibbs classifier, whose gamma is 0.
+        count: it is computed on the first so many samples; None: on all.
     """
     c, beta, gamma = 2 ** (point[0] / 8), point[1], point[2]
-    if not (0 <= beta < len(BETAS) and 0 <= gamma < (1 if gibbs else len(GAMMAS))):
+    if not (0 <= beta < len(BETAS) and 0 <= gamma < (1 if problem.gibbs else len(GAMMAS)) and problem.scale):
         return math.inf
-    place = bisect.bisect_left(THETAS, c * gap)
+    place = bisect.bisect_left(THETAS, c * problem.gap)
     if place == len(THETAS):
         return math.inf
-    margins = c * table.margins[:count] - THETAS[place] * table.x[:count, None]
-    error = noisy_errors(margins, table.v[:count, beta], GAMMAS[gamma]).mean().item()
-    kl = (nats + table.kl(c, beta)) / m1
-    bound = kl_inverse(error, kl) / (1 if gibbs else math.erfc(-GAMMAS[gamma] / math.sqrt(2)) * 0.5)
+    margins = c * problem.margins[:count] - THETAS[place] * problem.x[:count, None]
+    error = noisy_errors(margins, problem.v[:count, beta], GAMMAS[gamma]).mean().item()
+    kl = (problem.nats + problem.kl(c, beta)) / problem.m1
+    bound = kl_inverse(error, kl) / (1 if problem.gibbs else math.erfc(-GAMMAS[gamma] / math.sqrt(2)) * 0.5)
     return bound if bound < 1 else 1 + error + kl
 
 
-def _best(table, m1, nats, gap, point, gibbs=False):
-    """The smallest bound over c, beta and gamma that a search on the first few thousand samples finds, on all of them."""
-    point, _ = _climb(lambda point: _bound(table, 4000, m1, nats, gap, point, gibbs), point, (1,))
-    return _bound(table, len(table.x), m1, nats, gap, point, gibbs), point
+def _least_bound(problem, point):
+    """The least bound over c, beta and gamma that a search on the first few thousand samples finds, on all; and its point."""
+    point, _ = _climb(lambda point: _bound(problem, point, 4000), point, (1,))
+    return _bound(problem, point), point
 
 
 def _bits(kernel):
@@ -296,7 +302,7 @@ def certify(net, images, labels, delta=0.001):
         pac_bayes_rounded_error  of the network with its hidden layers rounded coarsely
         pac_bayes_gibbs_error    of those, with a random classifier for each image
     Raises:
-        BadInput: the network is not covered, or the arguments make no sense.
+        BadInput: the network is not covered, has more than MAX_CLASSES outputs, or the arguments make no sense.
     """
     layers = trace_layers(net, tuple(images.shape[1:]))
     m, classes = len(images), layers[-1].shape[0]
@@ -306,34 +312,37 @@ def certify(net, images, labels, delta=0.001):
         raise BadInput(f'labels: must be int64 from 0 to {classes - 1}, since the network has {classes} outputs')
     if not 0 < delta < 1:
         raise BadInput(f'delta = {delta!r}: must be between 0 and 1')
-    kernels = [layer.module.weight.detach().double().view(layer.shape) for layer in layers]
+    kernels = [layer.kernel for layer in layers]
     if not all(tensor.isfinite().all() for tensor in (images, *kernels)):
         raise BadInput(f'{type(net).__name__}: the images or its weights contain NaN or infinity')
+    if (largest := images.abs().max().item()) > MAX_PIXEL:
+        raise BadInput(f'images: a pixel of {largest:g}; float32 wants them below {MAX_PIXEL:g}: scale the images down')
+    if classes > MAX_CLASSES:
+        raise BadInput(f'{classes} classes: the errors of noisy outputs are computed for at most {MAX_CLASSES}')
 
     n0 = max(1, min(PRIOR_IMAGES, m // 10, MAX_FLOATS // kernels[-1][0].numel()))
     prior, sample = torch.from_numpy(np.random.default_rng(0).permutation(m)).to(images.device).split([n0, m - n0])
-    data, m1 = (images, labels), m - n0
-    fixed = math.log(2 * math.sqrt(m1) * CHOICES * LOSSES / delta) + sum(math.log(len(kernel)) for kernel in kernels[:-1])
+    data = SimpleNamespace(images=images, labels=labels, prior=prior, sample=sample, rank=RANK, m1=m - n0)
+    data.fixed = math.log(2 * math.sqrt(data.m1) * CHOICES * LOSSES / delta)  # nats that every network pays
+    data.fixed += sum(math.log(len(kernel)) for kernel in kernels[:-1])  # of how many channels of a layer live
+    few_images, few_directions, few_samples = SEARCH
+    smaller = {'prior': prior[:few_images], 'sample': sample[:few_samples], 'rank': few_directions}
+    data.search = SimpleNamespace(**(vars(data) | smaller))
 
     kernels = live_channels([*kernels[:-1], kernels[-1] - kernels[-1].mean(0)])
-    if not kernels:
+    if not all(kernel.any() for kernel in kernels):
         return dict.fromkeys(COLUMNS, 1.0)
     hidden = [kernel / _operator_norm(kernel, layer) for kernel, layer in zip(kernels[:-1], layers)]
     classifier = kernels[-1] / kernels[-1].norm()
-
-    def measured(kernels, few=False):
-        part = (prior[: SEARCH[0]], sample[: SEARCH[2]], SEARCH[1]) if few else (prior, sample, RANK)
-        return _measure(kernels, layers, data, *part)
-
     with ieee_float32():
-        trained = _trained(hidden, classifier, layers, measured, fixed, m1)
-        rounded, gibbs = _rounded(hidden, classifier, measured, fixed, m1)
-    return {column: min(1.0, bound) for column, bound in zip(COLUMNS, (trained, rounded, gibbs))}
+        bounds = _trained(layers, hidden, classifier, data), *_rounded(layers, hidden, classifier, data)
+    return {column: min(1.0, bound) for column, bound in zip(COLUMNS, bounds)}
 
 
-def _trained(hidden, classifier, layers, measured, fixed, m1):
-    """Certificate A; the arguments are those of `certify`."""
-    table = measured([*hidden, classifier], few=True)  # its search takes the trained network for the rounded one
+def _trained(layers, hidden, classifier, data):
+    """Certificate A, where it is below 1; the arguments are those of `certify`."""
+    problem = _measure(layers, [*hidden, classifier], data.search)  # the search takes the trained network for the rounded one
+    problem.gibbs = False
     bits = [_bits(kernel) + 8 for kernel in hidden]
     norms = [_operator_norm(k - _round(k, bit), layer) * 2.0**bit for k, bit, layer in zip(hidden, bits, layers)]
     spread = torch.pdist(classifier.flatten(1)).max().item()
@@ -345,37 +354,36 @@ def _trained(hidden, classifier, layers, measured, fixed, m1):
         bits = point[3:]
         if not all(0 <= bit <= MAX_BITS for bit in bits):
             return math.inf
-        nats = fixed + sum(length(l, bit) for l, bit in enumerate(bits))
-        gap = spread * table.scale * _slack(norm / 2.0**bit for norm, bit in zip(norms, bits))
-        return _bound(table, len(table.x), m1, nats, gap, point[:3])
+        problem.nats = data.fixed + sum(length(l, bit) for l, bit in enumerate(bits))
+        problem.gap = spread * problem.scale * _slack(norm / 2.0**bit for norm, bit in zip(norms, bits))
+        return _bound(problem, point[:3])
 
     point, value = _climb(score, (*START, *bits), (2, 1))
     if value >= 1:
         return 1.0
     rounded = [_round(kernel, bit) for kernel, bit in zip(hidden, point[3:])]
-    slack = _slack(_operator_norm(k - r, layer) for k, r, layer in zip(hidden, rounded, layers))
     live = live_channels([*rounded, classifier])
-    if not live:
-        return 1.0
-    table = measured(live)
-    return _best(table, m1, fixed + _nats(live, point[3:]), spread * table.scale * slack, point[:3])[0]
+    problem = _measure(layers, live, data)
+    problem.nats, problem.gibbs = data.fixed + _nats(live, point[3:]), False
+    slack = _slack(_operator_norm(k - r, layer) for k, r, layer in zip(hidden, rounded, layers))
+    problem.gap = spread * problem.scale * slack
+    return _least_bound(problem, point[:3])[0]
 
 
-def _rounded(hidden, classifier, measured, fixed, m1):
-    """Certificates B and C; the arguments are those of `certify`."""
+def _rounded(layers, hidden, classifier, data):
+    """Certificates B and C, where they are below 1; the arguments are those of `certify`."""
 
-    def best(bits, few):
+    def certificate(bits, data):
         if not all(0 <= bit <= MAX_BITS for bit in bits):
-            return math.inf, None
+            return math.inf, None, None
         live = live_channels([*(_round(kernel, bit) for kernel, bit in zip(hidden, bits)), classifier])
-        if not live:
-            return math.inf, None
-        table, nats = measured(live, few), fixed + _nats(live, bits)
-        value, point = _best(table, m1, nats, 0.0, START)
-        return value, (table, nats, point)
+        problem = _measure(layers, live, data)
+        problem.nats, problem.gap, problem.gibbs = data.fixed + _nats(live, bits), 0.0, False
+        return *_least_bound(problem, START), problem
 
-    bits, value = _climb(lambda bits: best(bits, True)[0], [_bits(kernel) for kernel in hidden], (1,))
+    bits, value = _climb(lambda bits: certificate(bits, data.search)[0], [_bits(kernel) for kernel in hidden], (1,))
     if value >= 1:
         return 1.0, 1.0
-    value, (table, nats, point) = best(bits, False)
-    return value, _best(table, m1, nats, 0.0, (*point[:2], 0), gibbs=True)[0]
+    value, point, problem = certificate(bits, data)
+    problem.gibbs = True
+    return value, _least_bound(problem, (*point[:2], 0))[0]

@@ -11,10 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from conf import BadInput
-from measures.geometry import evaluation_mode, ieee_float32
-
-# Images per forward pass: on a CPU few enough that the activations stay in its cache.
-BATCH = {'cpu': 32, 'cuda': 256}
+from measures.geometry import evaluation_mode, ieee_float32, images_per_pass
 
 
 @torch.no_grad()
@@ -62,7 +59,7 @@ def _ends_layer(module):
 
 
 def _layered_modules(net):
-    """The children of a network up to its last layer's end."""
+    """The children of a network up to its last layer's end, as an nn.Sequential."""
     if not isinstance(net, nn.Sequential) or type(net).forward is not nn.Sequential.forward:
         raise BadInput(f'{type(net).__name__}: give its modules as a plain nn.Sequential, so that layers can be told apart')
     modules = list(net)
@@ -70,7 +67,7 @@ def _layered_modules(net):
         modules.pop()
     if not modules:
         raise BadInput(f'{type(net).__name__}: none of its children is an nn.ReLU, with which a layer ends')
-    return modules
+    return nn.Sequential(*modules)
 
 
 def _representations(modules, images):
@@ -89,7 +86,7 @@ def _by_class(labels):
 
 def _batches(modules, images, members):
     """Yields (layer, representation (B, D_l)) of the samples `members`, all of one class, batch after batch."""
-    for indices in members.split(BATCH[images.device.type]):
+    for indices in members.split(images_per_pass(modules, images)):
         yield from enumerate(_representations(modules, images[indices]))
 
 

@@ -26,9 +26,9 @@ from torch.nn.utils import parametrize  # noqa: E402
 
 import train  # noqa: E402
 from conf import load_settings  # noqa: E402
-from evaluation import LOSSES, batch_of_evaluation, losses_and_margins  # noqa: E402
+from evaluation import LOSSES, losses_and_margins  # noqa: E402
 from harness.machine import choose_device, graphed, keep_freed_memory  # noqa: E402
-from measures.geometry import trace_layers  # noqa: E402
+from measures.geometry import images_per_pass, trace_layers  # noqa: E402
 from models import get_network  # noqa: E402
 from utils import evaluate_bounds  # noqa: E402
 
@@ -128,7 +128,7 @@ def measure(settings, dataset, device, repeats):
 
     run.net.eval()
     with torch.no_grad():
-        chunk = batch_of_evaluation(run.net, dataset.train_images)
+        chunk = images_per_pass(run.net, dataset.train_images)
         many = slice(0, chunk * (100 if device.type == 'cpu' else 10))  # its end, which comes once, must not count
         images, labels = dataset.train_images[many], dataset.train_labels[many]
         loss, fixed_images = LOSSES[settings.loss], images[:chunk].clone()

@@ -7,14 +7,26 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import settings_of
+from conftest import SMALL, refused, settings_of
 from torch import nn
 from torch.nn.utils import prune
 
 import utils
 from conf import BadInput
+from evaluation import evaluate, evaluate_layers
+from measures import geometry
 from measures.geometry import trace_layers
-from measures.norms import classification_margins, dft_norm, margin_error, measure_data, measure_network, operator_norm
+from measures.norms import (
+    LAYER_MEASURES,
+    PATH_MEASURES,
+    NotCovered,
+    classification_margins,
+    dft_norm,
+    margin_error,
+    measure_data,
+    measure_network,
+    operator_norm,
+)
 from models import get_network
 from utils import evaluate_bounds
 
@@ -29,8 +41,8 @@ def network_of(*hidden, size=8, channels=3, classes=4, seed=0):
     """A random network of Conv2d(out, kernel, stride, padding, dilation) layers, each with its ReLU, and a classifier."""
     torch.manual_seed(seed)
     layers, shape = [], (channels, size, size)
-    for out, *geometry in hidden:
-        layers += [nn.Conv2d(shape[0], out, *geometry, bias=False), nn.ReLU()]
+    for out, *how in hidden:
+        layers += [nn.Conv2d(shape[0], out, *how, bias=False), nn.ReLU()]
         shape = tuple(layers[-2](torch.zeros(1, *shape)).shape[1:])
     net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(math.prod(shape), classes, bias=False))
     return net, (channels, size, size)
@@ -582,9 +594,41 @@ def test_networks_that_only_the_path_norm_covers(digits, monkeypatch):
     row = evaluate_bounds(net, data, margins, skip_uncovered=True)
     assert {column for column, value in row.items() if not math.isnan(value)} == {'norm_ratio'}
     covered, shape = network_of((2, 2), channels=1, classes=10)
+    assert set(vars(measure_network(covered, (1, 8, 8)))) == {'margins', 'missing', *LAYER_MEASURES, *PATH_MEASURES}
     monkeypatch.setattr(utils, 'BOUNDS', {'typo': lambda network, *_: network.rhoo})
-    with pytest.raises(AttributeError):  # of a network that is covered, it is the bound's own mistake
-        evaluate_bounds(covered, measure_data(covered, images), margins, skip_uncovered=True)
+    for either in (covered, net):
+        with pytest.raises(AttributeError, match='rhoo'):  # a mistake of the bound, covered or not
+            evaluate_bounds(either, measure_data(either, images, skip_uncovered=True), margins, skip_uncovered=True)
+    tables = measure_network(net, (1, 8, 8), margins, skip_uncovered=True), measure_data(net, images, skip_uncovered=True)
+    for table, measure in ((tables[0], 'rho'), (tables[0], 'path_norm'), (tables[1], 'P')):
+        with pytest.raises(NotCovered, match=rf'^{measure} is not measured: .*\(\w+\)'):
+            getattr(table, measure)
+
+
+def test_a_network_is_traced_once_per_evaluation(digits, monkeypatch):
+    calls, trace = [], geometry._trace
+    monkeypatch.setattr(geometry, '_trace', lambda net: calls.append(net) or trace(net))
+    settings = settings_of(depth=1, width=2, certify_every=0)
+    net = get_network(settings, digits.input_shape, 10)
+    data = measure_data(net, digits.train_images)
+    calls.clear()
+    evaluate(net, settings, digits, data, 0, 1)
+    assert calls == [net]
+    evaluate_layers(net, digits, 0, 1)
+    assert calls == [net, net]
+    with geometry.traced_once(), torch.no_grad():
+        rho = measure_network(net, digits.input_shape).rho
+        net[-1].weight *= 2
+        assert measure_network(net, digits.input_shape).rho == pytest.approx(2 * rho)
+    net[1] = nn.GELU()  # outside, a change of the modules is seen
+    assert 'GELU' in geometry.not_covered(net, digits.input_shape)
+
+
+@pytest.mark.parametrize('name', ['round', 'density', 'rho', 'pac_bayes_error', 'width', 'my, bound', 'my bound', ''])
+def test_a_bounds_name_is_a_column_of_its_own(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(utils.BOUNDS, name, lambda network, *_: 1.0)
+    assert f'BOUNDS of utils.py: {name!r}' in refused(*SMALL, '--results-path', tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
 
 
 def chain(*weights):

@@ -229,6 +229,35 @@ def test_fingerprint(digits):
     assert fingerprint(digits_) == print_  # the layout in memory is none of the data
 
 
+# A user's reader of two parts of four images of shape (1, 2, 2) with the labels 0 to 3, made wrong; the words that name it.
+WRONG_READERS = {
+    'one part': (lambda parts: parts[:1], 'mine: its reader yields 1 of the two parts'),
+    'no part': (lambda parts: [], 'mine: its reader yields 0 of the two parts'),
+    'another shape': (lambda parts: [(images[:, :, :1], labels) for images, labels in parts], r'\(1, 1, 2\); DATASETS'),
+    'no channels': (lambda parts: [(images[:, 0], labels) for images, labels in parts], r'\(2, 2\); DATASETS declares \(1'),
+    'negative labels': (lambda parts: [(images, labels - 1) for images, labels in parts], 'label -1 is out of range'),
+    'labels too large': (lambda parts: [(images, labels + 1) for images, labels in parts], 'label 4 is out of range'),
+    'labels of floats': (lambda parts: [(images, labels / 2) for images, labels in parts], 'must be integers'),
+    'labels of a column': (lambda parts: [(images, labels[:, None]) for images, labels in parts], 'must be integers'),
+    'floats to normalize': (lambda parts: [(images / 255, labels) for images, labels in parts], 'normalize = True'),
+    'negative pixels': (lambda parts: [(images.astype(int) - 9, labels) for images, labels in parts], 'normalize = True'),
+}
+
+
+@pytest.mark.parametrize('case', WRONG_READERS)
+def test_what_a_users_reader_yields_is_checked(monkeypatch, case):
+    change, message = WRONG_READERS[case]
+
+    def read(data_dir):
+        part = np.arange(16, dtype=np.uint8).reshape(4, 1, 2, 2), np.arange(4)
+        yield from (('my_file', *changed) for changed in change([part, part]))
+
+    monkeypatch.setitem(datasets.DATASETS, 'mine', (read, (1, 2, 2), 4, 255))
+    with pytest.raises(BadInput, match=message) as caught:
+        load_dataset('mine', 'nowhere', normalize=True)
+    assert '\n' not in str(caught.value)
+
+
 FIFOS = {
     'MNIST/raw/train-images-idx3-ubyte': 'MNIST',
     'MNIST/raw/train-images-idx3-ubyte.gz': 'MNIST',

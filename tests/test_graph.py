@@ -19,6 +19,7 @@ import train
 from conf import BadInput
 from harness import launch, machine
 from harness.records import load_checkpoint, read_metrics
+from measures.geometry import images_per_pass
 from models import get_network
 
 CPU, CUDA = torch.device('cpu'), SimpleNamespace(type='cuda')
@@ -328,7 +329,7 @@ def test_batches_of_evaluations_are_bounded_by_memory(width, batch):
     """At most 1 GiB in the largest activation, the first convolution's 27 x 27 maps; `meta` is a device without memory."""
     with torch.device('meta'):
         net, images = get_network(settings_of(width=width), (1, 28, 28), 10), torch.empty(60000, 1, 28, 28)
-    assert evaluation.batch_of_evaluation(net, images) == batch
+    assert images_per_pass(net, images) == batch
     assert batch == 1000 or 2**30 - 4 * 27 * 27 * width < 4 * batch * 27 * 27 * width <= 2**30
     assert not any(module._forward_hooks for module in net.modules())
 

@@ -1,16 +1,18 @@
 """The certificates: their formulas against brute force, and against the errors that they bound."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import settings_of
+from conftest import settings_of, train_small
 from torch import nn
 
 from conf import BadInput
 from docs import paper_width
+from harness import read_metrics
 from measures import pac_bayes
 from measures.geometry import trace_layers
 from measures.pac_bayes import certify, code_length, kl_inverse, noisy_errors
@@ -74,7 +76,8 @@ def measured(net, images, labels, prior=50, rank=8):
     kernels = [layer.module.weight.detach().double().view(layer.shape) for layer in layers]
     kernels[-1] -= kernels[-1].mean(0)
     indices = torch.arange(len(images))
-    table = pac_bayes._measure(kernels, layers, (images, labels), indices[:prior], indices[prior:], rank, lambda: None)
+    data = {'images': images, 'labels': labels, 'prior': indices[:prior], 'sample': indices[prior:], 'rank': rank, 'm1': 1}
+    table = pac_bayes._measure(layers, kernels, SimpleNamespace(**data))
     features = net[:-1](images).flatten(1).double().detach() * table.scale
     return table, features, kernels[-1].flatten(1)
 
@@ -163,17 +166,18 @@ def test_noisy_errors():
     assert ((lost.any(-1).double().mean(0) - p).abs() <= 5 * (p * (1 - p) / 4000).sqrt() + 1e-3).all()
 
 
-@pytest.mark.parametrize('classes', [2, 10, 100])
+@pytest.mark.parametrize('classes', [2, 10, 100, 1000])
 def test_quadrature_errs_on_the_safe_side(classes):
     """Against the trapezoidal rule, which converges faster than any power here, at margins of every size."""
     z = torch.linspace(-12, 12, 801, dtype=torch.float64)
     weight = torch.exp(-z.square() / 2) * (z[1] - z[0]) / math.sqrt(2 * math.pi)
-    shifts = torch.linspace(-6, 12, 200, dtype=torch.float64)[:, None].expand(-1, classes).clone()
+    count = 200 if classes <= 100 else 20
+    shifts = torch.linspace(-6, 12, count, dtype=torch.float64)[:, None].expand(-1, classes).clone()
     tilted = shifts + torch.linspace(-3, 3, classes, dtype=torch.float64)
     for margins in (shifts, tilted):
         margins[:, 0] = math.inf
         exact = torch.stack([1 - weight @ torch.special.ndtr(z[:, None] + row).prod(1) for row in margins])
-        excess = noisy_errors(margins, torch.ones(200, dtype=torch.float64), 0) - exact
+        excess = noisy_errors(margins, torch.ones(count, dtype=torch.float64), 0) - exact
         assert excess.min() >= -1e-12 and excess.max() <= 2e-6
 
 
@@ -239,7 +243,7 @@ def test_slack_and_derandomization(sample, hidden, bits):
     assert all((kernel * 2**bits == (kernel * 2**bits).round()).all() for kernel in rounded)
     slack = pac_bayes._slack(pac_bayes._operator_norm(k - r, layer) for k, r, layer in zip(kernels, rounded, layers))
     inputs = torch.cat([images.double(), torch.randn(400, 1, 6, 6, dtype=torch.float64)])
-    true, near = (pac_bayes._features(part, layers, inputs) for part in (kernels, rounded))
+    true, near = (pac_bayes._features(layers, part, inputs) for part in (kernels, rounded))
     lengths = inputs.flatten(1).norm(dim=1)
     ratio = (true - near).norm(dim=1) / lengths
     assert 0 < ratio.max() <= slack
@@ -268,18 +272,19 @@ def test_linear_network_by_sampling(sample, monkeypatch):
     images, labels = sample
     net, seen = fitted([], *sample), []
     bound = pac_bayes._bound
-    monkeypatch.setattr(pac_bayes, '_bound', lambda *arguments: seen.append(arguments) or bound(*arguments))
+    monkeypatch.setattr(pac_bayes, '_bound', lambda *arguments: seen.append(arguments[:2]) or bound(*arguments))
     found = certify(net, *sample, delta=0.01)
     assert found[A] == pytest.approx(found[B], rel=0.02) and found[C] < found[B] < 0.1
     assert error(net, *templates(20000, 1)) < found[C]
-    table, _, m1, nats, gap, (i, b, g), _ = seen[-1]
-    assert (m1, gap, g) == (5400, 0, 0) and nats == pytest.approx(math.log(2 * math.sqrt(5400) * 1000 * 11 * 17 * 801 / 0.01))
-    kl = (nats + table.kl(2 ** (i / 8), b)) / 5400
-    p = noisy_errors(2 ** (i / 8) * table.margins, table.v[:, b], 0)
+    problem, (i, b, g) = seen[-1]
+    assert (problem.m1, problem.gap, g, problem.gibbs) == (5400, 0, 0, True)
+    assert problem.nats == pytest.approx(math.log(2 * math.sqrt(5400) * 1000 * 11 * 17 * 801 / 0.01))
+    kl = (problem.nats + problem.kl(2 ** (i / 8), b)) / 5400
+    p = noisy_errors(2 ** (i / 8) * problem.margins, problem.v[:, b], 0)
     assert found[C] == pytest.approx(kl_inverse(p.mean().item(), kl))
 
     order = torch.from_numpy(np.random.default_rng(0).permutation(6000))
-    phi = images[order].flatten(1).double() * table.scale
+    phi = images[order].flatten(1).double() * problem.scale
     moment = phi[:600].T @ phi[:600] / 600
     noise = torch.linalg.cholesky(torch.linalg.inv(torch.eye(36) + pac_bayes.BETAS[b] * moment))
     weight = net[-1].weight.detach().double()
@@ -287,6 +292,42 @@ def test_linear_network_by_sampling(sample, monkeypatch):
     draws = mean + torch.randn(400, 4, 36, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) @ noise.T
     lost = torch.einsum('nd,tcd->tnc', phi[600:], draws).argmax(2) != labels[order[600:]]
     assert p.mean().item() == pytest.approx(lost.double().mean().item(), abs=5 * lost.double().mean(1).std().item() / 20)
+
+
+def test_each_hidden_layer_pays_for_the_number_of_its_channels_that_live(monkeypatch):
+    """It is chosen by looking at the data, among as many as the layer has: log K, dead channels or not."""
+    images, labels = templates(60, 0)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3, bias=False), nn.ReLU(), nn.Conv2d(3, 5, 2, bias=False), nn.ReLU(), nn.Flatten(),
+                        nn.Linear(5 * 9, 4, bias=False))  # fmt: skip
+    nn.init.zeros_(net[0].weight[:1])
+    seen = set()
+    monkeypatch.setattr(pac_bayes, '_bound', lambda problem, *_: seen.add(problem.nats) or 0.5)
+    for name in ('code_length', '_nats'):  # what the kernels themselves cost
+        monkeypatch.setattr(pac_bayes, name, lambda *_: 0.0)
+    certify(net, images, labels, delta=0.01)
+    losses = math.log(2 * math.sqrt(54) * 1000 * 11 * 17 * 801 / 0.01)
+    assert list(seen) == pytest.approx([losses + math.log(3) + math.log(5)] * len(seen))
+
+
+def test_images_of_any_size(sample):
+    """Scaled by a power of 2 they give the same margins and noise, bit for bit, and lengths that are no infinity."""
+    images, labels = sample[0][:200], sample[1][:200]
+    net = fitted(convolutions(), images, labels)
+    (table, _, _), (large, _, _) = (measured(net, part, labels) for part in (images, images * 2.0**66))
+    assert torch.equal(large.margins, table.margins) and torch.equal(large.v, table.v)
+    assert torch.equal(large.x, table.x * 2.0**66)
+    (small, _, _) = measured(net, images * 2.0**-125, labels)  # the features' squares have no float32, and all is a tie
+    assert small.scale == 0 and pac_bayes._bound(SimpleNamespace(**vars(small), gibbs=False), pac_bayes.START) == math.inf
+
+
+@pytest.mark.parametrize('knob', ['label_noise', 'normalize'])
+def test_samples_that_are_not_iid_are_not_certified(tmp_path, knob):
+    reason = {'label_noise': 'with label_noise the training samples', 'normalize': 'normalize = True takes the statistics'}
+    value = {'label_noise': 0.1, 'normalize': True}[knob]
+    flags = '--epochs', 1, '--certify-every', 1, '--train-samples', 50, f'--{knob}', value
+    assert f'certificates stay empty: {reason[knob]}' in train_small(tmp_path / 'run', *flags)
+    table = read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')
+    assert len(table['epoch']) == 2 and all(np.isnan(table[column]).all() for column in (A, B, C))
 
 
 def test_certificates_bound_and_say_something(toy, sample):
@@ -300,22 +341,22 @@ def test_formulas_of_the_statement(toy, sample, monkeypatch):
     net, found = toy
     bound, slack, seen, errors = pac_bayes._bound, pac_bayes._slack, {}, []
 
-    def spy(table, count, m1, nats, gap, point, gibbs=False):
-        if count == 5400:
-            seen[A if gap else C if gibbs else B] = table, m1, nats, gap, point
-        return bound(table, count, m1, nats, gap, point, gibbs)
+    def spy(problem, point, count=None):
+        if count is None and len(problem.x) == 5400:
+            seen[A if problem.gap else C if problem.gibbs else B] = problem, problem.nats, problem.gap, point
+        return bound(problem, point, count)
 
     monkeypatch.setattr(pac_bayes, '_bound', spy)
     monkeypatch.setattr(pac_bayes, '_slack', lambda norms: errors.append(list(norms)) or slack(errors[-1]))
     assert certify(net, *sample) == found
-    for column, (table, m1, nats, gap, (i, b, g)) in seen.items():
+    for column, (table, nats, gap, (i, b, g)) in seen.items():
         c, gamma = 2 ** (i / 8), pac_bayes.GAMMAS[g]
         theta = 2 ** (math.ceil(8 * math.log2(c * gap)) / 8) if gap else 0
-        assert m1 == 5400 and theta >= c * gap
+        assert table.m1 == 5400 and theta >= c * gap
         p = noisy_errors(c * table.margins - theta * table.x[:, None], table.v[:, b], gamma).mean().item()
         factor = 1 if column == C else 2 / math.erfc(-gamma / math.sqrt(2))
-        assert found[column] == pytest.approx(factor * kl_inverse(p, (nats + table.kl(c, b)) / m1))
-    table, _, _, gap, _ = seen[A]
+        assert found[column] == pytest.approx(factor * kl_inverse(p, (nats + table.kl(c, b)) / 5400))
+    table, _, gap, _ = seen[A]
     weight = net[-1].weight.detach().double()
     weight = (weight - weight.mean(0)) / (weight - weight.mean(0)).norm()
     spread = max((one - other).norm() for one in weight for other in weight)
@@ -401,7 +442,7 @@ def test_live_channels_alone_compute_the_function():
     live = pac_bayes.live_channels(kernels)
     assert [tuple(kernel.shape[:2]) for kernel in live] == [(5, 1), (5, 5), (5, 5), (3, 5)]
     x = torch.rand(7, 1, 6, 6)
-    outputs = [pac_bayes._features(part[:-1], layers, x) @ part[-1].flatten(1).T for part in (kernels, live)]
+    outputs = [pac_bayes._features(layers, part[:-1], x) @ part[-1].flatten(1).T for part in (kernels, live)]
     assert torch.allclose(*outputs, atol=1e-6)
 
 
@@ -434,18 +475,20 @@ def test_networks_that_do_nothing(sample):
 
 def test_precision_and_signals(toy, sample, monkeypatch):
     """IEEE float32 inside, whatever it was before, and that again outside, also after an interruption."""
-    seen = []
+    seen, features = [], pac_bayes._features
 
-    def between():
+    def interrupted(*arguments):
         seen.append((torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision))
         if len(seen) == 10:
             raise KeyboardInterrupt
+        return features(*arguments)
 
+    monkeypatch.setattr(pac_bayes, '_features', interrupted)
     before = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = 'tf32'
         with pytest.raises(KeyboardInterrupt):
-            certify(toy[0], *sample, between=between)
+            certify(toy[0], *sample)
         assert set(seen) == {('ieee', 'ieee')}
         assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == 'tf32'
     finally:
@@ -464,6 +507,8 @@ def test_bad_input(toy, sample):
         ((net, images, labels + 1), 'labels'),
         ((net, images, labels.float()), 'labels'),
         ((net, nan, labels), 'NaN'),
+        ((net, images * 1e26, labels), 'scale the images down'),
+        ((nn.Sequential(nn.Flatten(), nn.Linear(36, 1001, bias=False)), images, labels), '1001 classes'),
         ((net, images[0], labels), 'input_shape'),
         ((nn.Sequential(nn.Flatten(), nn.Linear(36, 4)), images, labels), 'bias'),
     ):

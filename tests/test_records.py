@@ -16,7 +16,7 @@ from test_datasets import make_idx
 
 import evaluation
 from conf import BEFORE, BadInput
-from evaluation import COLUMNS
+from evaluation import COLUMNS, report
 from harness.launch import get_dataset
 from harness.records import csv_line, load_checkpoint, load_network, parse_line, read_metrics, save_checkpoint
 
@@ -33,6 +33,11 @@ def folder(tmp_path, uninterrupted):
     """A copy of the finished small run."""
     shutil.copytree(uninterrupted, tmp_path / 'run')
     return tmp_path / 'run'
+
+
+def test_a_certificate_on_the_screen_is_rounded_up():
+    row = dict.fromkeys(COLUMNS, np.nan) | {'test_error': 0.12341, 'train_error': 0.1, 'pac_bayes_error': 0.12341}
+    assert 'A 0.1235' in report(row | {'generalization_gap': 0.02341})
 
 
 @pytest.mark.parametrize('seed', range(2))

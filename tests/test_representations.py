@@ -86,7 +86,7 @@ NETWORKS = {
 @pytest.mark.parametrize('batch', [1, 7, 32])
 @pytest.mark.parametrize('name', NETWORKS)
 def test_brute_force(digits, monkeypatch, name, batch, channels_last):
-    monkeypatch.setitem(representations.BATCH, 'cpu', batch)
+    monkeypatch.setattr(representations, 'images_per_pass', lambda net, images: batch)
     torch.manual_seed(0)
     net = get_network(settings_of(network=name, **NETWORKS[name]), (1, 8, 8), 10)
     train, train_labels, test, test_labels = unbalanced(digits, seed=batch)
@@ -187,16 +187,19 @@ def test_modes_weights_and_statistics_are_left_alone(digits):
     net[1].bn1.eval()
     before = copy.deepcopy(net.state_dict())
     calls = []
-    measure_representations(net, *unbalanced(digits, 0), between=lambda: calls.append(net.training))
+    hook = net[0].register_forward_hook(lambda *_: calls.append(net.training))
+    measure_representations(net, *unbalanced(digits, 0))
     assert [module for module in net.modules() if not module.training] == [net[1].bn1]
     assert all(torch.equal(entry, before[name]) for name, entry in net.state_dict().items())
     assert len(calls) > 2 * 280 / 32 and not any(calls)
+    hook.remove()
 
-    def interrupt():
+    def interrupt(*_):
         raise KeyboardInterrupt
 
+    net[0].register_forward_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        measure_representations(net, *unbalanced(digits, 0), between=interrupt)
+        measure_representations(net, *unbalanced(digits, 0))
     assert net.training and not net[1].bn1.training
 
 
@@ -206,7 +209,8 @@ def test_matrix_products_are_in_full_float32(digits):
     try:
         matmul.fp32_precision = 'tf32'
         net = nn.Sequential(nn.ReLU())
-        measure_representations(net, *unbalanced(digits, 0), between=lambda: seen.append(matmul.fp32_precision))
+        net[0].register_forward_hook(lambda *_: seen.append(matmul.fp32_precision))
+        measure_representations(net, *unbalanced(digits, 0))
         assert set(seen) == {'ieee'} and matmul.fp32_precision == 'tf32'
     finally:
         matmul.fp32_precision = before

@@ -161,6 +161,7 @@ COMMANDS = {
     ),
     'rewinding past the end': ([*DIGITS, '--prune-rounds', '1', '--rewind-epoch', '150'], 'rewind_epoch = 150'),
     'a batch of one': ([*DIGITS, '--network', 'CONVBN', '--normalization', 'batch', '--batch-size', '359'], 'batch_size = 359'),
+    'batches of one': ([*DIGITS, '--network', 'CONVBN', '--normalization', 'batch', '--batch-size', '1'], 'batch_size = 1:'),
     'more samples than there are': ([*DIGITS, '--train-samples', '1438'], 'train_samples'),
     'a width beyond memory': ([*DIGITS, '--width', '1000000'], 'width = 1000000: training takes at least'),
     'status without folder': (['--status'], '--results-path DIR'),

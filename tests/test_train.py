@@ -40,7 +40,6 @@ def test_quick_start(tmp_path):
     assert list(table) == COLUMNS
     assert table['epoch'].tolist() == list(range(151))
     assert table['test_error'][-1] < 0.10 < 0.8 < table['test_error'][0]
-    assert table['train_seconds'].sum() < 60
     assert (table['generalization_gap'] == table['test_error'] - table['train_error']).all()
     assert (table['density'] == 1).all() and (table['round'] == 0).all()
     assert all(np.isfinite(table[column]).all() for column in BOUNDS)
