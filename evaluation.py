@@ -181,7 +181,7 @@ def report(row, width=120):
     """The cells of a row of metrics.csv that are wanted most, as many as fit; bounds are rounded up, as powers of 2."""
     bounds = {'our_bound': 'ours', 'corrected_bound': 'corrected'}
     if math.isnan(row.get('corrected_bound', math.nan)):
-        bounds = {'path_bound': 'path'}
+        bounds['path_bound'] = 'path'
     cells = {'test': ('test_error', '{:.4f}'), 'train': ('train_error', '{:.4f}'), 'gap': ('generalization_gap', '{:+.4f}')}
     items = [f'{word} {text.format(row[column])}' for word, (column, text) in cells.items()]
     for column, word in bounds.items():

@@ -74,7 +74,7 @@ def test_no_file_is_long(name):
 
 
 def test_the_readme_is_short():
-    assert len((ROOT / 'README.md').read_text().splitlines()) <= 150
+    assert len((ROOT / 'README.md').read_text().splitlines()) <= 120
 
 
 def anchors(text):
