@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from conf import ROOT, BadInput, Once, Parser, settings_text
+from conf import ROOT, BadInput, Parser, settings_text
 from evaluation import evaluate
 from harness import launch
 from harness.machine import choose_precision, guarded, keep_freed_memory
@@ -292,10 +292,10 @@ def parse_arguments(argv):
     add = parser.add_argument
     add('source', type=Path, metavar='DIR', help='results folder of the trained networks')
     lam_help = 'penalties, as shares of the one from which on nothing is left; between 0 and 1'
-    add('--lam', type=float, nargs='+', required=True, metavar='X', action=Once, help=lam_help)
+    add('--lam', type=float, nargs='+', required=True, metavar='X', help=lam_help)
     refit_help = 'fit the kept channels once more with a small ridge penalty (default), or keep the shrunk weights'
-    add('--refit', choices=('none', 'ridge'), action=Once, help=refit_help)
-    add('--run', type=int, metavar='K', action=Once, help='only the K-th network of the folder, counted from 1')
+    add('--refit', choices=('none', 'ridge'), help=refit_help)
+    add('--run', type=int, metavar='K', help='only the K-th network of the folder, counted from 1')
     return SimpleNamespace(**({'refit': 'ridge', 'run': None} | vars(parser.parse_args(argv))))
 
 
