@@ -5,6 +5,7 @@ import datetime
 import functools
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -353,8 +354,8 @@ def main(train, argv=None):
     def program():
         nonlocal options
         options, flags = parse_command_line(argv)
-        if not (options.results_path or '').isprintable() or (options.results_path or '').startswith('-'):
-            raise BadInput(f'--results-path {options.results_path!r}: must be a printable name without a dash in front')
+        if re.search(r'^-|[\r\n]', options.results_path or ''):
+            raise BadInput(f'--results-path {options.results_path!r}: must have no dash in front and be a single line')
         options.folder = None if options.results_path is None else Path(options.results_path)
         return run(options, flags, train)
 

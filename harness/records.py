@@ -22,6 +22,7 @@ from measures.pac_bayes import COLUMNS as CERTIFICATES
 from models import get_network
 
 CHECKPOINT_FORMAT = 1
+METRICS = 'epoch', 'train_error', 'test_error', 'generalization_gap'  # what a table of metrics has at least
 
 # What may change when a run is resumed, since the numbers do not depend on it.
 FREE = ('epochs', 'device', 'data_dir', 'results_dir', 'checkpoint_every', 'snapshot_every', 'jobs')
@@ -115,8 +116,13 @@ def read_table(path, columns, required):
 
     The unfinished last line of a run that is being written is left out.
     """
+    return _parsed(path, Path(path).read_bytes(), columns, required)
+
+
+def _parsed(path, content, columns, required):
+    """The table, as `read_table`, of the bytes of a file."""
     try:
-        text = Path(path).read_text('utf-8')
+        text = content.decode()
         first, *lines = text[: text.rfind('\n') + 1].splitlines() or [','.join(columns)]
         header = first.split(',')
         rows = [parse_line(line, header) for line in lines]
@@ -140,7 +146,7 @@ def rows_of(table):
 
 def read_metrics(path):
     """metrics.csv or evaluation.csv as {column: float array}; older files are of one round. Raises BadInput."""
-    table = read_table(path, COLUMNS, ('epoch', 'train_error', 'test_error', 'generalization_gap'))
+    table = read_table(path, COLUMNS, METRICS)
     table['round'] = np.nan_to_num(table['round'])
     return table
 
@@ -152,12 +158,9 @@ def newest_rows(path, count=3):
     with open(path, 'rb') as file:
         header = file.readline()
         file.seek(max(len(header), os.path.getsize(path) - (count + 1) * 8 * len(header)))
-        *lines, _ = file.read().decode().split('\n')  # what follows the last newline is not finished
-    columns = header.decode().rstrip('\n').split(',')
-    try:
-        return [{'round': 0.0} | parse_line(line, columns) for line in lines[-count:]]
-    except ValueError:
-        raise _not_a_table(path) from None
+        *lines, _ = file.read().split(b'\n')  # what follows the last newline is not finished
+    table = _parsed(path, header + b'\n'.join([*lines[-count:], b'']), ('round',), METRICS)
+    return rows_of(table | {'round': np.nan_to_num(table['round'])})
 
 
 def read_layers(path):
@@ -214,6 +217,9 @@ def load_run(path, settings, net, data, steps):
         BadInput: it is damaged, or was left by other settings or on other data.
     """
     checkpoint = load_checkpoint(path, next(net.parameters()).device)
+    wrong = BadInput(f'{path}: not a checkpoint of {settings.name}; move {path.parent} away to train it anew')
+    if not isinstance(checkpoint.get('settings'), dict):
+        raise wrong
     check_origin(path, checkpoint, settings, data)
     before = BEFORE | checkpoint['settings']
     if settings.epochs != before['epochs'] and (settings.prune_rounds or settings.regrow != 'none'):
@@ -241,7 +247,7 @@ def load_run(path, settings, net, data, steps):
         if not all(sound):
             raise ValueError
     except Exception:  # the content may be anything
-        raise BadInput(f'{path}: not a checkpoint of {settings.name}; move {path.parent} away to train it anew') from None
+        raise wrong from None
     if settings.epochs > before['epochs']:
         _forget_the_end(state, SimpleNamespace(**before))
     if state['columns'] != COLUMNS:  # bounds came or went since
@@ -254,7 +260,7 @@ def load_run(path, settings, net, data, steps):
 
 def check_origin(path, checkpoint, settings, data, free=FREE):
     """Raises BadInput where a file of weights says that it is of other settings or other data, but for the knobs `free`."""
-    before = BEFORE | (checkpoint['settings'] if isinstance(checkpoint.get('settings'), dict) else {})
+    before = BEFORE | checkpoint['settings']
     for name, value in vars(settings).items():
         if name in (*free, 'name'):
             continue
