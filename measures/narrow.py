@@ -221,7 +221,7 @@ def _path(net, name):
 def _linear_batches(net, name, images, shift, undo, target):
     """Yields (Phi, Psi) of a linear layer, as `_problem` takes them: Phi is its input, less the shift, times `undo`."""
     layer, read = net.get_submodule(name), []
-    handle = layer.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    handle = layer.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].clone()))
     try:
         chosen = _evenly(images, layer.in_features, 1)
         for batch in chosen.split(max(1, CHUNK // layer.in_features)):
