@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -79,10 +80,15 @@ def load(path):
 
 
 def load_source(folder):
-    """A trained network, its settings, and the round and epoch after which its weights are; nan in the middle of an epoch."""
-    net, settings = load_network(folder)
+    """A trained network, its settings, the (round, epoch) of its weights, and what there is to say of it, as lines.
+
+    Round and epoch are nan in the middle of an epoch.
+    """
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter('always')
+        net, settings = load_network(folder)
     path = next(path for name in ('model.pt', 'weights.pt') if (path := folder / name).exists())
-    return net, settings, load_weights(net, path) or (math.nan, math.nan)
+    return net, settings, load_weights(net, path) or (math.nan, math.nan), [str(note.message) for note in notes]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -205,17 +211,15 @@ def run(options):
         raise BadInput(f'--run {options.run}: the folder has the networks 1 to {len(runs)}')
     sources, notes = [], []
     for settings in runs if options.run is None else [runs[options.run - 1]]:
-        net, settings, place = load_source(options.source / settings.name)
+        net, settings, place, said = load_source(options.source / settings.name)
         device, dataset = launch.get_inputs(settings)
         if options.layer:
             linear_layer(net, options.layer)
         plain_layers(net) if options.layer or not options.lam else trace_layers(net, dataset.input_shape)
-        if place != (end := (settings.prune_rounds, settings.epochs)):
-            where = 'of the middle of an epoch' if math.isnan(place[1]) else 'those after round {}, epoch {}'.format(*place)
-            ends = 'its training ends after round {}, epoch {}'.format(*end)
-            notes.append(f'{settings.name}: the weights are {where}; {ends}')
-            print(notes[-1], flush=True)
+        notes += said
         sources.append((net, settings, place))
+    for note in notes:
+        print(note, flush=True)
 
     folder = Path(os.path.relpath(new_results_folder(ROOT / sweep['results_dir'])))
     what = f'python compress.py {options.source}'

@@ -653,7 +653,7 @@ def test_pruned_network_is_made_smaller_by_the_command(tmp_path, digits):
     whole, row = csv.DictReader(table.open())
     net, settings = load_network(tmp_path / '1' / table.parent.name)
     small = load(table.parent / 'dead.pt')
-    assert (whole['lam'], row['lam'], row['epoch']) == ('0', '', '2') and 'training ends' not in stdout
+    assert (whole['lam'], row['lam'], row['epoch']) == ('0', '', '2') and 'not finished' not in stdout
     assert sum(weight.numel() for weight in small.parameters()) == int(row['weights']) < int(whole['weights'])
     assert int(row['bytes']) < int(whole['bytes']) and row['test_error'] == whole['test_error']
     with torch.no_grad():
@@ -662,7 +662,7 @@ def test_pruned_network_is_made_smaller_by_the_command(tmp_path, digits):
     path.write_text(path.read_text().replace('epochs = 2 ', 'epochs = 5 '))
     status, stdout, errors = command(tmp_path / '1')
     assert status == 0, errors
-    said = 'the weights are those after round 0, epoch 2; its training ends after round 0, epoch 5'
+    said = 'its training is not finished; the last row is that of epoch 2 of round 0'
     assert said in stdout and said in (tmp_path / '3' / 'global_settings.py').read_text()
 
 
