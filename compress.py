@@ -53,7 +53,10 @@ def save(path, net, input_shape):
     layers, dtype = plain_layers(net), next(net.parameters()).dtype
     saved = {'input_shape': list(input_shape), 'weights': [layer.weight.to('cpu', dtype) for layer in layers]}
     saved['biases'] = [None if layer.bias is None else layer.bias.to('cpu', dtype) for layer in layers]
-    saved |= {'rectified': [layer.rectified for layer in layers], 'geometry': [layer.geometry for layer in layers]}
+    saved |= {
+        'rectified': [layer.rectified for layer in layers],
+        'geometry': [layer.geometry for layer in layers],
+    }
     save_checkpoint(path, saved)
 
 
@@ -88,7 +91,12 @@ def load_source(folder):
         warnings.simplefilter('always')
         net, settings = load_network(folder)
     path = next(path for name in ('model.pt', 'weights.pt') if (path := folder / name).exists())
-    return net, settings, load_weights(net, path) or (math.nan, math.nan), [str(note.message) for note in notes]
+    return (
+        net,
+        settings,
+        load_weights(net, path) or (math.nan, math.nan),
+        [str(note.message) for note in notes],
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -104,7 +112,9 @@ def narrower(net, images, lam, options):
     if lam is None:
         return drop_dead(net), []
     if options.lam and not options.layer:
-        return compress(net, images, lam, options.refit) if lam else (balance(net, tuple(images.shape[1:])), [])
+        return (
+            compress(net, images, lam, options.refit) if lam else (balance(net, tuple(images.shape[1:])), [])
+        )
     if not lam:
         return plain(net), []
     net, report = compress_layer(net, images, options.layer, lam, options.refit)
@@ -190,7 +200,9 @@ def parse_arguments(argv):
     lam_help = 'penalties, as shares of the one from which on nothing is left; between 0 and 1'
     add('--lam', type=float, nargs='+', default=[], metavar='X', help=lam_help)
     add('--layer', metavar='NAME', help='fit this linear layer alone, as net.named_modules() calls it')
-    refit_help = 'fit the kept channels once more with a small ridge penalty (default), or keep the shrunk weights'
+    refit_help = (
+        'fit the kept channels once more with a small ridge penalty (default), or keep the shrunk weights'
+    )
     add('--refit', choices=('none', 'ridge'), default='ridge', help=refit_help)
     add('--run', type=int, metavar='K', help='only the K-th network of the folder, counted from 1')
     options = parser.parse_args(argv)
@@ -242,7 +254,9 @@ def run(options):
 
 def main(argv=None):
     """Runs the command line. Returns 0, 1 where the results cannot be written, 2 for bad input, 128 + signal where stopped."""
-    return guarded('compress.py', lambda: run(parse_arguments(argv)), lambda: '; the rows that are done are kept')
+    return guarded(
+        'compress.py', lambda: run(parse_arguments(argv)), lambda: '; the rows that are done are kept'
+    )
 
 
 if __name__ == '__main__':

@@ -553,14 +553,14 @@ def trained(tmp_path_factory):
     """A results folder with CONV-2-16, trained on the digits as the quick start trains."""
     folder = tmp_path_factory.mktemp('trained') / '1'
     flags = '--depth', 2, '--width', 16, '--eval-every', 150, '--certify-every', 0
-    status, _, errors = run(*DIGITS, *flags, '--results-path', folder, '--results-dir', folder.parent)
+    status, _, errors = run(*DIGITS, *flags, '--results-path', folder, '--results-dir', folder.parent, timeout=300)
     assert status == 0, errors
     return folder
 
 
 def command(*arguments):
     words = [sys.executable, str(ROOT / 'compress.py'), *map(str, arguments)]
-    process = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    process = subprocess.run(words, capture_output=True, text=True, timeout=300)
     return process.returncode, process.stdout, process.stderr
 
 
