@@ -1,18 +1,19 @@
-"""Make trained networks narrower: the multi-task lasso of each next layer says which channels it can do without.
+"""Make trained networks narrower, into a results folder of their own.
 
-python compress.py results/7 --lam 1e-4 1e-3 1e-2   every network of the folder, once per lam
+python compress.py results/7                           without the dead channels: the same function
+python compress.py results/7 --lam 1e-4 1e-3 1e-2      by the multi-task lasso, once per lam
+python compress.py results/7 --layer 7 --lam 1e-3      one linear layer alone
 """
 
 import argparse
 import math
 import os
 import sys
+import time
+import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
 from conf import ROOT, BadInput, Parser, settings_text
@@ -24,186 +25,23 @@ from harness.records import (
     folder_settings,
     load_checkpoint,
     load_network,
+    load_weights,
     new_results_folder,
     save_checkpoint,
     write_file,
 )
+from measures.chains import Plain, plain, plain_layers, sequential
 from measures.geometry import trace_layers
-from measures.lasso import group_lasso, norms, ridge, scaled, squared_residual
+from measures.masks import drop_dead
+from measures.narrow import balance, compress, compress_layer, linear_layer
 from measures.norms import measure_data
 from measures.pac_bayes import COLUMNS as CERTIFICATES
-from measures.pac_bayes import test_set_bound
 from utils import BOUNDS
 
-FIT_IMAGES = 10_000  # at most so many are fitted to, evenly spaced
-GRAM_COLUMNS = 12_000  # the largest Gram matrix that is formed, 1.1 GiB; beyond it the features themselves are kept
-FEATURE_BYTES = 2**31  # ... of as many images as fit into this
-CHUNK = 2**23  # features at once where they are summed up
-COLUMNS = 'lam, channels, weights, residual, gap, train_error, test_error, rho, prod_ratio, norm_ratio, path_norm'.split(', ')
-COLUMNS += [*BOUNDS, *CERTIFICATES, 'test_set_bound', 'test_size']
-
-
-def balance(net, input_shape):
-    """The same function with the least product of Frobenius norms: each neuron's incoming and outgoing weights equal in norm.
-
-    Rescaling neuron k by a > 0 turns (w_k, v_k) into (a w_k, v_k / a). Balancing one layer after the other descends the sum
-    of squares of all weights, which is convex in the logarithms of the factors. A neuron that is fed by nothing or feeds
-    nothing becomes zero on both sides.
-
-    Args:
-        net: a network as `trace_layers` takes it.
-        input_shape: (channels, height, width) of an image.
-    Returns:
-        An nn.Sequential of plain layers.
-    """
-    layers, weights = _tensors(net, input_shape)
-    return _sequential(layers, _balanced(weights))
-
-
-@torch.no_grad()
-def compress(net, images, lam, refit='ridge', tolerance=1e-3):
-    """A narrower network of nearly the same function, from unlabelled training images.
-
-    From the input on, layer l + 1 is fitted anew to the features of layer l, with a group lasso whose groups are the
-    channels of layer l, weighted by the norms of their filters:
-
-        min_V  1/(2N) ||V Phi - Psi||_F^2  +  lam lam_max sum_k ||w_k|| ||V_k||_F
-
-    Phi are the patches of the narrow network's features, Psi the original network's pre-activations, so that later layers
-    repair what earlier ones lost. Channels with V_k = 0 are dropped, and the network is balanced before the first and after
-    each fit.
-
-    Args:
-        net: a network as `trace_layers` takes it.
-        images: (m, C, H, W) training images, as the network sees them; at most FIT_IMAGES of them are used.
-        lam: share of lam_max, from which on no channel is kept; 0 < lam < 1.
-        refit: 'none' keeps the lasso's weights, which are shrunk; 'ridge' fits the kept channels once more, under a tenth
-            of the penalty's quadratic majorizer at the solution. (With no penalty at all the norms explode.)
-        tolerance: of the duality gap, relative to the objective.
-    Returns:
-        (nn.Sequential, report): a dict per hidden layer of channels (kept), residual (||V Phi - Psi|| / ||Psi|| after the
-        refit), gap (relative to the objective) and steps.
-    Raises:
-        BadInput: an argument that makes no sense, a network that is not covered, or a lam at which a layer dies.
-    """
-    if not 0 < lam < 1:
-        raise BadInput(f'lam = {lam:g}: must be a share of lam_max, between 0 and 1')
-    if refit not in ('none', 'ridge'):
-        raise BadInput(f'refit = {refit!r}: must be none or ridge')
-    if images.dim() != 4 or not len(images) or not images.isfinite().all():
-        raise BadInput(f'images of shape {tuple(images.shape)}: must be (m, C, H, W), at least one, without NaN or infinity')
-    layers, weights = _tensors(net, tuple(images.shape[1:]))
-    original = narrow = _balanced(weights)
-    report = []
-    for index in range(1, len(layers)):
-        problem = _problem(layers[: index + 1], narrow[:index], original[: index + 1], images)
-        costs = narrow[index - 1].flatten(1).norm(dim=1)
-        # In U_k = c_k V_k every channel costs the same, and rescaling channels changes not a single step. Dead ones stay 0.
-        scale = torch.where(norms(problem.cross) > 0, 1 / costs, 0)[:, None]
-        problem = scaled(problem, scale)
-        start = torch.where(scale > 0, narrow[index].flatten(2) * costs[:, None], 0)
-        U, lasso = group_lasso(problem, lam, start, tolerance)
-        kept = norms(U) > 0
-        if not kept.any():
-            raise BadInput(f'lam = {lam:g}: layer {layers[index - 1].name} loses all its channels; choose a smaller lam')
-        penalty = lasso.pop('penalty')
-        if refit == 'ridge':
-            U = ridge(problem, 0.1 * penalty / norms(U), U)
-        residual = squared_residual(problem, U, problem.gram(U)) / problem.energy
-        report.append({'channels': int(kept.sum()), 'residual': math.sqrt(max(0.0, residual))} | lasso)
-        V = (U * scale)[:, kept].unflatten(2, narrow[index].shape[2:])
-        narrow = _balanced([*narrow[: index - 1], narrow[index - 1][kept], V, *narrow[index + 1 :]])
-    return _sequential(layers, narrow), report
-
-
-def _problem(layers, narrow, original, images):
-    """The least-squares problem of the last of `layers`: fit its original pre-activations Psi to the narrow features Phi.
-
-    Its Gram matrix is summed up in float64. Where it would be too large, the features are kept instead, of as many images as
-    memory allows.
-    """
-    *before, layer = layers
-    positions = layer.taps[0].shape[1] * layer.taps[1].shape[1]
-    columns = len(narrow[-1]) * math.prod(layer.shape[2:])
-    dense = columns <= GRAM_COLUMNS
-    most = FIT_IMAGES if dense else FEATURE_BYTES // (columns * positions * images.element_size())
-    images = images[:: -(-len(images) // max(1, min(most, FIT_IMAGES)))]
-    gram, cross, energy, features = 0, 0, 0, []
-    for batch in images.split(max(1, CHUNK // (columns * positions))):
-        targets = _forward(layer, original[-1], _features(before, original, batch))
-        targets = targets.flatten(2).transpose(0, 1).flatten(1).double()
-        phi = F.unfold(_features(before, narrow, batch), layer.shape[2:], layer.dilation, layer.padding, layer.stride)
-        phi = phi.transpose(0, 1).flatten(1)
-        if dense:
-            gram = gram + phi.double() @ phi.double().T
-        else:
-            features.append(phi)
-        cross, energy = cross + targets @ phi.double().T, energy + targets.square().sum().item()
-    N, shape = len(images) * positions, (-1, len(narrow[-1]), math.prod(layer.shape[2:]))
-
-    def times_gram(V):
-        V = V.flatten(1)
-        product = V @ gram if dense else sum((V @ (phi := part.double())) @ phi.T for part in features)
-        return (product / N).view(shape)
-
-    return SimpleNamespace(gram=times_gram, cross=(cross / N).view(shape), energy=energy / N)
-
-
-def _tensors(net, input_shape):
-    """The layers of a network and their weights, each as a convolution's (out, in, h, w) in float64."""
-    layers = trace_layers(net, input_shape)
-    weights = [layer.module.weight.detach().double().reshape(layer.shape) for layer in layers]
-    for layer, weight in zip(layers, weights):
-        if not weight.isfinite().all():
-            raise BadInput(f'{type(net).__name__}: the weights of {layer.name} contain NaN or infinity')
-    return layers, weights
-
-
-def _balanced(weights, tolerance=1e-12):
-    weights = list(weights)
-    change = 1.0
-    while change > tolerance:
-        change = 0.0
-        for index in range(len(weights) - 1):
-            incoming, outgoing = (
-                weights[index].flatten(1).norm(dim=1),
-                weights[index + 1].transpose(0, 1).flatten(1).norm(dim=1),
-            )
-            alive = (incoming > 0) & (outgoing > 0)
-            factor = torch.where(alive, (outgoing / incoming).sqrt(), 0)
-            weights[index] = weights[index] * factor[:, None, None, None]
-            weights[index + 1] = weights[index + 1] * torch.where(alive, 1 / factor, 0)[:, None, None]
-            change = max([change, *(factor[alive].log().abs().tolist())])
-    return weights
-
-
-def _forward(layer, weight, maps):
-    """One layer, seen as a convolution, on maps (N, in, h, w)."""
-    return F.conv2d(maps, weight.to(maps.dtype), None, layer.stride, layer.padding, layer.dilation)
-
-
-def _features(layers, weights, images):
-    """The post-activation maps (N, K, h, w) that the layers make of images."""
-    for layer, weight in zip(layers, weights):
-        images = _forward(layer, weight, images).relu()
-    return images
-
-
-def _sequential(layers, weights):
-    """The chain of plain layers with these weights (out, in, h, w), of the dtype of the traced ones."""
-    modules = []
-    for layer, weight in zip(layers, weights):
-        if layer.module.weight.ndim == 4:
-            geometry = layer.shape[2:], layer.stride, layer.padding, layer.dilation
-            module = nn.Conv2d(*weight.shape[1::-1], *geometry, bias=False, device='meta')
-        else:
-            weight = weight.flatten(1)
-            modules += [] if any(isinstance(module, nn.Flatten) for module in modules) else [nn.Flatten()]
-            module = nn.Linear(*weight.shape[::-1], bias=False, device='meta')
-        module.weight = nn.Parameter(weight.to(layer.module.weight.dtype))
-        modules += [module, nn.ReLU()]
-    return nn.Sequential(*modules[:-1])
-
+COLUMNS = (
+    'round, epoch, lam, layer, channels, weights, bytes, speed_up, residual, gap, train_loss, test_loss, train_error, '
+    f'test_error, rho, prod_ratio, norm_ratio, path_norm, {", ".join([*BOUNDS, *CERTIFICATES])}, test_set_bound, test_size'
+).split(', ')
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
@@ -211,34 +49,54 @@ def _sequential(layers, weights):
 
 
 def save(path, net, input_shape):
-    """Saves a network, as `trace_layers` takes it, by the weights and the geometry of its layers."""
-    layers = trace_layers(net, input_shape)
-    fields = ('stride', 'padding', 'dilation')
-    geometry = [{field: list(getattr(layer, field)) for field in fields} for layer in layers]
-    weights = [layer.module.weight.detach().cpu() for layer in layers]
-    save_checkpoint(path, {'input_shape': list(input_shape), 'weights': weights, 'geometry': geometry})
+    """Saves a network, as `plain_layers` takes it, by its layers' weights, biases and geometry."""
+    layers, dtype = plain_layers(net), next(net.parameters()).dtype
+    saved = {'input_shape': list(input_shape), 'weights': [layer.weight.to('cpu', dtype) for layer in layers]}
+    saved['biases'] = [None if layer.bias is None else layer.bias.to('cpu', dtype) for layer in layers]
+    saved |= {
+        'rectified': [layer.rectified for layer in layers],
+        'geometry': [layer.geometry for layer in layers],
+    }
+    save_checkpoint(path, saved)
 
 
 def load(path):
-    """The compressed network of a file, an nn.Sequential on the CPU: load('results/8/CONV-3-200/lam-0.001.pt').
+    """The narrower network of a file, an nn.Sequential on the CPU: load('results/8/CONV-3-200/dead.pt').
 
     Raises:
-        BadInput: there is no such file, or it holds no compressed network.
+        BadInput: there is no such file, or it holds no narrower network.
     """
     path = Path(path)
     if not path.exists():
         raise BadInput(f'{path}: no such file')
     saved = load_checkpoint(path, 'cpu')
     try:
-        layers = [
-            SimpleNamespace(module=SimpleNamespace(weight=weight), shape=weight.shape, **geometry)
-            for weight, geometry in zip(saved['weights'], saved['geometry'], strict=True)
-        ]
-        net = _sequential(layers, saved['weights'])
-        trace_layers(net, tuple(saved['input_shape']))
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-        raise BadInput(f'{path}: does not hold a compressed network') from None
+        weights, geometry = saved['weights'], saved['geometry']
+        biases = saved.get('biases', [None] * len(weights))  # older files are of bias-free chains
+        rectified = saved.get('rectified', [True] * (len(weights) - 1) + [False])
+        geometry = [how if weight.ndim == 4 else {} for how, weight in zip(geometry, weights, strict=True)]
+        net = sequential(Plain(*layer) for layer in zip(weights, biases, rectified, geometry, strict=True))
+        net(torch.zeros(1, *saved['input_shape'], dtype=weights[0].dtype))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError):
+        raise BadInput(f'{path}: does not hold a narrower network') from None
     return net
+
+
+def load_source(folder):
+    """A trained network, its settings, the (round, epoch) of its weights, and what there is to say of it, as lines.
+
+    Round and epoch are nan in the middle of an epoch.
+    """
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter('always')
+        net, settings = load_network(folder)
+    path = next(path for name in ('model.pt', 'weights.pt') if (path := folder / name).exists())
+    return (
+        net,
+        settings,
+        load_weights(net, path) or (math.nan, math.nan),
+        [str(note.message) for note in notes],
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -246,8 +104,42 @@ def load(path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def compress_run(net, settings, lams, refit, folder):
-    """Compresses one trained network once per lam into `folder`: weights, and a row of compress.csv; row 0 is the source.
+def narrower(net, images, lam, options):
+    """The network of a row, as a chain of plain layers, and the reports of its fits.
+
+    lam is 0 for the whole network, and None for the one without its dead channels.
+    """
+    if lam is None:
+        return drop_dead(net), []
+    if options.lam and not options.layer:
+        return (
+            compress(net, images, lam, options.refit) if lam else (balance(net, tuple(images.shape[1:])), [])
+        )
+    if not lam:
+        return plain(net), []
+    net, report = compress_layer(net, images, options.layer, lam, options.refit)
+    return plain(net), [report]
+
+
+@torch.no_grad()
+def speed_up(net, other, images, repeats=20):
+    """How many times faster `other` is than `net`: the ratio of the shortest forward passes of these images, taken in turn.
+
+    On a CPU it is the processor time of one thread, which other programs change least.
+    """
+    clock, threads = time.perf_counter if images.is_cuda else time.process_time, torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds = [], []
+    for network, times in [(net, seconds[0]), (other, seconds[1])] * repeats:
+        start = clock()
+        network(images).cpu()
+        times.append(clock() - start)
+    torch.set_num_threads(threads)
+    return min(seconds[0]) / min(seconds[1])
+
+
+def compress_run(net, settings, place, options, folder):
+    """Makes one trained network narrower into `folder`: weights, and a row of compress.csv each; row 0 is the source.
 
     The widths of a narrower network are chosen by the training data, so each bound holds at delta over the number of choices
     there are; the test set has nothing to pay for. Returns the errors of the lams at which a layer died.
@@ -257,78 +149,103 @@ def compress_run(net, settings, lams, refit, folder):
     if settings.threads:
         torch.set_num_threads(settings.threads)
     net, images = net.to(device), dataset.train_images
-    hidden = [layer.shape[0] for layer in trace_layers(net, dataset.input_shape)[:-1]]
-    data, united = measure_data(net, images), SimpleNamespace(**vars(settings) | {'delta': settings.delta / math.prod(hidden)})
+    whole, _ = narrower(net, images, 0, options)
+    data, delta = measure_data(whole, images, skip_uncovered=True), settings.delta / math.prod(widths(whole))
     lines, errors = [], []
-    with tqdm(total=1 + len(lams), desc=settings.name, miniters=0, disable=not sys.stdout.isatty()) as bar:
-
-        for lam in (0, *lams):
+    lams = [0, *(options.lam or [None])]
+    with tqdm(total=len(lams), desc=settings.name, miniters=0, disable=not sys.stdout.isatty()) as bar:
+        for lam in lams:
             try:
-                narrow, report = compress(net, images, lam, refit) if lam else (balance(net, dataset.input_shape), [])
+                narrow, reports = narrower(net, images, lam, options)
             except BadInput as error:
                 errors.append(f'{settings.name}: {error}')
                 continue
-            row = {'lam': lam, 'channels': '|'.join(str(layer['channels']) for layer in report) or '|'.join(map(str, hidden))}
-            row |= {'residual': '|'.join(f'{layer["residual"]:.3g}' for layer in report)}
-            row |= {'gap': max((layer['gap'] for layer in report), default=0.0)}
-            row |= {'weights': sum(weight.numel() for weight in narrow.parameters())}
-            row |= evaluate(narrow, united, dataset, data, settings.prune_rounds, settings.epochs)
-            row |= {'test_set_bound': test_set_bound(row['test_error'], len(dataset.test_images), settings.delta)}
-            lines.append(csv_line(row, COLUMNS))
+            path = folder / ('dead.pt' if lam is None else f'lam-{lam}.pt')
             folder.mkdir(exist_ok=True)
-            save(folder / f'lam-{lam}.pt', narrow, dataset.input_shape)
+            save(path, narrow, dataset.input_shape)
+            row = evaluate(narrow, settings, dataset, data, *place, delta)
+            row |= {'lam': math.nan if lam is None else lam, 'layer': options.layer or ''}
+            row |= {'channels': '|'.join(map(str, widths(narrow))), 'bytes': path.stat().st_size}
+            row |= {'weights': sum(weight.numel() for weight in narrow.parameters())}
+            row |= {'speed_up': speed_up(whole, narrow, dataset.test_images[:32]) if lam != 0 else 1.0}
+            row |= {'residual': '|'.join(f'{report["residual"]:.3g}' for report in reports)}
+            row |= {'gap': max((report['gap'] for report in reports), default=0.0)}
+            lines.append(csv_line(row, COLUMNS))
             write_file(folder / 'compress.csv', (','.join(COLUMNS) + '\n' + ''.join(lines)).encode())
             bar.update()
-            words = f'{row["channels"]} channels, {row["weights"]} weights, rho {row["rho"]:.4g}'
-            bar.write(f'{settings.name} lam {lam:g}: {words}, train {row["train_error"]:.4f} test {row["test_error"]:.4f}')
+            what = 'without dead channels' if lam is None else f'lam {lam:g}'
+            size = f'{row["channels"]} channels, {row["weights"]} weights, {row["bytes"]} bytes'
+            found = f'{row["speed_up"]:.1f} times as fast, train {row["train_error"]:.4f} test {row["test_error"]:.4f}'
+            bar.write(f'{settings.name} {what}: {size}, {found}')
     return errors
 
 
+def widths(net):
+    """The channels of each hidden layer."""
+    return [len(layer.weight) for layer in plain_layers(net)[:-1]]
+
+
 def parse_arguments(argv):
-    """The command line as a namespace of source, lam, refit and run. Raises BadInput."""
+    """The command line as a namespace of source, lam, layer, refit and run. Raises BadInput."""
+    about, _, examples = __doc__.partition('\n\n')
     parser = Parser(
-        prog='compress.py', allow_abbrev=False, argument_default=argparse.SUPPRESS, description=__doc__.partition('\n')[0]
+        prog='compress.py',
+        allow_abbrev=False,
+        description=about,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add('source', type=Path, metavar='DIR', help='results folder of the trained networks')
     lam_help = 'penalties, as shares of the one from which on nothing is left; between 0 and 1'
-    add('--lam', type=float, nargs='+', required=True, metavar='X', help=lam_help)
-    refit_help = 'fit the kept channels once more with a small ridge penalty (default), or keep the shrunk weights'
-    add('--refit', choices=('none', 'ridge'), help=refit_help)
+    add('--lam', type=float, nargs='+', default=[], metavar='X', help=lam_help)
+    add('--layer', metavar='NAME', help='fit this linear layer alone, as net.named_modules() calls it')
+    refit_help = (
+        'fit the kept channels once more with a small ridge penalty (default), or keep the shrunk weights'
+    )
+    add('--refit', choices=('none', 'ridge'), default='ridge', help=refit_help)
     add('--run', type=int, metavar='K', help='only the K-th network of the folder, counted from 1')
-    return SimpleNamespace(**({'refit': 'ridge', 'run': None} | vars(parser.parse_args(argv))))
+    options = parser.parse_args(argv)
+    options.lam = sorted(set(options.lam))
+    if bad := [lam for lam in options.lam if not 0 < lam < 1]:
+        raise BadInput(f'--lam {bad[0]:g}: must be a share of lam_max, between 0 and 1')
+    if options.layer and not options.lam:
+        raise BadInput(f'--layer {options.layer}: is fitted with a penalty; give one with --lam')
+    return options
 
 
 def run(options):
     """Does what the command line says. Returns the exit status."""
-    if bad := [lam for lam in options.lam if not 0 < lam < 1]:
-        raise BadInput(f'--lam {bad[0]:g}: must be a share of lam_max, between 0 and 1')
     if not (options.source / 'global_settings.py').is_file():
         raise BadInput(f'{options.source}: not a results folder, it has no global_settings.py')
     sweep, runs = folder_settings(options.source)
     if options.run is not None and not 1 <= options.run <= len(runs):
         raise BadInput(f'--run {options.run}: the folder has the networks 1 to {len(runs)}')
-    chosen = runs if options.run is None else [runs[options.run - 1]]
-    trained = []
-    for settings in chosen:
-        net, _ = load_network(options.source / settings.name)
+    sources, notes = [], []
+    for settings in runs if options.run is None else [runs[options.run - 1]]:
+        net, settings, place, said = load_source(options.source / settings.name)
         device, dataset = launch.get_inputs(settings)
-        if len(trace_layers(net, dataset.input_shape)) < 2:
-            raise BadInput(f'{settings.name}: has no hidden layer to make narrower')
-        trained.append((net, settings))
+        if options.layer:
+            linear_layer(net, options.layer)
+        plain_layers(net) if options.layer or not options.lam else trace_layers(net, dataset.input_shape)
+        notes += said
+        sources.append((net, settings, place))
+    for note in notes:
+        print(note, flush=True)
 
-    lams = sorted(set(options.lam))
     folder = Path(os.path.relpath(new_results_folder(ROOT / sweep['results_dir'])))
-    what = f'python compress.py {options.source} --lam {" ".join(map(str, lams))} --refit {options.refit}'
+    what = f'python compress.py {options.source}'
+    what += f' --layer {options.layer}' * bool(options.layer)
+    what += f' --lam {" ".join(map(str, options.lam))} --refit {options.refit}' * bool(options.lam)
     what += f' --run {options.run}' * (options.run is not None)
     header = [f'Networks made narrower by {what}; the settings are those that they were trained with.']
-    header += launch.launch_header(device, [])
+    header += launch.launch_header(device, notes)
     write_file(folder / 'global_settings.py', settings_text(sweep, header).encode())
     keep_freed_memory()
     errors = []
-    for net, settings in trained:
+    for net, settings, place in sources:
         print(f'{folder / settings.name}: from {options.source / settings.name}', flush=True)
-        errors += compress_run(net, settings, lams, options.refit, folder / settings.name)
+        errors += compress_run(net, settings, place, options, folder / settings.name)
     launch.draw(folder)
     if errors:
         raise BadInput('; '.join(errors))
@@ -337,7 +254,9 @@ def run(options):
 
 def main(argv=None):
     """Runs the command line. Returns 0, 1 where the results cannot be written, 2 for bad input, 128 + signal where stopped."""
-    return guarded('compress.py', lambda: run(parse_arguments(argv)), lambda: '; the rows that are done are kept')
+    return guarded(
+        'compress.py', lambda: run(parse_arguments(argv)), lambda: '; the rows that are done are kept'
+    )
 
 
 if __name__ == '__main__':

@@ -113,11 +113,13 @@ def losses_and_margins(net, images, labels, loss):
 
 @torch.no_grad()
 @traced_once()
-def evaluate(net, settings, dataset, data, round_, epoch):
+def evaluate(net, settings, dataset, data, round_, epoch, delta=None):
     """A row of metrics.csv: errors, bounds and, where they are due, certificates; `data` is the table of `measure_data`.
 
-    All of it is of the network in IEEE float32, whatever precision it is trained in. Raises Diverged.
+    All of it is of the network in IEEE float32, whatever precision it is trained in. Where the training data chose the
+    network among several, bounds and certificates take the `delta` that is left for each. Raises Diverged.
     """
+    delta = settings.delta if delta is None else delta
     start, loss = time.perf_counter(), LOSSES[settings.loss]
     net.eval()
     with ieee_float32():
@@ -128,9 +130,9 @@ def evaluate(net, settings, dataset, data, round_, epoch):
     row = {'epoch': epoch, 'round': round_, 'density': density(net), 'lr': learning_rate(settings, max(epoch, 1))}
     row |= {'train_loss': train_loss, 'test_loss': test_loss, 'train_error': train_error, 'test_error': test_error}
     row |= {'generalization_gap': test_error - train_error, 'train_margin_error': margin_error(margins, settings.gamma)}
-    row |= evaluate_bounds(net, data, margins, settings.delta, settings.gamma, skip_uncovered=True)
+    row |= evaluate_bounds(net, data, margins, delta, settings.gamma, skip_uncovered=True)
     if certifies(settings, round_, epoch) and not not_covered(net, dataset.input_shape):
-        row |= certify(net, dataset.train_images, dataset.train_labels, settings.delta)
+        row |= certify(net, dataset.train_images, dataset.train_labels, delta)
     row |= {'test_set_bound': test_set_bound(test_error, len(test_margins), settings.delta)}
     row |= {'masked_density': masked_density(net), 'train_size': len(margins), 'test_size': len(test_margins)}
     return row | {'eval_seconds': time.perf_counter() - start}

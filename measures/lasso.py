@@ -18,7 +18,7 @@ def group_lasso(problem, lam, start, tolerance=1e-4, steps=20_000):
     The residual, times an alpha that brings each channel's correlation ||(B - V G)_k|| below the penalty, is dual feasible.
 
     Args:
-        problem: as above; G must have no negative entries, as that of ReLU features.
+        problem: as above.
         lam: share of lam_max = max_k ||B_k||_F, from which on V = 0 is the solution.
         start: (D, K, taps) where to begin.
         tolerance: of the gap, relative to the objective.
@@ -28,7 +28,7 @@ def group_lasso(problem, lam, start, tolerance=1e-4, steps=20_000):
     """
     penalty = lam * norms(problem.cross).max().item()
     vector = torch.ones_like(start[:1])
-    for _ in range(50):  # power iteration; the largest eigenvector of such a G has no negative entry either
+    for _ in range(50):  # power iteration; of ReLU features the largest eigenvector has no negative entry either
         vector = problem.gram(vector / vector.norm())
     largest = 1.02 * vector.norm().item()
     if not penalty:
@@ -49,6 +49,11 @@ def group_lasso(problem, lam, start, tolerance=1e-4, steps=20_000):
         sizes = norms(new)
         new = new * ((sizes - penalty / largest).clamp(min=0) / sizes.clamp(min=1e-300))[:, None]
         new_G = problem.gram(new)
+        move = new - ahead
+        curvature = ((new_G - ahead_G) * move).sum().item() / max(move.square().sum().item(), 1e-300)
+        if curvature > largest:  # the power iteration missed the largest eigenvalue: this step was too long
+            largest = 1.02 * curvature
+            continue
         if ((ahead - new) * (new - V)).sum() > 0:  # the momentum points uphill
             momentum = 1.0
         following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2

@@ -1,5 +1,7 @@
 """What the zeros of a network look like: density, dead channels, the spectral gaps of each mask, and how neurons are shared.
 
+`drop_dead` gives the network without its dead channels.
+
 A layer's mask is the bipartite graph between its left nodes, the in * kh * kw entries of a filter, and its right nodes, the
 filters, with an edge where the weight is not 0. The eigenvalues of its adjacency matrix are plus and minus the singular
 values of the left x right matrix.
@@ -12,6 +14,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from conf import BadInput
+from measures.chains import plain_layers, sequential
 from measures.geometry import images_per_pass, trace, trace_layers, weight_layers
 
 
@@ -212,3 +215,53 @@ def sharing(net, images):
             }
         )
     return measured
+
+
+@torch.no_grad()
+def drop_dead(net):
+    """The network without its dead channels: the same function in evaluation mode, up to rounding.
+
+    From the input on, a channel whose filter is zeros has one value everywhere, that of its bias behind the ReLU. A reader
+    without padding has this value in its own bias. With padding, positions at the border read fewer of its taps, so that no
+    bias is right: there the channel stays unless its value is 0. From the output on, channels go that nothing reads any more.
+    One pass each way is enough: what the second one drops makes no filter zero. A layer keeps at least one channel, so that
+    the zero function has a network too.
+
+    Args:
+        net: a network as `plain_layers` takes it, with masks or without.
+    Returns:
+        An nn.Sequential of plain layers, batch normalization folded in, of the network's dtype.
+    Raises:
+        BadInput: the network is not a chain.
+    """
+    layers = plain_layers(net)
+    for index in range(len(layers) - 1):
+        layer, reader = layers[index : index + 2]
+        kept = layer.weight.flatten(1).ne(0).any(1)
+        value = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+        value = value.relu() if layer.rectified else value
+        if any(reader.geometry.get('padding', ())):
+            kept |= value.ne(0)
+        kept[0] |= ~kept.any()
+        constant = _columns(reader, layer).sum(2) @ torch.where(kept, 0, value)
+        if constant.any():
+            reader = reader._replace(bias=constant if reader.bias is None else reader.bias + constant)
+        layers[index : index + 2] = _without(layer, reader, kept)
+    for index in reversed(range(len(layers) - 1)):
+        layer, reader = layers[index : index + 2]
+        kept = _columns(reader, layer).ne(0).any(2).any(0)
+        kept[0] |= ~kept.any()
+        layers[index : index + 2] = _without(layer, reader, kept)
+    return sequential(layers).to(next(net.parameters()).dtype)
+
+
+def _columns(reader, layer):
+    """The weights (out, channels, taps) with which a layer of a chain reads each channel of the one before it."""
+    return reader.weight.reshape(len(reader.weight), len(layer.weight), -1)
+
+
+def _without(layer, reader, kept):
+    """Two layers of a chain that has only the `kept` (boolean) of the channels between them."""
+    weight = _columns(reader, layer)[:, kept].reshape(len(reader.weight), -1, *reader.weight.shape[2:])
+    bias = None if layer.bias is None else layer.bias[kept]
+    return layer._replace(weight=layer.weight[kept], bias=bias), reader._replace(weight=weight)

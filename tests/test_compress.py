@@ -6,24 +6,30 @@ import math
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DIGITS, ROOT, refused, run
+from conftest import DIGITS, ROOT, refused, run, settings_of, train_small
 from torch import nn
 
-import compress as room
-from compress import balance, compress, load
+import evaluation
+from compress import balance, compress, compress_layer, compress_run, drop_dead, load, save
 from conf import BadInput
 from docs.width_theorem import exact_lasso, vertex, width_bound
+from harness import load_network
+from measures import narrow as room
 from measures.geometry import trace_layers
 from measures.lasso import group_lasso, norms, ridge, scaled
 from measures.masks import neuron_norms
-from measures.norms import measure_network
+from measures.norms import classification_margins, measure_data, measure_network
+from measures.pac_bayes import test_set_bound as set_bound
+from models import get_network
 from models.weight_norm import weight_norm
+from utils import evaluate_bounds
 
 IMAGES = torch.rand(40, 1, 7, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -117,13 +123,26 @@ def test_orthonormal_features_have_a_closed_form():
     assert torch.allclose(V, cross * (1 - report['penalty'] / norms(cross)).clamp(min=0)[:, None], atol=1e-6)
 
 
+def test_signed_features_whose_largest_eigenvector_is_orthogonal_to_the_start():
+    """The power iteration begins at ones, and finds 0.5 here, where the largest eigenvalue is 3.5."""
+    top = torch.tensor([1.0, -1, 1, -1], dtype=torch.float64) / 2
+    gram = 0.5 * torch.eye(4, dtype=torch.float64) + 3 * torch.outer(top, top)
+    V0 = torch.randn(3, 4, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cross = (V0.flatten(1) @ gram).unflatten(1, (4, 1))
+    energy = (V0 * cross).sum().item()
+    problem = SimpleNamespace(gram=lambda V: (V.flatten(1) @ gram).unflatten(1, (4, 1)), cross=cross, energy=energy)
+    V, report = group_lasso(problem, 0.2, torch.ones_like(V0), tolerance=1e-8)
+    assert 0 <= report['gap'] <= 1e-8 and report['steps'] < 1000
+    assert (norms(cross - problem.gram(V)) <= report['penalty'] * (1 + 1e-3)).all()
+
+
 def test_ridge_solves_its_normal_equations():
     problem, start = random_problem()
     V, report = group_lasso(problem, 0.3, start, tolerance=1e-6)
     kept = norms(V) > 0
     assert not kept.all()
     decay = 0.1 * report['penalty'] / norms(V)
-    refitted = ridge(problem, decay, V, lambda: None)
+    refitted = ridge(problem, decay, V)
     gradient = problem.cross - problem.gram(refitted) - torch.where(kept, decay, 0)[:, None] * refitted
     assert gradient[:, kept].abs().max() < 1e-6 * problem.cross.abs().max() and refitted[:, ~kept].abs().max() == 0
 
@@ -135,11 +154,11 @@ def test_ridge_solves_its_normal_equations():
 @pytest.mark.parametrize('index', [1, 2])
 def test_gram_is_that_of_explicit_toeplitz_rows(net, index, monkeypatch):
     layers, weights = room._tensors(net, (1, 7, 7))
-    made = room._problem(layers[: index + 1], weights[:index], weights[: index + 1], IMAGES, lambda: None)
+    made = room._layer_problem(layers[: index + 1], weights[:index], weights[: index + 1], IMAGES)
     monkeypatch.setattr(room, 'GRAM_COLUMNS', 1)
-    kept = room._problem(layers[: index + 1], weights[:index], weights[: index + 1], IMAGES, lambda: None)
+    kept = room._layer_problem(layers[: index + 1], weights[:index], weights[: index + 1], IMAGES)
     monkeypatch.setattr(room, 'CHUNK', 100)
-    chunks = room._problem(layers[: index + 1], weights[:index], weights[: index + 1], IMAGES, lambda: None)
+    chunks = room._layer_problem(layers[: index + 1], weights[:index], weights[: index + 1], IMAGES)
 
     modules = list(net)
     cut = modules.index(layers[index].module)
@@ -160,8 +179,8 @@ def test_gram_is_that_of_explicit_toeplitz_rows(net, index, monkeypatch):
 def test_few_images_are_taken_evenly(monkeypatch):
     monkeypatch.setattr(room, 'FIT_IMAGES', 10)
     layers, weights = room._tensors(chain(), (1, 7, 7))
-    few = room._problem(layers[:2], weights[:1], weights[:2], IMAGES, lambda: None)
-    assert few.energy == pytest.approx(room._problem(layers[:2], weights[:1], weights[:2], IMAGES[::4], lambda: None).energy)
+    few = room._layer_problem(layers[:2], weights[:1], weights[:2], IMAGES)
+    assert few.energy == pytest.approx(room._layer_problem(layers[:2], weights[:1], weights[:2], IMAGES[::4]).energy)
 
 
 # Balance
@@ -276,7 +295,7 @@ def test_dead_channels_are_dropped():
 
 
 def test_digits_within_one_image_at_two_thirds_of_the_weights(digits, trained):
-    net, _ = room.load_network(trained / 'CONV-2-16')
+    net, _ = load_network(trained / 'CONV-2-16')
     narrow, _ = compress(net, digits.train_images, 1e-3)
 
     def error(net):
@@ -316,6 +335,194 @@ def test_a_layer_that_dies_is_named():
         compress(net, IMAGES, 0.1)
 
 
+# compress_layer
+
+
+def alexnet(seed=0):
+    """AlexNet in small, with batch normalization in front of a ReLU and behind one; images of 3 x 16 x 16."""
+    torch.manual_seed(seed)
+    features = nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12)
+    pooled = nn.ReLU(), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d((3, 3)), nn.Flatten(), nn.Dropout()
+    first = nn.Linear(108, 20), nn.ReLU(), nn.Dropout()
+    last = nn.Linear(20, 16), nn.ReLU(inplace=True), nn.BatchNorm1d(16), nn.Linear(16, 4)
+    net = nn.Sequential(*features, *pooled, *first, *last).double()
+    with torch.no_grad():
+        for norm in (net[4], net[15]):
+            for tensor in (norm.weight, norm.bias, norm.running_mean):
+                tensor.normal_()
+            norm.running_var.uniform_(0.5, 2)
+    return net.eval()
+
+
+PICTURES = torch.randn(60, 3, 16, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+LINEAR = {'10': (12, 9), '13': (20, 1), '16': (16, 1)}  # of alexnet: channels that the layer reads, and inputs of each
+
+
+@pytest.mark.parametrize('name', LINEAR)
+@pytest.mark.parametrize('refit', ['none', 'ridge'])
+def test_a_layer_of_alexnet_is_fitted_and_its_channels_are_cut(name, refit):
+    """What is left is the function of the whole network with zeros in the layer's columns of the others."""
+    net, (channels, taps) = alexnet().train(), LINEAR[name]
+    narrow, report = compress_layer(net, PICTURES, name, 0.02, refit)
+    assert net.training and narrow.training
+    assert 0 < report['channels'] == report['kept'].sum() < channels == len(report['kept']) and report['removed']
+    layer, zeroed = narrow.get_submodule(name), net.eval().get_submodule(name)
+    wanted = net(PICTURES)
+    inputs = report['kept'].repeat_interleave(taps)
+    assert layer.weight.shape == (zeroed.out_features, inputs.sum()) and layer.in_features == inputs.sum()
+    assert torch.equal(layer.bias, zeroed.bias) == (name != '16')  # a batch norm behind the ReLU leaves its shift
+    with torch.no_grad():
+        zeroed.weight.zero_()[:, inputs] = layer.weight
+        zeroed.bias.copy_(layer.bias)
+    found = narrow.eval()(PICTURES)
+    assert torch.allclose(found, net(PICTURES), rtol=1e-10, atol=1e-12)
+    assert (found - wanted).norm() < 0.5 * wanted.norm()
+    if name == '16':  # the classifier, whose fit is that of the outputs less what is held
+        shift = net[15].bias - net[15].running_mean * net[15].weight / (net[15].running_var + net[15].eps).sqrt()
+        held = alexnet().get_submodule(name)
+        targets = wanted - held(shift)
+        assert report['residual'] == pytest.approx(((found - wanted).norm() / targets.norm()).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize('name', LINEAR)
+def test_tiny_lam_keeps_the_function_of_alexnet(name):
+    net = alexnet()
+    narrow, report = compress_layer(net, PICTURES, name, 1e-6, tolerance=1e-5)
+    assert (narrow(PICTURES) - net(PICTURES)).norm() < 2e-3 * net(PICTURES).norm() and report['residual'] < 5e-3
+
+
+@pytest.mark.parametrize('name, producer, norm', [('10', 3, 4), ('13', 10, None), ('16', 13, 15)])
+def test_rescaled_channels_of_alexnet_stay_or_go_all_the_same(name, producer, norm):
+    """A channel's filter and bias times a, what reads it divided by a; batch norms move what they take over."""
+    net, (channels, taps) = alexnet(), LINEAR[name]
+    factors = 2.0 ** torch.randint(-4, 5, (channels,), generator=torch.Generator().manual_seed(0)).double()
+    other = alexnet()
+    with torch.no_grad():
+        layer = other[producer]
+        moved = [layer.weight, layer.bias] if norm != 4 else [other[4].weight, other[4].bias]
+        for tensor in moved:
+            tensor.mul_(factors.view(-1, *[1] * (tensor.ndim - 1)))
+        if norm == 15:
+            other[15].running_mean.mul_(factors)
+            other[15].weight.div_(factors)
+        else:
+            other.get_submodule(name).weight.div_(factors.repeat_interleave(taps))
+    assert torch.allclose(other(PICTURES), net(PICTURES), rtol=1e-9)
+    one, report = compress_layer(net, PICTURES, name, 0.02, tolerance=1e-6)
+    two, again = compress_layer(other, PICTURES, name, 0.02, tolerance=1e-6)
+    assert torch.equal(report['kept'], again['kept'])
+    assert torch.allclose(one(PICTURES), two(PICTURES), rtol=1e-5, atol=1e-7)
+
+
+def test_the_last_layer_of_a_chain_is_fitted_as_the_chain_is():
+    net = mlp((8,))
+    chain_, (report,) = compress(net, IMAGES, 0.1, 'ridge', 1e-8)
+    narrow, alone = compress_layer(net, IMAGES, '3', 0.1, 'ridge', 1e-8)
+    assert alone['channels'] == report['channels'] < 8 and alone['residual'] == pytest.approx(report['residual'], rel=1e-5)
+    assert torch.allclose(narrow(IMAGES), chain_(IMAGES), rtol=1e-4, atol=1e-7)
+
+
+class Residual(nn.Module):
+    """Its channels have two readers, the last layer and the sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.inner, self.last = nn.Linear(49, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x.flatten(1)))
+        return self.last(x + F.relu(self.inner(x)))
+
+
+def test_columns_stay_as_zeros_where_the_channels_cannot_be_cut():
+    torch.manual_seed(0)
+    net = Residual().double()
+    narrow, report = compress_layer(net, IMAGES, 'last', 0.2)
+    assert not report['removed'] and 0 < report['channels'] < 6
+    assert torch.equal(narrow.last.weight.ne(0).any(0), report['kept']) and torch.equal(narrow.last.bias, net.last.bias)
+    assert torch.equal(narrow.stem.weight, net.stem.weight)
+
+
+@pytest.mark.parametrize(
+    'name, arguments, words',
+    [
+        ('11', {}, r'11: not a linear layer of Sequential; it has 10, 13, 16'),
+        ('conv', {}, 'conv: not a linear layer'),
+        ('10', {'lam': 1.5}, 'lam'),
+        ('10', {'images': PICTURES / 0}, 'images'),
+        ('10', {'refit': 'exact'}, 'refit'),
+    ],
+)
+def test_bad_arguments_of_a_layer_are_named(name, arguments, words):
+    with pytest.raises(BadInput, match=words):
+        compress_layer(**({'net': alexnet(), 'images': PICTURES, 'name': name, 'lam': 0.1} | arguments))
+
+
+# The network without its dead channels
+
+
+def test_the_shipped_pruned_network_is_exported(tmp_path):
+    net, _ = load_network(ROOT / 'results' / 'sparse-certificate' / 'CONV-3-32')
+    images = torch.rand(300, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    save(tmp_path / 'dead.pt', drop_dead(net), (1, 28, 28))
+    small = load(tmp_path / 'dead.pt')
+    weights = [weight for weight in small.parameters()]
+    assert [len(weight) for weight in weights] == [4, 3, 13, 10] and sum(weight.numel() for weight in weights) == 81_470
+    assert (tmp_path / 'dead.pt').stat().st_size < 330_000
+    with torch.no_grad():
+        assert torch.equal(small(images).argmax(1), net(images).argmax(1))
+        whole, small = net(images).abs().max(), drop_dead(net.double())
+        images = images.double()
+        assert (small(images) - net(images)).abs().max() < 1e-14 * max(1, whole)
+
+
+def test_constants_of_batch_normalized_channels_are_kept_where_padding_needs_them():
+    """Half of each layer's filters are emptied; what is left of them is the constant that batch normalization makes."""
+    settings = settings_of(network='CONVBN', depth=3, width=16, normalization='batch')
+    torch.manual_seed(0)
+    net = get_network(settings, (1, 16, 16), 10).double().eval()
+    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    norms_ = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for layer, norm in zip(convolutions, norms_):
+            layer.weight[::2] = 0
+            for tensor in (norm.weight, norm.bias, norm.running_mean):
+                tensor.normal_()
+            norm.running_var.uniform_(0.5, 2)
+    small = drop_dead(net)
+    wanted = []
+    for index, norm in enumerate(norms_):
+        value = norm.bias - norm.weight * norm.running_mean / (norm.running_var + norm.eps).sqrt()
+        padded = 1 <= index <= 3  # the stem's second convolution and the classifier read without padding
+        wanted.append(8 + int((value[::2] > 0).sum()) * padded)
+    found = [len(module.weight) for module in small if hasattr(module, 'weight')]
+    assert found == [*wanted, 10] and 8 < max(found[:-1]) < 16
+    images = torch.rand(50, 1, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.allclose(small(images), net(images), rtol=0, atol=1e-14 * max(1, net(images).abs().max().item()))
+
+
+def test_a_network_that_is_dead_is_exported_too():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(45, 3)).double()
+    with torch.no_grad():
+        net[0].weight.zero_()
+        net[2].weight.zero_()
+        small = drop_dead(net)
+        assert [len(module.weight) for module in small if hasattr(module, 'weight')] == [1, 1, 3]
+        assert torch.allclose(small(IMAGES), net(IMAGES), rtol=0, atol=1e-14)
+
+
+def test_networks_that_are_no_chain_are_refused_by_name():
+    settings = settings_of(network='CONVRES', depth=1, width=4, normalization='batch')
+    with pytest.raises(BadInput, match='add'):
+        drop_dead(get_network(settings, (1, 16, 16), 10).eval())
+    with pytest.raises(BadInput, match='0 .conv.'):
+        drop_dead(nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Flatten(), nn.Linear(4, 3)))
+    with pytest.raises(BadInput, match='0 .linear.'):
+        drop_dead(nn.Sequential(nn.Linear(7, 3), nn.ReLU()))
+
+
 # The width theorem
 
 
@@ -346,36 +553,117 @@ def trained(tmp_path_factory):
     """A results folder with CONV-2-16, trained on the digits as the quick start trains."""
     folder = tmp_path_factory.mktemp('trained') / '1'
     flags = '--depth', 2, '--width', 16, '--eval-every', 150, '--certify-every', 0
-    status, _, errors = run(*DIGITS, *flags, '--results-path', folder, '--results-dir', folder.parent)
+    status, _, errors = run(*DIGITS, *flags, '--results-path', folder, '--results-dir', folder.parent, timeout=300)
     assert status == 0, errors
     return folder
 
 
 def command(*arguments):
     words = [sys.executable, str(ROOT / 'compress.py'), *map(str, arguments)]
-    process = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    process = subprocess.run(words, capture_output=True, text=True, timeout=300)
     return process.returncode, process.stdout, process.stderr
 
 
-def test_command_leaves_a_folder_of_its_own(trained, digits):
+@pytest.fixture(scope='module')
+def narrowed(trained):
+    """The folder and the rows that compress.py leaves of the trained network at two lams."""
     status, _, errors = command(trained, '--lam', '1e-2', '0.1', '--refit', 'none')
     assert status == 0, errors
     folder = trained.parent / '2'
+    return folder, list(csv.DictReader((folder / 'CONV-2-16' / 'compress.csv').open()))
+
+
+def test_command_leaves_a_folder_of_its_own(trained, narrowed, digits):
+    folder, rows = narrowed
     assert 'compress.py' in (folder / 'global_settings.py').read_text().splitlines()[0]
-    rows = list(csv.DictReader((folder / 'CONV-2-16' / 'compress.csv').read_text().splitlines()))
     assert [float(row['lam']) for row in rows] == [0, 0.01, 0.1]
     assert rows[0]['channels'] == '16|16'
     assert (folder / 'figure.png').exists() or (folder / 'compress.png').exists()
-    source, _ = room.load_network(trained / 'CONV-2-16')
+    source, settings = load_network(trained / 'CONV-2-16')
+    assert {(row['round'], row['epoch']) for row in rows} == {('0', str(settings.epochs))}
+    for row in rows:
+        path = folder / 'CONV-2-16' / f'lam-{row["lam"]}.pt'
+        net = load(path)
+        with torch.no_grad():
+            outputs = net(digits.test_images)
+        wrong = (outputs.argmax(1) != digits.test_labels).double().mean().item()
+        loss = (outputs - F.one_hot(digits.test_labels, 10)).square().mean().item()
+        table = measure_network(net, digits.input_shape)
+        assert wrong == float(row['test_error']) and loss == pytest.approx(float(row['test_loss']), rel=1e-5)
+        assert table.W.sum() == int(row['weights']) and path.stat().st_size == int(row['bytes'])
+        assert table.rho == pytest.approx(float(row['rho'])) and float(row['speed_up']) > 0
+    assert torch.allclose(load(folder / 'CONV-2-16' / 'lam-0.pt')(digits.test_images), source(digits.test_images), atol=1e-5)
+    assert 'made narrower' in refused('--results-path', folder, '--resume')
+
+
+def test_bounds_hold_for_all_narrower_networks_at_once(trained, narrowed, digits):
+    """The data chose one of 16 * 16 pairs of widths: each bound is that at delta / 256; the test set chose nothing."""
+    folder, rows = narrowed
+    _, settings = load_network(trained / 'CONV-2-16')
     for row in rows:
         net = load(folder / 'CONV-2-16' / f'lam-{row["lam"]}.pt')
         with torch.no_grad():
-            wrong = (net(digits.test_images).argmax(1) != digits.test_labels).double().mean().item()
-        table = measure_network(net, digits.input_shape)
-        assert wrong == float(row['test_error']) and table.W.sum() == int(row['weights'])
-        assert table.rho == pytest.approx(float(row['rho']))
-    assert torch.allclose(load(folder / 'CONV-2-16' / 'lam-0.pt')(digits.test_images), source(digits.test_images), atol=1e-5)
-    assert 'made narrower' in refused('--results-path', folder, '--resume')
+            margins = classification_margins(net(digits.train_images), digits.train_labels)
+        data = measure_data(net, digits.train_images)
+        united, single = (
+            evaluate_bounds(net, data, margins, settings.delta / choices, settings.gamma) for choices in (256, 1)
+        )
+        for column in ('our_bound', 'corrected_bound', 'path_bound', 'sedghi_bound'):
+            assert float(row[column]) == pytest.approx(united[column], rel=1e-6)
+            assert float(row[column]) > single[column] * (1 + 1e-5)
+        error = float(row['test_error'])
+        alone = set_bound(error, len(digits.test_images), settings.delta)
+        assert float(row['test_set_bound']) == pytest.approx(alone, rel=1e-9)
+
+
+def test_certificates_hold_for_all_narrower_networks_at_once(digits, monkeypatch, tmp_path):
+    deltas = []
+    monkeypatch.setattr(evaluation, 'certify', lambda net, images, labels, delta: deltas.append(delta) or {})
+    settings = settings_of(dataset_name='digits', depth=2, width=4, certify_every=1, epochs=1)
+    net = get_network(settings, digits.input_shape, 10).eval()
+    options = SimpleNamespace(lam=[], layer=None)
+    (tmp_path / 'run').mkdir()
+    compress_run(net, settings, (0, 1), options, tmp_path / 'run')
+    assert deltas == [settings.delta / 16] * 2
+
+
+def test_one_layer_of_a_trained_network(trained, digits):
+    status, stdout, errors = command(trained, '--layer', 5, '--lam', '1e-2')
+    assert status == 0, errors
+    (line,) = [line for line in stdout.splitlines() if 'from' in line]
+    folder = Path(line.partition(':')[0])
+    whole, row = csv.DictReader((folder / 'compress.csv').open())
+    net, _ = load_network(trained / 'CONV-2-16')
+    narrow, report = compress_layer(net, digits.train_images, '5', 1e-2)
+    assert (row['layer'], row['channels']) == ('5', f'16|{report["channels"]}') and report['channels'] < 16
+    assert float(row['residual']) == pytest.approx(report['residual'], rel=1e-2)
+    with torch.no_grad():
+        found = load(folder / 'lam-0.01.pt')(digits.test_images)
+        assert torch.allclose(found, narrow(digits.test_images), atol=1e-4)
+        assert torch.allclose(load(folder / 'lam-0.pt')(digits.test_images), net(digits.test_images), atol=1e-5)
+    assert float(whole['train_loss']) > 0 and float(row['train_loss']) != float(whole['train_loss'])
+
+
+def test_pruned_network_is_made_smaller_by_the_command(tmp_path, digits):
+    flags = '--density', 0.1, '--initial-mask', 'random', '--width', 16, '--epochs', 2, '--eval-every', 2
+    train_small(tmp_path / '1', *flags, '--results-dir', tmp_path)
+    status, stdout, errors = command(tmp_path / '1')
+    assert status == 0, errors
+    (table,) = tmp_path.glob('2/*/compress.csv')
+    whole, row = csv.DictReader(table.open())
+    net, settings = load_network(tmp_path / '1' / table.parent.name)
+    small = load(table.parent / 'dead.pt')
+    assert (whole['lam'], row['lam'], row['epoch']) == ('0', '', '2') and 'not finished' not in stdout
+    assert sum(weight.numel() for weight in small.parameters()) == int(row['weights']) < int(whole['weights'])
+    assert int(row['bytes']) < int(whole['bytes']) and row['test_error'] == whole['test_error']
+    with torch.no_grad():
+        assert torch.allclose(small(digits.test_images), net(digits.test_images), atol=1e-6)
+    path = tmp_path / '1' / 'global_settings.py'
+    path.write_text(path.read_text().replace('epochs = 2 ', 'epochs = 5 '))
+    status, stdout, errors = command(tmp_path / '1')
+    assert status == 0, errors
+    said = 'its training is not finished; the last row is that of epoch 2 of round 0'
+    assert said in stdout and said in (tmp_path / '3' / 'global_settings.py').read_text()
 
 
 def test_ctrl_c_leaves_the_rows_that_are_done(trained):
@@ -402,8 +690,8 @@ def test_ctrl_c_leaves_the_rows_that_are_done(trained):
         (('--lam', 'small'), 'lam'),
         (('--lam', 0.1, '--run', 2), '--run 2'),
         (('--lam', 0.1, '--refit', 'exact'), 'refit'),
-        (('--lam', 0.1, '--lam', 0.2), '--lam is given twice'),
-        ((), '--lam'),
+        (('--layer', '5'), '--layer 5'),
+        (('--layer', '0', '--lam', 0.1), '0: not a linear layer'),
     ],
 )
 def test_bad_command_lines_are_one_line(trained, arguments, words):
