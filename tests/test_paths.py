@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 import utils
 from conf import BadInput
+from docs import quantize
 from measures.geometry import not_covered
 from measures.norms import classification_margins, measure_data, measure_network
 from measures.paths import measure_paths, path_magnitude, path_metric, path_norm, rescale_neurons
@@ -107,7 +108,7 @@ def unrolled(module, units):
         entries = module(basis).flatten(1).T.tolist()  # a row per output position
         outs = itertools.product(*map(range, module(basis).shape[2:]))
         for out, row in zip(outs, entries):
-            edges = [(weight, at) for weight, at in zip(row, itertools.product(*map(range, sizes[1:]))) if weight]
+            edges = [edge for edge in zip(row, itertools.product(*map(range, sizes[1:]))) if edge[0]]
             result |= {(c, *out): unit([(weight, (c, *at)) for weight, at in edges]) for c in range(sizes[0])}
     elif isinstance(module, nn.ConvTranspose2d):
         per_in, per_out = module.in_channels // module.groups, module.weight.shape[1]
@@ -144,7 +145,7 @@ def unrolled(module, units):
                 result[(c, *out)] = unit([(1 / module.kernel_size**2, at) for at in inside])
                 continue
             best = max(inside, key=lambda at: units[at][0])
-            paths = [(phi, start, active * (at == best)) for at in inside for phi, start, active in units[at][1]]
+            paths = [(phi, start, on * (at == best)) for at in inside for phi, start, on in units[at][1]]
             result[(c, *out)] = units[best][0], paths
     return result
 
@@ -210,15 +211,18 @@ NETWORKS = {
                                    Residual(conv(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU(), conv(2, 2, 1)),
                                    nn.BatchNorm2d(2), nn.ReLU(), nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Linear(2, 2)),
     'U-net': lambda: randomized(conv(2, 2, 2, padding=1, bias=True), nn.LeakyReLU(0.2),
-                                Beside(nn.MaxPool2d(3, 2, ceil_mode=True), conv(2, 3, 1), nn.BatchNorm2d(3), nn.LeakyReLU(0.7),
-                                       nn.ConvTranspose2d(3, 2, 2, stride=2)),
+                                Beside(nn.MaxPool2d(3, 2, ceil_mode=True), conv(2, 3, 1), nn.BatchNorm2d(3),
+                                       nn.LeakyReLU(0.7), nn.ConvTranspose2d(3, 2, 2, stride=2)),
                                 conv(4, 1, 2, bias=True), nn.ReLU(), nn.Flatten(), nn.Linear(9, 2)),
-    'transposed': lambda: randomized(nn.ConvTranspose2d(2, 4, (2, 3), (2, 1), (1, 2), (1, 0), groups=2), nn.BatchNorm2d(4),
-                                     nn.ReLU(), nn.ConvTranspose2d(4, 2, 2, dilation=2, bias=False, groups=2), nn.Flatten(),
-                                     nn.Linear(42, 2)),
-    'upsampling': lambda: randomized(conv(2, 2, 2), nn.LeakyReLU(0.5), nn.Upsample(scale_factor=2, mode='bilinear'), nn.ReLU(),
-                                     nn.Upsample(size=(3, 5)), nn.AvgPool2d(2, 2, 1, True, count_include_pad=False),
-                                     nn.Upsample(size=2, mode='bilinear', align_corners=True), nn.Flatten(), nn.Linear(8, 2)),
+    'transposed': lambda: randomized(nn.ConvTranspose2d(2, 4, (2, 3), (2, 1), (1, 2), (1, 0), groups=2),
+                                     nn.BatchNorm2d(4), nn.ReLU(),
+                                     nn.ConvTranspose2d(4, 2, 2, dilation=2, bias=False, groups=2),
+                                     nn.Flatten(), nn.Linear(42, 2)),
+    'upsampling': lambda: randomized(conv(2, 2, 2), nn.LeakyReLU(0.5), nn.Upsample(scale_factor=2, mode='bilinear'),
+                                     nn.ReLU(), nn.Upsample(size=(3, 5)),
+                                     nn.AvgPool2d(2, 2, 1, True, count_include_pad=False),
+                                     nn.Upsample(size=2, mode='bilinear', align_corners=True),
+                                     nn.Flatten(), nn.Linear(8, 2)),
 }  # fmt: skip
 SHAPE = (2, 3, 3)
 
@@ -531,21 +535,21 @@ REFUSED = {
     'group norm': (nn.Sequential(nn.GroupNorm(1, 2), *TAIL), '0 (GroupNorm)'),
     'no statistics': (nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False), *TAIL), '0 (BatchNorm2d) keeps no running'),
     'indices': (nn.Sequential(nn.MaxPool2d(2, return_indices=True), *TAIL), '0 (MaxPool2d): return_indices'),
-    'reflect': (nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, padding_mode='reflect'), *TAIL), "padding_mode = 'reflect'"),
+    'reflect': (nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, padding_mode='reflect')), "padding_mode = 'reflect'"),
     'reflection': (nn.Sequential(nn.ReflectionPad2d(1), *TAIL), '0 (ReflectionPad2d)'),
-    'bicubic': (nn.Sequential(nn.Upsample(scale_factor=2, mode='bicubic'), *TAIL), "0 (Upsample): mode = 'bicubic'"),
-    'antialias': (Forward(lambda self, x: F.interpolate(x, 2, mode='bilinear', antialias=True)), 'interpolate: antialias'),
+    'bicubic': (nn.Sequential(nn.Upsample(scale_factor=2, mode='bicubic')), "0 (Upsample): mode = 'bicubic'"),
+    'antialias': (Forward(lambda self, x: F.interpolate(x, 2, mode='bilinear', antialias=True)), 'interpolate: antia'),
     'negative slope': (nn.Sequential(nn.LeakyReLU(-0.1), *TAIL), '0 (LeakyReLU): only slopes'),
     'slope above 1': (Forward(lambda self, x: F.leaky_relu(x, 1.5)), 'leaky_relu: only slopes'),
     'PReLU': (nn.Sequential(nn.PReLU(), *TAIL), '0 (PReLU)'),
     'cat of images': (Forward(lambda self, x: torch.cat([x, x])), 'cat: concatenates images'),
-    'cat of sizes': (Forward(lambda self, x: torch.cat([x, x[:, :1]], 1)), 'getitem: a shape or a part of a value'),
+    'part': (Forward(lambda self, x: torch.cat([x, x[:, :1]], 1)), 'getitem: a shape or a part of a value'),
     'stack': (Forward(lambda self, x: torch.stack([x, x], 1)), 'Forward: stack'),
     'mean of channels': (Forward(lambda self, x: x.mean(1)), 'mean: only a mean over all positions'),
     'a computed size': (Forward(lambda self, x: F.interpolate(x, x.shape[2:])), 'write sizes as numbers'),
-    'output size': (Forward(lambda self, x: self.up(x, output_size=(6, 6)), up=nn.ConvTranspose2d(2, 2, 2, 2)), 'more than'),
-    'not used': (Forward(lambda self, x: (self.fc(x.flatten(1)), x.relu())[0], fc=nn.Linear(18, 2)), 'relu: its output is not'),
-    'pooling of features': (nn.Sequential(nn.Flatten(), nn.MaxPool2d(2)), '1: does not fit its input of shape (18,)'),
+    'output size': (Forward(lambda self, x: self.up(x, output_size=6), up=nn.ConvTranspose2d(2, 2, 2)), 'more than'),
+    'not used': (Forward(lambda self, x: (x.flatten(1), x.relu())[0]), 'relu: its output is not used'),
+    'features': (nn.Sequential(nn.Flatten(), nn.MaxPool2d(2)), '1: does not fit its input of shape (18,)'),
     'softmax': (nn.Sequential(*TAIL, nn.Softmax(1)), '2 (Softmax)'),
     'product': (Forward(lambda self, x: self.fc((x * x).flatten(1)), fc=nn.Linear(18, 2)), 'Forward: mul'),
     'constant': (Forward(lambda self, x: self.fc((x + 1).flatten(1)), fc=nn.Linear(18, 2)), 'Forward: add'),
@@ -582,10 +586,10 @@ def test_a_transposed_convolution_with_a_forward_pass_of_its_own_is_refused():
 class UNet(nn.Module):
     """A U-net of the smallest kind, its k-th parameter sin(k)."""
 
-    def __init__(self, up, cat=torch.cat):
+    def __init__(self, up):
         super().__init__()
         self.enc, self.mid, self.up = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1), up
-        self.act, self.pool, self.out, self.cat = nn.LeakyReLU(0.2), nn.AvgPool2d(2), nn.Conv2d(4, 1, 3, padding=1), cat
+        self.act, self.pool, self.out = nn.LeakyReLU(0.2), nn.AvgPool2d(2), nn.Conv2d(4, 1, 3, padding=1)
         self.double()
         vector = torch.nn.utils.parameters_to_vector(self.numbers())
         torch.nn.utils.vector_to_parameters(torch.arange(1, len(vector) + 1).double().sin(), self.numbers())
@@ -595,10 +599,10 @@ class UNet(nn.Module):
 
     def forward(self, x):
         skip = self.act(self.enc(x))
-        return self.out(self.cat([skip, self.up(self.act(self.mid(self.pool(skip))))], 1))
+        return self.out(torch.cat([skip, self.up(self.act(self.mid(self.pool(skip))))], 1))
 
 
-# Enumerated: all paths (94,968, 159,276, 48,168 and 120,864), their l1 and l2 norm, and the sum of the outputs on ones.
+# Enumerated over all paths (94,968, 159,276, 48,168, 120,864): l1 norm, l2 norm; and the sum of the outputs on ones.
 UNETS = [
     (lambda: nn.ConvTranspose2d(2, 2, 2, stride=2), 5288.80984133, 31.5253561126, -2.50476689569),
     (lambda: nn.ConvTranspose2d(2, 2, 3, 2, 1, 1), 7429.33571655, 34.3863393021, 2.82447077281),
@@ -630,23 +634,25 @@ def test_the_path_metric_of_a_u_net():
         assert path_metric(net, other, (1, 4, 4)) == (pytest.approx(expected, rel=5e-12), True)
         each, _ = path_metric(net, other, (1, 4, 4), outputs=True)
         moved = (net(images) - other(images)).abs().flatten(1)
-        assert (moved <= each * images.flatten(1).abs().amax(1, keepdim=True).clamp(min=1)).all() and moved.max() > 1
+        size = images.flatten(1).abs().amax(1, keepdim=True).clamp(min=1)
+        assert (moved <= each * size).all() and moved.max() > 1
 
 
 def test_rescaling_a_u_net_leaves_what_reaches_the_cat():
     net = UNet(UNETS[1][0]())
     rescaled = rescale_neurons(net, powers)
     images = images_of(20, (1, 4, 4))
-    assert torch.equal(net(images), rescaled(images)) and path_norm(net, (1, 4, 4)) == path_norm(rescaled, (1, 4, 4))
-    changed = [not torch.equal(layer.weight, net.get_submodule(name).weight) for name, layer in rescaled.named_children()
-               if hasattr(layer, 'weight')]  # fmt: skip
+    assert torch.equal(net(images), rescaled(images))
+    assert path_norm(net, (1, 4, 4)) == path_norm(rescaled, (1, 4, 4))
+    changed = [not torch.equal(*pair) for pair in zip(weights_of(net), weights_of(rescaled))]
     assert changed == [False, True, True, False]  # enc and up reach the cat; mid is read by up, out by nothing
 
 
 def test_functions_of_a_u_net_in_place_of_modules():
     def forward(self, x):
         skip = F.leaky_relu(self.enc(x), 0.2)
-        up = F.interpolate(F.leaky_relu(self.mid(F.avg_pool2d(skip, 2)), 0.2), scale_factor=2, mode='bilinear')
+        mid = F.leaky_relu(self.mid(F.avg_pool2d(skip, 2)), 0.2)
+        up = F.interpolate(mid, scale_factor=2, mode='bilinear')
         return self.out(torch.concat((skip, up), dim=1))
 
     net = UNet(nn.Upsample(scale_factor=2, mode='bilinear'))
@@ -665,7 +671,8 @@ def test_a_mean_over_positions_is_an_average_pooling(mean):
     for q in (1, 2):
         assert path_norm(net, SHAPE, q) == path_norm(pooled, SHAPE, q)
     rescaled = rescale_neurons(net, powers)
-    assert torch.equal(net(images_of(9)), rescaled(images_of(9))) and not torch.equal(rescaled.fc.weight, fc.weight)
+    assert torch.equal(net(images_of(9)), rescaled(images_of(9)))
+    assert not torch.equal(rescaled.fc.weight, fc.weight)
 
 
 def test_functions_in_place_of_modules():
@@ -717,7 +724,7 @@ def test_what_only_looks_covered_is_refused():
     positions = nn.Sequential(body, nn.ReLU(), nn.Flatten(2), nn.Linear(9, 4), nn.Flatten(), nn.Linear(8, 2))
     x = torch.rand(5, *SHAPE)
     assert torch.equal(rescale_neurons(positions, powers)(x), positions(x))
-    positions = nn.Sequential(nn.Linear(3, 4), nn.AvgPool2d(2, 2, 1), nn.Linear(3, 1), nn.Flatten())  # pools the layer's outputs
+    positions = nn.Sequential(nn.Linear(3, 4), nn.AvgPool2d(2, 2, 1), nn.Linear(3, 1), nn.Flatten())
     assert torch.equal(rescale_neurons(positions, powers)(x), positions(x))
 
 
@@ -772,7 +779,7 @@ SKIPPING = {
 
 @pytest.mark.parametrize('kind', SKIPPING)
 def test_the_smaller_constant_is_for_chains_alone(kind):
-    """Without biases; docs/bounds.md proves 2 per layer for a chain of ReLU layers and 3 K or 5 K for anything else."""
+    """Without biases; docs/bounds.md proves 2 per layer for chains of ReLU layers and 3 or 5 K for anything else."""
     body, chain = SKIPPING[kind]
     torch.manual_seed(0)
     net = nn.Sequential(conv(2, 2, 2, padding=1), nn.ReLU(), *body, nn.Flatten(), nn.Linear(32, 3, bias=False))
@@ -814,3 +821,33 @@ def test_complexity_is_above_that_of_the_linear_class(name, lower, upper, reques
 def test_the_reason_why_bounds_do_not_cover_a_network():
     assert not_covered(NETWORKS['chain'](), SHAPE) is None
     assert not_covered(NETWORKS['residual'](), SHAPE).startswith('Sequential: 0 (Conv2d) has a bias')
+
+
+def test_a_quantized_or_pruned_network_moves_by_less_than_the_path_metric(digits):
+    """docs/quantize.py, row by row; without biases on images in [0, 1], and with them on images larger than 1."""
+    torch.manual_seed(0)
+    biased = nn.Sequential(conv(1, 3, 2, bias=True), nn.LeakyReLU(0.1), nn.MaxPool2d(2, ceil_mode=True),
+                           nn.Flatten(), nn.Linear(48, 10))  # fmt: skip
+    bias_free = get_network(settings_of(depth=2, width=4), digits.input_shape, 10)
+    for net, images in ((bias_free, digits.test_images), (biased, 3 * digits.test_images)):
+        rows = list(quantize.measure(net, images, digits.test_labels))
+        assert [(words, level) for words, level, _ in rows] == [
+            (words, level) for words, (_, levels, _) in quantize.CHANGES.items() for level in levels
+        ]
+        for _, _, row in rows:
+            assert 0 < row['worst'] < row['metric'] and 0 < row['pair'] < row['metric']
+            assert row['stays_by_sum'] <= row['stays'] <= 1 - row['changed']
+        last = {words: row for words, _, row in rows}
+        assert last['fixed point, to nearest']['stays'] > 0.9 > last['magnitude pruning']['stays']
+
+
+def test_levels_of_quantization():
+    weights = torch.tensor([-1.0, 0.3, 0.55, 0.0]).double()
+    nearest, to_zero = (quantize.fixed_point(weights, 3, rounding) for rounding in (torch.round, torch.trunc))
+    torch.testing.assert_close(nearest, torch.tensor([-1, 1 / 3, 2 / 3, 0]).double())
+    torch.testing.assert_close(to_zero, torch.tensor([-1, 0, 1 / 3, 0]).double())
+    assert quantize.fixed_point(0 * weights, 3, torch.round).equal(0 * weights)
+    assert quantize.mantissa(weights, 2, torch.trunc).tolist() == [-1, 0.25, 0.5, 0]  # two significant bits
+    assert quantize.mantissa(weights, 2, torch.round).tolist() == [-1, 0.25, 0.5, 0]
+    assert quantize.mantissa(weights, 3, torch.round).tolist() == [-1, 0.3125, 0.5, 0]
+    assert quantize.pruned(weights, 50).tolist() == [-1, 0, pytest.approx(0.55), 0]
