@@ -1,8 +1,13 @@
 """How many neurons the exact multi-task lasso needs: solutions on random problems against the width bounds (docs/compress.md).
 
-python docs/width_theorem.py   draws docs/width_theorem.png, in under a minute
+    python docs/width_theorem.py                           draws docs/width_theorem.png, in a minute
+    python docs/width_theorem.py --N 4 --D 3 --K 9 --rY 2  the same for other problems
+    python docs/width_theorem.py --figure 3 --draws 10     draws docs/width_theorem_3.png, in minutes; or 4
+
+They are Figures 5, 3 and 4 of Shenouda et al. (arXiv 2305.16534).
 """
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -61,31 +66,91 @@ def width_bound(r, q):
     return r * q - q * (q - 1) // 2
 
 
-def main(draws=100):
+def draw_problem(rng, K, N, D, rX=0, rY=0):
+    """Gaussian features (K, N) and targets (D, N), or, where a rank is given, products of Gaussian matrices.
+
+    Targets then are V Phi with a Gaussian V (D, K), of rank rY if that is given, so that V is a solution.
+    """
+    normal = rng.standard_normal
+    features = normal((K, rX)) @ normal((rX, N)) if rX else normal((K, N))
+    if rX or rY:
+        return features, (normal((D, rY)) @ normal((rY, K)) if rY else normal((D, K))) @ features
+    return features, normal((D, N))
+
+
+FIGURES = {
+    3: [{'K': 500, 'N': N, 'D': 10} for N in (10, 20, 30, 40)],
+    4: [{'K': 200, 'N': 20, 'D': r, 'rX': r} for r in (2, 5, 10, 20)],
+}
+
+
+def main(problems, draws, path):
+    """Draws how many neurons are used in so many random problems, a panel per problem."""
     import matplotlib.figure
 
-    N, D, Ks = 3, 2, range(7, 12)
     figure = matplotlib.figure.Figure(figsize=(13, 3.2), layout='constrained')
-    for panel, K in zip(figure.subplots(1, len(Ks), sharey=True), Ks):
-        rng, counts = np.random.default_rng(K), []
+    panels = figure.subplots(1, len(problems), sharey=True, squeeze=False)[0]
+    for panel, problem in zip(panels, problems):
+        rng, counts = np.random.default_rng(0), []
         for _ in range(draws):
-            features, targets = rng.standard_normal((K, N)), rng.standard_normal((D, N))
+            features, targets = draw_problem(rng, **problem)
             t, dual, _ = exact_lasso(features, targets)
             counts.append(np.count_nonzero(vertex(t, dual, features)))
-        print(f'K = {K}: ', {n: counts.count(n) for n in sorted(set(counts))})
-        panel.bar(*np.unique(counts, return_counts=True), color='#0072B2')
-        for bound, style, words in (
-            (N, ':', 'rank of the features'),
-            (width_bound(N, D), '-', 'r q - q (q - 1) / 2'),
-            (N * D, '--', 'r q'),
-            (N * D + 1, '-.', 'N D + 1'),
-        ):
-            panel.axvline(bound, color='black', linestyle=style, linewidth=1, label=words)
-        panel.set(title=f'K = {K}', xlabel='neurons in use', xticks=range(2, N * D + 2))
+        words = ', '.join(f'{name} = {value}' for name, value in problem.items() if value)
+        least, median, most = min(counts), np.median(counts), max(counts)
+        print(f'{words}: {least} to {most} neurons, median {median:g}', flush=True)
+        r = problem.get('rX') or min(problem['K'], problem['N'])
+        q = problem.get('rY') or min(problem['D'], r)
+        width = max(1, r * q // 50)  # of a bar, so that it can be seen
+        panel.hist(counts, np.arange(least, most + width + 1, width) - 0.5, rwidth=0.8, color='#0072B2')
+        bounds = [
+            (r, ':', 'r, rank of the features'),
+            (width_bound(r, q), '-', 'r q - q (q - 1) / 2'),
+            (r * q, '--', 'r q, q rank of the targets'),
+            (problem['N'] * problem['D'] + 1, '-.', 'N D + 1'),
+        ]
+        for bound, style, label in bounds[:3] if problem.get('rX') else bounds:
+            panel.axvline(bound, color='black', linestyle=style, linewidth=1, label=label)
+        panel.set(title=words, xlabel='neurons in use')
+        panel.title.set_size(9)
+        panel.xaxis.get_major_locator().set_params(integer=True)
     figure.axes[0].set_ylabel(f'problems of {draws}')
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside right center', frameon=False)
-    figure.savefig(Path(__file__).with_suffix('.png'), dpi=130)
+    figure.savefig(path, dpi=110)
+
+
+def arguments():
+    """What the command line asks for, as the arguments of `main`."""
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument(
+        '--K', type=int, nargs='+', default=range(7, 12), help='neurons, a panel each (7 8 9 10 11)'
+    )
+    parser.add_argument('--N', type=int, default=3, help='samples (3)')
+    parser.add_argument('--D', type=int, default=2, help='outputs (2)')
+    parser.add_argument('--rX', type=int, default=0, help='rank of the features (0: full)')
+    parser.add_argument('--rY', type=int, default=0, help='rank of the targets (0: full)')
+    parser.add_argument('--draws', type=int, default=100, help='problems in a panel (100)')
+    parser.add_argument(
+        '--figure', type=int, choices=FIGURES, help='its problems, in place of --K, --N, --D, --rX, --rY'
+    )
+    given = parser.parse_args()
+    if given.figure:
+        return (
+            FIGURES[given.figure],
+            given.draws,
+            Path(__file__).with_name(f'width_theorem_{given.figure}.png'),
+        )
+    for K in given.K:
+        rank = given.rX or min(K, given.N)
+        if min(K, given.N, given.D, given.draws) < 1 or not 0 <= given.rX <= min(K, given.N):
+            parser.error(
+                '--K, --N, --D and --draws must be positive, and --rX between 0 and the least of K and N'
+            )
+        if not 0 <= given.rY <= min(given.D, rank):
+            parser.error(f'--rY must lie between 0 and {min(given.D, rank)}, which D and the features allow')
+    problems = [{'K': K, 'N': given.N, 'D': given.D, 'rX': given.rX, 'rY': given.rY} for K in given.K]
+    return problems, given.draws, Path(__file__).with_suffix('.png')
 
 
 if __name__ == '__main__':
-    main()
+    main(*arguments())

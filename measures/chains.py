@@ -5,7 +5,7 @@ from collections import namedtuple
 from torch import nn
 
 from conf import BadInput
-from measures.paths import _steps
+from measures.steps import forward_steps
 
 # A layer of a chain: its weight, (out, in, h, w) of a convolution or (out, in) of a linear layer; its bias, (out,) or None;
 # whether a ReLU follows; and, of a convolution, its arguments stride, padding and dilation.
@@ -22,7 +22,7 @@ def plain_layers(net):
         BadInput: it is not such a chain, and what is in the way is named; or a weight is NaN or infinite.
     """
     layers, flat = [], False
-    for index, step in enumerate(_steps(net)[1:]):
+    for index, step in enumerate(forward_steps(net)[1:]):
         kind, *how = step.op
         if step.inputs != (index,):
             raise BadInput(
@@ -36,7 +36,7 @@ def plain_layers(net):
             layers.append(Plain(step.weight, step.bias, False, {}))
         elif kind == 'flatten' and how in ([1, -1], [1, 3]):
             flat = True
-        elif kind == 'relu' and layers:
+        elif kind == 'relu' and layers and how == [0]:
             layers[-1] = layers[-1]._replace(rectified=True)
         else:
             chain = 'ungrouped convolutions padded with a number of zeros, a flattening, linear layers, ReLUs behind them'

@@ -14,9 +14,10 @@ from torch import fx, nn
 from conf import BadInput
 
 WEIGHT_LAYERS = (nn.Conv2d, nn.Linear)
+_LAYERS = (*WEIGHT_LAYERS, nn.ConvTranspose2d)
 RELUS = (torch.relu, F.relu, 'relu', 'relu_')
 FLATTENS = (torch.flatten, 'flatten')
-_SIZES = ('size', 'shape', getattr, operator.getitem)  # what a traced x.size(0) or x.shape[0] consists of
+SIZES = ('size', 'shape', getattr, operator.getitem)  # what a traced x.size(0) or x.shape[0] consists of
 
 _traced = contextvars.ContextVar('traced', default=None)  # {network: its trace} inside of `traced_once`
 
@@ -59,7 +60,7 @@ class Layer(NamedTuple):
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module, name):
-        return isinstance(module, WEIGHT_LAYERS) or super().is_leaf_module(module, name)
+        return isinstance(module, _LAYERS) or super().is_leaf_module(module, name)
 
 
 def weight_layers(net):
@@ -135,8 +136,8 @@ def _trace(net):
             raise BadInput(f'{what} has forward hooks of torch.nn.utils, which compute its weights: {mend}')
         if module._forward_hooks or module._forward_pre_hooks:
             raise BadInput(f'{what} has forward hooks, which can change what it computes; remove them')
-        if isinstance(module, WEIGHT_LAYERS):
-            passes = (nn.Conv2d.forward, nn.Linear.forward), (nn.Conv2d._conv_forward, None)
+        if isinstance(module, _LAYERS):
+            passes = [kind.forward for kind in _LAYERS], [getattr(kind, '_conv_forward', None) for kind in _LAYERS]
             own = (getattr(getattr(module, method, None), '__func__', None) for method in ('forward', '_conv_forward'))
             if any(function not in known for function, known in zip(own, passes)):
                 raise BadInput(f'{what} has a forward pass of its own, which is not covered')
@@ -151,7 +152,7 @@ def _trace(net):
     for node in reversed(graph.nodes):  # each after its users
         if node.target in ('view', 'reshape', torch.reshape) and _is_batch_by_rest(*node.args[1:]):
             node.op, node.target, node.args = 'call_method', 'flatten', (node.args[0], 1)
-        elif node.op != 'call_module' and node.target in _SIZES and not node.users:
+        elif node.op != 'call_module' and node.target in SIZES and not node.users:
             graph.erase_node(node)
     traced = []
     for node in graph.nodes:

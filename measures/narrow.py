@@ -12,7 +12,7 @@ from conf import BadInput
 from measures.chains import Plain, plain_layer, sequential
 from measures.geometry import evaluation_mode, flattens, rectifies, trace, trace_layers
 from measures.lasso import group_lasso, norms, ridge, scaled, squared_residual
-from measures.paths import _folded
+from measures.steps import folded_norm
 
 FIT_IMAGES = 10_000  # at most so many are fitted to, evenly spaced
 GRAM_COLUMNS = (
@@ -183,7 +183,7 @@ def _source(net, name):
     activated, homogeneous = False, True
     for other, module in path[1:]:
         if isinstance(module, _NORMS):
-            factor, offset = _folded(module, other)
+            factor, offset = folded_norm(module, other)
             if not activated:
                 weight, bias = factor[:, None] * weight, factor * bias + offset
             else:

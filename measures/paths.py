@@ -1,135 +1,28 @@
 """Path-norms: a network unrolled into its paths, each the product of its weights, and sums over all of them in one pass.
 
-A path leads from an input coordinate, or from a bias, to an output; its number is the product of the weights on it (of the
-bias and the weights behind it). Exact for any network of Conv2d, Linear, ReLU, batch normalization, max and average pooling
-and additions, with biases or without, as it is in evaluation mode: batch normalization enters with its running statistics,
-folded into the layer in front of it. Source: Gonon, Brisebarre, Riccietti, Gribonval, "A path-norm toolkit for modern
-networks", ICLR 2024.
+A path leads from an input coordinate, or from a bias, to an output; its number is the product of the weights
+on it (of the bias and the weights behind it), those of average poolings and upsamplings included. Exact for any
+network that measures/steps.py covers, with biases or without, a chain, a residual network or a U-net, as it is
+in evaluation mode: batch normalization enters with its running statistics, folded into the layer in front of it.
+A LeakyReLU of slope a is a ReLU with a skip connection, a h + (1 - a) relu(h): edges that add up to 1, so that
+it passes the sum over paths on; at any exponent but 1 it is counted as a single edge of weight 1. The theorems
+about the path-norm, the path-metric and `path_bound` hold for all of these networks.
+Source: Gonon, Brisebarre, Riccietti, Gribonval, "A path-norm toolkit for modern networks", ICLR 2024.
 """
 
 import copy
 import math
-import operator
-from collections import namedtuple
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 from torch.nn.modules.utils import _pair
 from torch.nn.utils import parametrize
 
 from conf import BadInput
-from measures.geometry import flattens, rectifies, trace
-
-# A step of the forward pass: the module's name; what it does, as a tuple that two networks of the same structure share; the
-# indices of the steps that it reads (the first step is the input); its weights, folded; the batch norm folded into it.
-Step = namedtuple('Step', 'name op inputs weight bias norm', defaults=(None, None, None))
-
-_ADDITIONS = (operator.add, operator.iadd, torch.add, 'add', 'add_')
-_POOLS = {torch.max_pool2d: nn.MaxPool2d, F.max_pool2d: nn.MaxPool2d,
-          F.avg_pool2d: nn.AvgPool2d, F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d}  # fmt: skip
-_PASSED = (nn.Identity, nn.Dropout, nn.Dropout2d)
-
-
-def _steps(net):
-    """The forward pass as a list of Step. Raises BadInput for whatever is not covered, by name."""
-    *traced, (output, _, _) = trace(net)
-    steps, index = [], {}  # index: node -> the step that computes it
-    for node, module, what in traced:
-        if node.op == 'placeholder' and not steps:
-            index[node] = 0
-            steps.append(Step(node.target, ('input',), ()))
-            continue
-        reads = node.all_input_nodes
-        if reads != [*node.args][: len(reads)] or not all(read in index for read in reads) or not node.users:
-            raise BadInput(f'{what}: reads something else than the layers before it, or its output is not used; not covered')
-        if _in_place(node, module) and len(reads[0].users) > 1:
-            raise BadInput(f'{what} works in place on a value that is used elsewhere too; not covered')
-        inputs = tuple(index[read] for read in node.args if isinstance(read, fx.Node))
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            weight, bias = _folded(module, what)
-            front = steps[inputs[0]]
-            layer = 'conv' if isinstance(module, nn.BatchNorm2d) else 'linear'  # its outputs lie on the axis that is normalized
-            if front.op[0] == layer and front.name == reads[0].target and len(reads[0].users) == 1:
-                bias = bias if front.bias is None else bias + weight * front.bias
-                weight = front.weight * weight.view(-1, *[1] * (front.weight.dim() - 1))
-                steps[inputs[0]] = front._replace(weight=weight, bias=bias, norm=node.target)
-                index[node] = inputs[0]
-                continue
-            step = Step(node.target, ('diagonal',), inputs, weight, bias, node.target)
-        elif isinstance(module, (nn.Conv2d, nn.Linear)):
-            if isinstance(module, nn.Conv2d) and module.padding_mode != 'zeros':
-                raise BadInput(f'{what}: padded with something else than zeros, which is not covered')
-            geometry = ('stride', 'padding', 'dilation', 'groups') if isinstance(module, nn.Conv2d) else ()
-            op = 'conv' if geometry else 'linear', *(getattr(module, number) for number in geometry)
-            step = Step(node.target, op, inputs, *_doubles(what, module.weight, module.bias))
-        else:
-            step = Step(str(node.target), _unweighted(node, module, what), inputs)
-        if step.op == ('identity',):
-            index[node] = inputs[0]
-        else:
-            index[node] = len(steps)
-            steps.append(step)
-    if index.get(output.args[0] if isinstance(output.args[0], fx.Node) else None) != len(steps) - 1:
-        raise BadInput(f"{type(net).__name__}: its output is not the last layer's, which is not covered")
-    return steps
-
-
-def _argument(node, place, name, default):
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
-
-
-def _in_place(node, module):
-    marks = getattr(module, 'inplace', False) or node.kwargs.get('inplace', False)
-    return marks or node.target is operator.iadd or (node.op == 'call_method' and node.target.endswith('_'))
-
-
-def _doubles(what, *tensors):
-    tensors = [None if tensor is None else tensor.detach().double() for tensor in tensors]
-    if not all(tensor is None or tensor.isfinite().all() for tensor in tensors):
-        raise BadInput(f'{what}: its weights contain NaN or infinity')
-    return tensors
-
-
-def _folded(norm, what):
-    """Batch normalization with running statistics as x -> weight * x + bias."""
-    if norm.running_mean is None:
-        raise BadInput(f'{what} keeps no running statistics; its function depends on the batch, which is not covered')
-    scale, shift = (norm.weight, norm.bias) if norm.affine else (1, 0)
-    weight = scale * (norm.running_var.double() + norm.eps).rsqrt()
-    return _doubles(what, weight, shift - weight * norm.running_mean)
-
-
-def _unweighted(node, module, what):
-    """What a node without weights does, as the `op` of a Step."""
-    if node.op != 'call_module' and node.target in _ADDITIONS and len(node.args) == 2 and not node.kwargs:
-        if all(isinstance(term, fx.Node) for term in node.args):
-            return ('add',)
-    elif len(node.all_input_nodes) != 1:
-        pass
-    elif rectifies(node, module):
-        return ('relu',)
-    elif dims := flattens(node, module):
-        if dims[0] >= 1:
-            return 'flatten', *dims
-    elif isinstance(module, _PASSED) or (node.target is F.dropout and not _argument(node, 2, 'training', True)):
-        return ('identity',)
-    elif node.op == 'call_function' and node.target in _POOLS:
-        module = _POOLS[node.target](*node.args[1:], **node.kwargs)
-    if isinstance(module, nn.AdaptiveAvgPool2d):
-        return 'adaptive', module.output_size
-    if isinstance(module, (nn.MaxPool2d, nn.AvgPool2d)):
-        if module.ceil_mode or getattr(module, 'return_indices', False):
-            raise BadInput(f'{what}: pooling with ceil_mode or indices is not covered')
-        kernel, stride, padding = _pair(module.kernel_size), _pair(module.stride), _pair(module.padding)
-        if isinstance(module, nn.MaxPool2d):
-            return 'max', kernel, stride, padding, _pair(module.dilation)
-        if not module.count_include_pad and any(padding):
-            raise BadInput(f'{what}: count_include_pad=False with padding is not covered')
-        return 'mean', kernel, stride, padding, (1, 1), module.divisor_override or math.prod(kernel)
-    raise BadInput(f'{what}: not covered; paths go through Conv2d, Linear, BatchNorm, ReLU, Flatten, pooling and additions')
+from measures.steps import LAYERS, along, channels, forward_steps
 
 
 def _power_sums(steps, input_shape, q=1):
@@ -141,23 +34,23 @@ def _power_sums(steps, input_shape, q=1):
     device = next((tensor.device for tensor in _numbers(steps)), None)
     results = [(torch.ones(1, *input_shape, dtype=torch.float64, device=device), 0)]
     for step in steps[1:]:
-        values, exponent = _sum([results[index] for index in step.inputs])
-        if step.op[0] == 'linear' and step.norm and values.dim() != 2:
+        terms, exponent = _aligned([results[index] for index in step.inputs])
+        shape = tuple(terms[0].shape[1:])
+        if step.op[0] == 'linear' and step.norm and len(shape) != 1:
             raise BadInput(f'{step.norm}: batch normalization behind a linear layer of maps is not covered')
+        if step.op[0] == 'cat' and step.op[1] % terms[0].dim() == 0:
+            raise BadInput(f'{step.name}: concatenates images, which is not covered')
         try:
-            weight, shift = (None, 0) if step.weight is None else _powers(step.weight, q)
-            values, divisor = _through(step.op, values, weight, q)
-            values, drop = _shifted(values, -q * math.log2(divisor))
+            values, shift = _through(step, terms, q)
             if step.bias is not None:
                 bias, top = _powers(step.bias, q)
                 bias = bias if step.op[0] == 'linear' else bias.view(-1, *[1] * (values.dim() - 2))
-                values, exponent = _sum([(values, exponent + shift + drop), (bias.expand_as(values), top)])
-                shift = drop = 0
-        except RuntimeError:
-            shape = tuple(values.shape[1:])
+                terms, exponent = _aligned([(values, exponent + shift), (bias.expand_as(values), top)])
+                values, shift = sum(terms), 0
+        except (RuntimeError, ValueError):
             raise BadInput(f'{step.name}: does not fit its input of shape {shape}, from images {tuple(input_shape)}') from None
         values, top = _scaled(values)
-        results.append((values, exponent + shift + drop + top))
+        results.append((values, exponent + shift + top))
     values, exponent = results[-1]
     return values.flatten(), exponent
 
@@ -182,10 +75,10 @@ def _shifted(values, exponent):
     return (values * 2.0 ** (exponent - whole) if exponent != whole else values), whole
 
 
-def _sum(terms):
-    """The sum of (values, exponent) pairs, at the largest exponent."""
+def _aligned(terms):
+    """Pairs (values, exponent) at the largest exponent: (list of values, exponent)."""
     top = max(exponent for _, exponent in terms)
-    return sum(values * 2.0 ** (exponent - top) for values, exponent in terms), top
+    return [values * 2.0 ** (exponent - top) for values, exponent in terms], top
 
 
 def _number(value, exponent):
@@ -194,29 +87,48 @@ def _number(value, exponent):
         return np.ldexp(value, np.clip(exponent, -5000, 5000))
 
 
-def _through(op, values, weight, q):
-    """A step on nonnegative values: (values, divisor), where the result is values * divisor^-q."""
-    kind, *how = op
+def _through(step, terms, q):
+    """A step, its entries to the power of q in absolute value, without its bias, on nonnegative values."""
+    kind, *how = step.op
+    values = terms[0]
+    if kind == 'add':
+        return sum(terms), 0
+    if kind == 'cat':
+        return torch.cat(terms, *how), 0
+    if kind == 'flatten':
+        return torch.flatten(values, *how), 0
+    if kind in ('max', 'mean'):
+        (rows, drop), (columns, shift) = (_powers(matrix, q) for matrix in _axes(values, *how))
+        return rows @ values @ columns, drop + shift
+    if kind == 'relu':
+        return values, 0
+    weight, shift = _powers(step.weight, q)
     if kind == 'conv':
-        return F.conv2d(values, weight, None, *how), 1
+        return F.conv2d(values, weight, None, *how), shift
+    if kind == 'transposed':
+        return F.conv_transpose2d(values, weight, None, *how), shift
     if kind == 'linear':
-        return F.linear(values, weight), 1
-    if kind == 'diagonal':
-        return values * weight.view(-1, *[1] * (values.dim() - 2)), 1
-    if kind in ('max', 'mean'):  # the sum over each window; no path starts in the padding
-        kernel, stride, padding, dilation, *divisor = how
-        ones = values.new_ones(values.shape[1], 1, *kernel)
-        return F.conv2d(values, ones, None, stride, padding, dilation, groups=len(ones)), *(divisor or [1])
-    if kind == 'adaptive':
-        axes = []
-        for size, outputs in zip(values.shape[2:], _pair(how[0])):
-            pixel, output = torch.arange(size), torch.arange(outputs or size)[:, None]
-            first, last = output * size // len(output), -(-(output + 1) * size // len(output))
-            axes.append(((first <= pixel) & (pixel < last)).to(values))
-        counts = torch.outer(*(axis.sum(1) for axis in axes))
-        least = counts.min().item()
-        return (axes[0] @ values @ axes[1].T) * (counts / least) ** -q, least
-    return (torch.flatten(values, *how) if kind == 'flatten' else values), 1
+        return F.linear(values, weight), shift
+    return values * weight.view(-1, *[1] * (values.dim() - 2)), shift
+
+
+def _axes(values, function, *how):
+    """A pooling or an upsampling of maps (1, C, height, width) as two matrices, (out, height) and (width, out).
+
+    Output (o, p) weighs input (i, j) by rows[o, i] columns[j, p]; a max pooling weighs all of its window by 1.
+    They are read off its outputs on maps that are 1 in one row, or in one column, and 0 elsewhere.
+    """
+    _, _, height, width = values.shape
+
+    def outputs(maps):
+        return torch.cat([function(part.expand(-1, 1, height, width), *how) for part in maps.split(32)])
+
+    total = outputs(values.new_ones(1, 1, 1, 1))
+    if not total.isfinite().all():
+        raise RuntimeError('a window of nothing but padding')
+    rows = outputs(torch.eye(height).to(values).view(height, 1, height, 1))[:, 0, :, 0]
+    columns = outputs(torch.eye(width).to(values).view(width, 1, 1, width))[:, 0, 0]
+    return rows.T, columns / total[0, 0, 0, 0]
 
 
 @torch.no_grad()
@@ -238,7 +150,7 @@ def path_norm(net, input_shape, q=1, r=None):
     r = q if r is None else r
     if not 0 < q < math.inf or not r > 0:
         raise BadInput(f'q = {q}, r = {r}: a path-norm wants a positive, finite q, and an r that is positive or None')
-    values, exponent = _power_sums(_steps(net), input_shape, q)
+    values, exponent = _power_sums(forward_steps(net), input_shape, q)
     if q == r == 1:
         return float(_number(values.sum().item(), exponent))
     logs = (values.log() + exponent * math.log(2)) / q  # per output, of the l^q norm over its paths
@@ -246,20 +158,23 @@ def path_norm(net, input_shape, q=1, r=None):
 
 
 @torch.no_grad()
-def path_metric(net, other, input_shape):
+def path_metric(net, other, input_shape, outputs=False):
     """The l1 distance of two networks' paths, or an upper bound on the distance of their functions where that is not known.
 
     The value times max(||x||_inf, 1), or times ||x||_inf without biases, is at least ||net(x) - other(x)||_1 for every x: the
     theorem of Gonon et al. 2024, "Path-metrics, pruning, and generalization", where no weight changes its sign, and the
-    triangle inequality through the weights of smaller absolute value, 0 where signs differ, anywhere.
+    triangle inequality through the weights of smaller absolute value, 0 where signs differ, anywhere. The same
+    holds of each output, |net(x)_v - other(x)_v|, and the paths that end in it; the value is the sum over outputs.
 
+    Args:
+        outputs: give the value of each output instead of their sum.
     Returns:
         (value, exact): exact is True where the weights of one network are those of the other shrunk towards zero, as by
-        pruning; the value then is the l1 distance of the paths.
+        pruning; the value then is the l1 distance of the paths. With `outputs`, a float64 tensor (outputs,).
     Raises:
         BadInput: as `path_norm`, or the networks are not of the same structure.
     """
-    steps, others = _steps(net), _steps(other)
+    steps, others = forward_steps(net), forward_steps(other)
     sides = [[(step.op, step.inputs, *(value if value is None else value.shape for value in step[3:5])) for step in side]
              for side in (steps, others)]  # fmt: skip
     if sides[0] != sides[1]:
@@ -269,11 +184,12 @@ def path_metric(net, other, input_shape):
         for step, twin in zip(steps, others)
     ]
     sums = [_power_sums(side, input_shape) for side in (steps, others, between)]
-    top = max(exponent for _, exponent in sums)
-    of_net, of_other, of_between = (values.sum().item() * 2.0 ** (exponent - top) for values, exponent in sums)
-    value = max(0.0, (of_net - of_between) + (of_other - of_between))
+    (of_net, of_other, of_between), top = _aligned(sums)
+    values = ((of_net - of_between) + (of_other - of_between)).clamp(min=0)
     exact = any(all(map(torch.equal, _numbers(side), _numbers(between))) for side in (steps, others))
-    return float(_number(value, top)), exact
+    if outputs:
+        return torch.from_numpy(_number(values.cpu().numpy(), top)).to(values.device), exact
+    return float(_number(values.sum().item(), top)), exact
 
 
 def _numbers(steps):
@@ -296,8 +212,8 @@ def path_magnitude(net, input_shape):
     Raises:
         BadInput: as `path_norm`, or a module is used twice, so that a path can meet a weight twice.
     """
-    steps = _used_once(_steps(net))
-    layers = [step for step in steps if step.op[0] in ('conv', 'linear')]
+    steps = _used_once(forward_steps(net))
+    layers = [step for step in steps if step.op[0] in LAYERS]
     with torch.enable_grad():
         for step in layers:
             step.weight.requires_grad_()
@@ -323,8 +239,8 @@ def rescale_neurons(net, factors):
     """A copy of a network whose neurons are rescaled, which changes its weights and not its function.
 
     A channel's incoming weights, its bias and its batch norm's mean and bias are multiplied by c > 0, its outgoing weights
-    divided by it; with powers of 2 the function stays the same bit for bit, short of overflow. What a skip connection carries
-    is left as it is. Parametrized weights become plain ones in the copy.
+    divided by it; with powers of 2 the function stays the same bit for bit, short of overflow. What a skip
+    connection or a concatenation carries is left as it is. Parametrized weights become plain ones in the copy.
 
     Args:
         factors: function from a number of channels to that many positive factors; called for each rescaled layer in order.
@@ -339,38 +255,39 @@ def rescale_neurons(net, factors):
             del module.parametrizations
             for name, value in plain.items():
                 module.register_parameter(name, value)
-    steps = _used_once(_steps(net))
+    steps = _used_once(forward_steps(net))
     for index, step in enumerate(steps):
-        if step.op[0] not in ('conv', 'linear') or (found := _behind(steps, index, step.op[0] == 'linear')) is None:
+        if step.op[0] not in LAYERS or (found := _behind(steps, index, step.op[0] == 'linear')) is None:
             continue
-        norms, readers = found
+        (norms, readers), count = found, channels(step)
         module = net.get_submodule(step.name)
-        factor = torch.as_tensor(factors(len(step.weight))).to(module.weight)
-        if factor.shape != (len(step.weight),) or not (factor > 0).all() or not factor.isfinite().all():
-            raise BadInput(f'{step.name}: factors must be {len(step.weight)} positive numbers, one for each of its channels')
-        module.weight.mul_(factor.view(-1, *[1] * (module.weight.dim() - 1)))
+        factor = torch.as_tensor(factors(count)).to(module.weight)
+        if factor.shape != (count,) or not (factor > 0).all() or not factor.isfinite().all():
+            raise BadInput(f'{step.name}: factors must be {count} positive numbers, one for each channel')
+        module.weight.mul_(along(factor, step))
         norms = [net.get_submodule(norm) for norm in norms]
         for moved in (module.bias, *(norm.running_mean for norm in norms), *(norm.bias for norm in norms)):
             if moved is not None:
                 moved.mul_(factor)
         for reader in readers:
-            weight, groups = net.get_submodule(reader.name).weight, reader.op[4] if reader.op[0] == 'conv' else 1
-            divisor = factor.view(groups, -1).repeat_interleave(groups * weight.shape[1] // len(factor), 1)
-            divisor = divisor.repeat_interleave(len(weight) // groups, 0)
-            weight.div_(divisor.view(*weight.shape[:2], *[1] * (weight.dim() - 2)))
+            net.get_submodule(reader.name).weight.div_(along(factor, reader, incoming=True))
     return net
 
 
 def _behind(steps, index, flat):
-    """The batch norms that a layer's channels, `flat` or maps, pass through and the layers that read them; None for a skip."""
+    """The batch norms that a layer's channels, `flat` or maps, go through and the layers that read them.
+
+    None where they reach a skip connection or a concatenation, or are mixed on the way.
+    """
     norms, readers = [steps[index].norm] if steps[index].norm else [], []
     followers = [number for number, step in enumerate(steps) if index in step.inputs]
     for number in followers:
         kind, *how = steps[number].op
-        part = kind == 'flatten' and (flat or how not in ([1, -1], [1, 3]))  # then a channel's numbers may lie elsewhere
-        if kind == ('linear' if flat else 'conv'):
+        mixes = kind in ('add', 'cat', *LAYERS) or (flat and kind in ('max', 'mean', 'flatten'))
+        mixes = mixes or (kind == 'flatten' and how not in ([1, -1], [1, 3]))  # channels may lie elsewhere then
+        if kind in (('linear',) if flat else ('conv', 'transposed')):
             readers.append(steps[number])
-        elif part or kind in ('add', 'conv', 'linear') or (behind := _behind(steps, number, flat or kind == 'flatten')) is None:
+        elif mixes or (behind := _behind(steps, number, flat or kind == 'flatten')) is None:
             return None
         else:
             norms, readers = norms + behind[0], readers + behind[1]
@@ -384,24 +301,26 @@ def measure_paths(net, input_shape):
     Returns:
         Namespace of
             path_norm   the l1 path-norm
-            path_depth  the longest path in neurons, the output's included: ReLU layers and max poolings, and the output
+            path_depth  the longest path in neurons: ReLU and LeakyReLU layers, max poolings, and the output
             pool        numbers in the largest window of a max pooling; 0 without one
             biased      whether there are biases (batch normalization has them)
-            chain       no bias, no max pooling and no skip connection
+            chain       no bias, no max pooling, no skip connection or concatenation, no LeakyReLU (it has a skip)
             outputs     number of outputs
     Raises:
         BadInput: as `path_norm`.
     """
-    steps = _steps(net)
+    steps = forward_steps(net)
     values, exponent = _power_sums(steps, input_shape)
     depth, linear = [0], [True]  # per step: neurons behind it, and whether it combines their values linearly
     for step in steps[1:]:
         kind, before = step.op[0], step.inputs
         neurons = {'relu': 1, 'max': 2}.get(kind, 0) if any(linear[i] for i in before) else int(kind == 'max')
         depth.append(max(depth[i] for i in before) + neurons)
-        linear.append(kind not in ('relu', 'max') and (kind != 'flatten' or linear[before[0]]))
+        passes_on = kind in ('flatten', 'cat')
+        linear.append(any(linear[i] for i in before) if passes_on else kind not in ('relu', 'max'))
     biased = any(step.bias is not None for step in steps)
-    pool = max((math.prod(step.op[1]) for step in steps if step.op[0] == 'max'), default=0)
-    chain = not biased and not pool and all(step.op[0] != 'add' for step in steps)
+    pool = max((math.prod(_pair(step.op[2])) for step in steps if step.op[0] == 'max'), default=0)
+    simple = all(len(step.inputs) <= 1 and not (step.op[0] == 'relu' and step.op[1]) for step in steps)
+    chain = simple and not biased and not pool
     norm, depth = float(_number(values.sum().item(), exponent)), depth[-1] + 1
     return SimpleNamespace(path_norm=norm, path_depth=depth, pool=pool, biased=biased, chain=chain, outputs=len(values))

@@ -13,8 +13,9 @@ from torch.nn.utils import parametrize
 
 import utils
 from conf import BadInput
+from docs import quantize
 from measures.geometry import not_covered
-from measures.norms import measure_data, measure_network
+from measures.norms import classification_margins, measure_data, measure_network
 from measures.paths import measure_paths, path_magnitude, path_metric, path_norm, rescale_neurons
 from models import get_network
 
@@ -28,18 +29,36 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
+class Beside(nn.Module):
+    """What a module reads, and beside it what it makes, as at the way up of a U-net."""
+
+    def __init__(self, *body):
+        super().__init__()
+        self.body = nn.Sequential(*body)
+
+    def forward(self, x):
+        return torch.cat([x, self.body(x)], 1)
+
+
+SKIPS = (Residual, Beside)
+WEIGHTED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+
+
 def unrolled(module, units):
     """The units {index: (value, paths)} behind a module, by loops; a path is (product of its weights, start, active)."""
     if isinstance(module, Residual):
         behind = unrolled(module.body, units)
         return {at: (value + behind[at][0], paths + behind[at][1]) for at, (value, paths) in units.items()}
+    if isinstance(module, Beside):
+        behind, before = unrolled(module.body, units), 1 + max(at[0] for at in units)
+        return units | {(before + at[0], *at[1:]): unit for at, unit in behind.items()}
     if isinstance(module, nn.Sequential):
         modules, folded = [*module], False
         for first, second in zip(modules, [*modules[1:], None]):
             if isinstance(first, (nn.BatchNorm1d, nn.BatchNorm2d)) and folded:
                 folded = False
                 continue
-            folded = isinstance(first, (nn.Conv2d, nn.Linear)) and isinstance(second, (nn.BatchNorm1d, nn.BatchNorm2d))
+            folded = isinstance(first, WEIGHTED) and isinstance(second, (nn.BatchNorm1d, nn.BatchNorm2d))
             units = unrolled(fold(first, second) if folded else first, units)
         return units
 
@@ -51,7 +70,9 @@ def unrolled(module, units):
 
     def windows(kernel, stride, padding, dilation, sizes):
         """Each output position with the input positions that its window holds."""
-        counts = [(sizes[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+        spans = [sizes[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1 for i in (0, 1)]
+        up = getattr(module, 'ceil_mode', False)
+        counts = [(-(-spans[i] // stride[i]) if up else spans[i] // stride[i]) + 1 for i in (0, 1)]
         for out in itertools.product(*map(range, counts)):
             taps = itertools.product(*map(range, kernel))
             yield out, [(tap, tuple(out[i] * stride[i] - padding[i] + tap[i] * dilation[i] for i in (0, 1))) for tap in taps]
@@ -61,9 +82,10 @@ def unrolled(module, units):
     result = {}
     if isinstance(module, (nn.Identity, nn.Dropout)):
         result = units
-    elif isinstance(module, nn.ReLU):
+    elif isinstance(module, (nn.ReLU, nn.LeakyReLU)):
         for at, (value, paths) in units.items():
-            result[at] = max(value, 0.0), [(phi, start, active and value > 0) for phi, start, active in paths]
+            slope = 1 if value > 0 else getattr(module, 'negative_slope', 0)
+            result[at] = slope * value, [(phi, start, active * slope) for phi, start, active in paths]
     elif isinstance(module, nn.Flatten):
         result = {(number,): units[at] for number, at in enumerate(sorted(indices))}
     elif isinstance(module, nn.Linear):
@@ -81,6 +103,29 @@ def unrolled(module, units):
         ):
             edges = [(module.weight[o, c][tap].item(), (o // per_out * per + c, *at)) for c in range(per) for tap, at in taps]
             result[(o, *out)] = unit(edges, 0.0 if module.bias is None else module.bias[o].item())
+    elif isinstance(module, nn.Upsample) or (isinstance(module, nn.AvgPool2d) and module.ceil_mode):
+        basis = torch.eye(math.prod(sizes[1:])).double().view(-1, 1, *sizes[1:])
+        entries = module(basis).flatten(1).T.tolist()  # a row per output position
+        outs = itertools.product(*map(range, module(basis).shape[2:]))
+        for out, row in zip(outs, entries):
+            edges = [edge for edge in zip(row, itertools.product(*map(range, sizes[1:]))) if edge[0]]
+            result |= {(c, *out): unit([(weight, (c, *at)) for weight, at in edges]) for c in range(sizes[0])}
+    elif isinstance(module, nn.ConvTranspose2d):
+        per_in, per_out = module.in_channels // module.groups, module.weight.shape[1]
+        size = [
+            (sizes[i + 1] - 1) * module.stride[i] - 2 * module.padding[i]
+            + module.dilation[i] * (module.kernel_size[i] - 1) + module.output_padding[i] + 1 for i in (0, 1)
+        ]  # fmt: skip
+        edges = {at: [] for at in itertools.product(range(module.out_channels), *map(range, size))}
+        for (c, *at), o, tap in itertools.product(
+            indices, range(per_out), itertools.product(*map(range, module.kernel_size))
+        ):
+            out = (at[i] * module.stride[i] - module.padding[i] + tap[i] * module.dilation[i] for i in (0, 1))
+            out = (c // per_in * per_out + o, *out)
+            if out in edges:
+                edges[out].append((module.weight[c, o][tap].item(), (c, *at)))
+        for out in edges:
+            result[out] = unit(edges[out], 0.0 if module.bias is None else module.bias[out[0]].item())
     elif isinstance(module, nn.AdaptiveAvgPool2d):
         for c, *out in itertools.product(range(sizes[0]), *map(range, module.output_size)):
             axes = [
@@ -100,7 +145,7 @@ def unrolled(module, units):
                 result[(c, *out)] = unit([(1 / module.kernel_size**2, at) for at in inside])
                 continue
             best = max(inside, key=lambda at: units[at][0])
-            paths = [(phi, start, active and at == best) for at in inside for phi, start, active in units[at][1]]
+            paths = [(phi, start, on * (at == best)) for at in inside for phi, start, on in units[at][1]]
             result[(c, *out)] = units[best][0], paths
     return result
 
@@ -114,6 +159,11 @@ def fold(layer, norm):
     layer, (gain, shift) = copy.deepcopy(layer), gain_and_shift(norm)
     before = torch.zeros_like(shift) if layer.bias is None else layer.bias
     layer.bias = nn.Parameter(gain * before + shift)
+    if isinstance(layer, nn.ConvTranspose2d):  # (in, out of a group, kernel)
+        per_in, per_out = layer.in_channels // layer.groups, layer.weight.shape[1]
+        gains = torch.stack([gain[i // per_in * per_out :][:per_out] for i in range(layer.in_channels)])
+        layer.weight = nn.Parameter(layer.weight * gains[:, :, None, None])
+        return layer
     layer.weight = nn.Parameter(layer.weight * gain.view(-1, *[1] * (layer.weight.dim() - 1)))
     return layer
 
@@ -133,7 +183,7 @@ def randomized(*layers):
             for tensor in (module.weight.data, module.bias.data, module.running_mean):
                 tensor.copy_(torch.randn(len(tensor), generator=generator))
             module.running_var.uniform_(0.1, 3, generator=generator)
-        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+        elif isinstance(module, WEIGHTED):
             for parameter in module.parameters():
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.7)
     return net
@@ -160,6 +210,19 @@ NETWORKS = {
     'residual': lambda: randomized(conv(2, 2, 2, bias=True), nn.BatchNorm2d(2), nn.ReLU(),
                                    Residual(conv(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU(), conv(2, 2, 1)),
                                    nn.BatchNorm2d(2), nn.ReLU(), nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Linear(2, 2)),
+    'U-net': lambda: randomized(conv(2, 2, 2, padding=1, bias=True), nn.LeakyReLU(0.2),
+                                Beside(nn.MaxPool2d(3, 2, ceil_mode=True), conv(2, 3, 1), nn.BatchNorm2d(3),
+                                       nn.LeakyReLU(0.7), nn.ConvTranspose2d(3, 2, 2, stride=2)),
+                                conv(4, 1, 2, bias=True), nn.ReLU(), nn.Flatten(), nn.Linear(9, 2)),
+    'transposed': lambda: randomized(nn.ConvTranspose2d(2, 4, (2, 3), (2, 1), (1, 2), (1, 0), groups=2),
+                                     nn.BatchNorm2d(4), nn.ReLU(),
+                                     nn.ConvTranspose2d(4, 2, 2, dilation=2, bias=False, groups=2),
+                                     nn.Flatten(), nn.Linear(42, 2)),
+    'upsampling': lambda: randomized(conv(2, 2, 2), nn.LeakyReLU(0.5), nn.Upsample(scale_factor=2, mode='bilinear'),
+                                     nn.ReLU(), nn.Upsample(size=(3, 5)),
+                                     nn.AvgPool2d(2, 2, 1, True, count_include_pad=False),
+                                     nn.Upsample(size=2, mode='bilinear', align_corners=True),
+                                     nn.Flatten(), nn.Linear(8, 2)),
 }  # fmt: skip
 SHAPE = (2, 3, 3)
 
@@ -189,7 +252,7 @@ def test_every_path_is_counted(net):
 
 
 def weights_of(net):
-    return [module.weight for module in net.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    return [module.weight for module in net.modules() if isinstance(module, WEIGHTED)]
 
 
 def test_the_metric_is_the_distance_of_the_paths_and_bounds_that_of_the_functions(net):
@@ -207,6 +270,8 @@ def test_the_metric_is_the_distance_of_the_paths_and_bounds_that_of_the_function
         others = [phi for _, paths in outputs_of(other, images_of(1)[0]) for phi, _, _ in paths]
         distance = sum(abs(phi - theirs) for phi, theirs in zip(paths, others))
         value, exact = path_metric(net, other, SHAPE)
+        each, _ = path_metric(net, other, SHAPE, outputs=True)
+        assert each.dtype == torch.float64 and each.sum().item() == pytest.approx(value, rel=1e-12)
         assert exact == is_exact and path_metric(other, net, SHAPE) == (pytest.approx(value, rel=1e-12), exact)
         if exact:
             assert value == pytest.approx(distance, rel=1e-9)
@@ -214,8 +279,9 @@ def test_the_metric_is_the_distance_of_the_paths_and_bounds_that_of_the_function
         elif other is shrunk_and_grown:
             assert value > distance >= abs(path_norm(net, SHAPE) - path_norm(other, SHAPE))
         images = torch.cat([images_of(500), images_of(500).sign()])
-        moved = (net(images) - other(images)).abs().sum(1)
-        assert (moved <= value * images.flatten(1).abs().amax(1).clamp(min=1) * (1 + 1e-12)).all() and moved.max() > 0
+        moved, size = (net(images) - other(images)).abs(), images.flatten(1).abs().amax(1).clamp(min=1)
+        assert (moved.sum(1) <= value * size * (1 + 1e-12)).all() and moved.max() > 0
+        assert (moved <= each * size[:, None] * (1 + 1e-12)).all()
     assert path_metric(net, net, SHAPE) == (0, True)
 
 
@@ -233,7 +299,7 @@ def test_equal_paths_of_different_functions_are_not_at_distance_zero():
 
 def test_magnitude_is_the_cost_of_removal(net):
     scores, norm = path_magnitude(net, SHAPE), path_norm(net, SHAPE)
-    layers = {name: module for name, module in net.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    layers = {name: module for name, module in net.named_modules() if isinstance(module, WEIGHTED)}
     assert list(scores) == [f'{name}.weight' for name in layers]
     for name, layer in layers.items():
         score = scores[f'{name}.weight']
@@ -271,7 +337,7 @@ def test_rescaling_neurons_changes_neither_function_nor_paths_by_a_bit(net):
     before, after = path_magnitude(net, SHAPE), path_magnitude(rescaled, SHAPE)
     assert all(torch.equal(before[name], after[name]) for name in before)
     changed = [not torch.equal(*pair) for pair in zip(weights_of(net), weights_of(rescaled))]
-    assert all(changed) or len(changed) == 1 or any(isinstance(module, Residual) for module in net)
+    assert all(changed) or len(changed) == 1 or any(isinstance(module, SKIPS) for module in net)
     generator = torch.Generator().manual_seed(2)
     rescaled = rescale_neurons(net, lambda channels: torch.rand(channels, generator=generator) + 0.01)
     torch.testing.assert_close(net(images), rescaled(images), rtol=1e-9, atol=1e-9)
@@ -329,7 +395,7 @@ def test_it_is_a_lipschitz_constant_and_attained(net):
     per_output = path_norm(net, SHAPE, 1, math.inf)
     images = images_of(300)
     assert (net(images).abs().amax(1) <= per_output * images.flatten(1).abs().amax(1).clamp(min=1)).all()
-    if not any(isinstance(module, nn.MaxPool2d) for module in net):
+    if not any(isinstance(module, nn.MaxPool2d) for module in net.modules()):
         for tensor in [*net.parameters()]:
             tensor.data.abs_()
         for module in net.modules():
@@ -410,7 +476,8 @@ def test_a_residual_network_of_plain_modules():
 
 @pytest.mark.parametrize('name, expected', [('MLP', (3, 0, True, False)), ('chain', (3, 0, False, True)),
                                             ('max pooling', (3, 9, True, False)), ('dilation', (2, 0, True, False)),
-                                            ('residual', (4, 0, True, False))])  # fmt: skip
+                                            ('residual', (4, 0, True, False)), ('U-net', (5, 9, True, False)),
+                                            ('transposed', (2, 0, True, False))])  # fmt: skip
 def test_depth_and_kind_of_a_network(name, expected):
     paths = measure_paths(NETWORKS[name](), SHAPE)
     assert (paths.path_depth, paths.pool, paths.biased, paths.chain) == expected
@@ -467,9 +534,22 @@ REFUSED = {
     'GELU': (nn.Sequential(nn.GELU(), *TAIL), '0 (GELU)'),
     'group norm': (nn.Sequential(nn.GroupNorm(1, 2), *TAIL), '0 (GroupNorm)'),
     'no statistics': (nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False), *TAIL), '0 (BatchNorm2d) keeps no running'),
-    'ceil_mode': (nn.Sequential(nn.MaxPool2d(2, ceil_mode=True), *TAIL), '0 (MaxPool2d): pooling with ceil_mode'),
-    'padding': (nn.Sequential(nn.AvgPool2d(2, 1, 1, count_include_pad=False), *TAIL), '0 (AvgPool2d): count_include_pad'),
-    'circular': (nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, padding_mode='circular'), *TAIL), '0 (Conv2d): padded with'),
+    'indices': (nn.Sequential(nn.MaxPool2d(2, return_indices=True), *TAIL), '0 (MaxPool2d): return_indices'),
+    'reflect': (nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, padding_mode='reflect')), "padding_mode = 'reflect'"),
+    'reflection': (nn.Sequential(nn.ReflectionPad2d(1), *TAIL), '0 (ReflectionPad2d)'),
+    'bicubic': (nn.Sequential(nn.Upsample(scale_factor=2, mode='bicubic')), "0 (Upsample): mode = 'bicubic'"),
+    'antialias': (Forward(lambda self, x: F.interpolate(x, 2, mode='bilinear', antialias=True)), 'interpolate: antia'),
+    'negative slope': (nn.Sequential(nn.LeakyReLU(-0.1), *TAIL), '0 (LeakyReLU): only slopes'),
+    'slope above 1': (Forward(lambda self, x: F.leaky_relu(x, 1.5)), 'leaky_relu: only slopes'),
+    'PReLU': (nn.Sequential(nn.PReLU(), *TAIL), '0 (PReLU)'),
+    'cat of images': (Forward(lambda self, x: torch.cat([x, x])), 'cat: concatenates images'),
+    'part': (Forward(lambda self, x: torch.cat([x, x[:, :1]], 1)), 'getitem: a shape or a part of a value'),
+    'stack': (Forward(lambda self, x: torch.stack([x, x], 1)), 'Forward: stack'),
+    'mean of channels': (Forward(lambda self, x: x.mean(1)), 'mean: only a mean over all positions'),
+    'a computed size': (Forward(lambda self, x: F.interpolate(x, x.shape[2:])), 'write sizes as numbers'),
+    'output size': (Forward(lambda self, x: self.up(x, output_size=6), up=nn.ConvTranspose2d(2, 2, 2)), 'more than'),
+    'not used': (Forward(lambda self, x: (x.flatten(1), x.relu())[0]), 'relu: its output is not used'),
+    'features': (nn.Sequential(nn.Flatten(), nn.MaxPool2d(2)), '1: does not fit its input of shape (18,)'),
     'softmax': (nn.Sequential(*TAIL, nn.Softmax(1)), '2 (Softmax)'),
     'product': (Forward(lambda self, x: self.fc((x * x).flatten(1)), fc=nn.Linear(18, 2)), 'Forward: mul'),
     'constant': (Forward(lambda self, x: self.fc((x + 1).flatten(1)), fc=nn.Linear(18, 2)), 'Forward: add'),
@@ -487,6 +567,112 @@ def test_what_has_no_paths_is_refused_by_name(case):
     with pytest.raises(BadInput) as caught:
         path_norm(net, SHAPE)
     assert message in str(caught.value) and '\n' not in str(caught.value)
+
+
+class OwnUp(nn.ConvTranspose2d):
+    def forward(self, x):
+        return super().forward(x) ** 2
+
+
+def test_a_transposed_convolution_with_a_forward_pass_of_its_own_is_refused():
+    own = OwnUp(2, 2, 2)
+    with pytest.raises(BadInput, match=r'0 \(OwnUp\) has a forward pass of its own'):
+        path_norm(nn.Sequential(own), SHAPE)
+    nn.utils.parametrizations.weight_norm(own)
+    with pytest.raises(BadInput, match=r'0 \(ParametrizedOwnUp\) has a forward pass of its own'):
+        path_norm(nn.Sequential(own), SHAPE)
+
+
+class UNet(nn.Module):
+    """A U-net of the smallest kind, its k-th parameter sin(k)."""
+
+    def __init__(self, up):
+        super().__init__()
+        self.enc, self.mid, self.up = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1), up
+        self.act, self.pool, self.out = nn.LeakyReLU(0.2), nn.AvgPool2d(2), nn.Conv2d(4, 1, 3, padding=1)
+        self.double()
+        vector = torch.nn.utils.parameters_to_vector(self.numbers())
+        torch.nn.utils.vector_to_parameters(torch.arange(1, len(vector) + 1).double().sin(), self.numbers())
+
+    def numbers(self):
+        return [number for layer in (self.enc, self.mid, self.up, self.out) for number in layer.parameters()]
+
+    def forward(self, x):
+        skip = self.act(self.enc(x))
+        return self.out(torch.cat([skip, self.up(self.act(self.mid(self.pool(skip))))], 1))
+
+
+# Enumerated over all paths (94,968, 159,276, 48,168, 120,864): l1 norm, l2 norm; and the sum of the outputs on ones.
+UNETS = [
+    (lambda: nn.ConvTranspose2d(2, 2, 2, stride=2), 5288.80984133, 31.5253561126, -2.50476689569),
+    (lambda: nn.ConvTranspose2d(2, 2, 3, 2, 1, 1), 7429.33571655, 34.3863393021, 2.82447077281),
+    (lambda: nn.Upsample(scale_factor=2), 3866.78548737, 28.9235017679, -2.28166663649),
+    (lambda: nn.Upsample(scale_factor=2, mode='bilinear'), 3866.78548737, 25.5510544742, -2.28166663649),
+]
+
+
+@pytest.mark.parametrize('up, l1, l2, total', UNETS)
+def test_the_path_norms_of_u_nets(up, l1, l2, total):
+    net = UNet(up())
+    assert path_norm(net, (1, 4, 4)) == pytest.approx(l1, rel=5e-12)
+    assert path_norm(net, (1, 4, 4), 2) == pytest.approx(l2, rel=5e-12)
+    with torch.no_grad():
+        assert net(torch.ones(1, 1, 4, 4).double()).sum().item() == pytest.approx(total, rel=5e-12)
+    paths = measure_paths(net, (1, 4, 4))
+    assert (paths.path_depth, paths.biased, paths.chain, paths.outputs) == (3, True, False, 16)
+
+
+def test_the_path_metric_of_a_u_net():
+    net = UNet(UNETS[0][0]())
+    zeroed, rounded = copy.deepcopy(net), copy.deepcopy(net)
+    vector = torch.nn.utils.parameters_to_vector(net.numbers()).detach()
+    third = torch.arange(1, len(vector) + 1) % 3 == 0
+    torch.nn.utils.vector_to_parameters(vector.masked_fill(third, 0), zeroed.numbers())
+    torch.nn.utils.vector_to_parameters(vector.sign() * (8 * vector.abs()).floor() / 8, rounded.numbers())
+    images = images_of(500, (1, 4, 4))
+    for other, expected in ((zeroed, 3975.64166912), (rounded, 1601.48971193)):
+        assert path_metric(net, other, (1, 4, 4)) == (pytest.approx(expected, rel=5e-12), True)
+        each, _ = path_metric(net, other, (1, 4, 4), outputs=True)
+        moved = (net(images) - other(images)).abs().flatten(1)
+        size = images.flatten(1).abs().amax(1, keepdim=True).clamp(min=1)
+        assert (moved <= each * size).all() and moved.max() > 1
+
+
+def test_rescaling_a_u_net_leaves_what_reaches_the_cat():
+    net = UNet(UNETS[1][0]())
+    rescaled = rescale_neurons(net, powers)
+    images = images_of(20, (1, 4, 4))
+    assert torch.equal(net(images), rescaled(images))
+    assert path_norm(net, (1, 4, 4)) == path_norm(rescaled, (1, 4, 4))
+    changed = [not torch.equal(*pair) for pair in zip(weights_of(net), weights_of(rescaled))]
+    assert changed == [False, True, True, False]  # enc and up reach the cat; mid is read by up, out by nothing
+
+
+def test_functions_of_a_u_net_in_place_of_modules():
+    def forward(self, x):
+        skip = F.leaky_relu(self.enc(x), 0.2)
+        mid = F.leaky_relu(self.mid(F.avg_pool2d(skip, 2)), 0.2)
+        up = F.interpolate(mid, scale_factor=2, mode='bilinear')
+        return self.out(torch.concat((skip, up), dim=1))
+
+    net = UNet(nn.Upsample(scale_factor=2, mode='bilinear'))
+    functions = Forward(forward, enc=net.enc, mid=net.mid, out=net.out)
+    for q in (1, 2):
+        assert path_norm(functions, (1, 4, 4), q) == path_norm(net, (1, 4, 4), q)
+    assert path_metric(functions, net, (1, 4, 4)) == (0, True)
+
+
+@pytest.mark.parametrize('mean', [lambda x: x.mean([2, 3]), lambda x: torch.mean(x, dim=(-2, -1)),
+                                  lambda x: x.mean((2, 3), keepdim=True).flatten(1)])  # fmt: skip
+def test_a_mean_over_positions_is_an_average_pooling(mean):
+    body, fc = conv(2, 2, 2), nn.Linear(2, 2)
+    net = Forward(lambda self, x: self.fc(mean(self.body(x).relu())), body=body, fc=fc).double()
+    pooled = nn.Sequential(body, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), fc)
+    for q in (1, 2):
+        assert path_norm(net, SHAPE, q) == path_norm(pooled, SHAPE, q)
+    rescaled = rescale_neurons(net, powers)
+    assert torch.equal(net(images_of(9)), rescaled(images_of(9)))
+    assert not torch.equal(rescaled.fc.weight, fc.weight)
 
 
 def test_functions_in_place_of_modules():
@@ -538,6 +724,8 @@ def test_what_only_looks_covered_is_refused():
     positions = nn.Sequential(body, nn.ReLU(), nn.Flatten(2), nn.Linear(9, 4), nn.Flatten(), nn.Linear(8, 2))
     x = torch.rand(5, *SHAPE)
     assert torch.equal(rescale_neurons(positions, powers)(x), positions(x))
+    positions = nn.Sequential(nn.Linear(3, 4), nn.AvgPool2d(2, 2, 1), nn.Linear(3, 1), nn.Flatten())
+    assert torch.equal(rescale_neurons(positions, powers)(x), positions(x))
 
 
 def test_a_module_used_twice_has_paths_and_no_magnitudes():
@@ -578,6 +766,37 @@ def test_the_path_bound_against_the_corrected_one():
         assert complexity[0] <= complexity[1] * math.sqrt(channels)
 
 
+SKIPPING = {
+    'chain': ([], True),
+    'mean': ([nn.AvgPool2d(3, 1, 1)], True),
+    'transposed': ([nn.ConvTranspose2d(2, 2, 1, bias=False), nn.ReLU()], True),
+    'addition': ([Residual(conv(2, 2, 1), nn.ReLU())], False),
+    'concatenation': ([Beside(conv(2, 2, 1), nn.ReLU()), conv(4, 2, 1)], False),
+    'LeakyReLU': ([conv(2, 2, 1), nn.LeakyReLU(0.1)], False),
+    'max pooling': ([nn.MaxPool2d(3, 1, 1)], False),
+}
+
+
+@pytest.mark.parametrize('kind', SKIPPING)
+def test_the_smaller_constant_is_for_chains_alone(kind):
+    """Without biases; docs/bounds.md proves 2 per layer for chains of ReLU layers and 3 or 5 K for anything else."""
+    body, chain = SKIPPING[kind]
+    torch.manual_seed(0)
+    net = nn.Sequential(conv(2, 2, 2, padding=1), nn.ReLU(), *body, nn.Flatten(), nn.Linear(32, 3, bias=False))
+    images, labels = torch.rand(40, *SHAPE), torch.arange(40) % 3
+    data, paths = measure_data(net, images, skip_uncovered=True), measure_paths(net, SHAPE)
+    margins = classification_margins(net(images).detach(), labels)
+    bound = utils.evaluate_bounds(net, data, margins, skip_uncovered=True)['path_bound']
+    depth, pool = paths.path_depth, kind == 'max pooling'
+    if chain:
+        log_N = depth * math.log(2) + math.log(18 * 3)
+    else:
+        log_N = depth * math.log(5 * 9 if pool else 3) + math.log((2.5 if pool else 3) * 19 * 3)
+    complexity = 4 * (paths.path_norm + 1) / 40 * math.sqrt(2 * log_N * data.E_coord)
+    assert bound == pytest.approx(complexity + utils.tail(paths.path_norm, 40, 0.001), rel=1e-9)
+    assert (paths.chain, paths.biased) == (chain, False)
+
+
 def linear_class(images, generator, draws=5):
     """(1/m) E max over outputs and coordinates of |sum_i xi_ir x_i[u]|: the complexity of x -> W x with sum |W| <= 1."""
     flat, total = images.flatten(1), 0.0
@@ -602,3 +821,33 @@ def test_complexity_is_above_that_of_the_linear_class(name, lower, upper, reques
 def test_the_reason_why_bounds_do_not_cover_a_network():
     assert not_covered(NETWORKS['chain'](), SHAPE) is None
     assert not_covered(NETWORKS['residual'](), SHAPE).startswith('Sequential: 0 (Conv2d) has a bias')
+
+
+def test_a_quantized_or_pruned_network_moves_by_less_than_the_path_metric(digits):
+    """docs/quantize.py, row by row; without biases on images in [0, 1], and with them on images larger than 1."""
+    torch.manual_seed(0)
+    biased = nn.Sequential(conv(1, 3, 2, bias=True), nn.LeakyReLU(0.1), nn.MaxPool2d(2, ceil_mode=True),
+                           nn.Flatten(), nn.Linear(48, 10))  # fmt: skip
+    bias_free = get_network(settings_of(depth=2, width=4), digits.input_shape, 10)
+    for net, images in ((bias_free, digits.test_images), (biased, 3 * digits.test_images)):
+        rows = list(quantize.measure(net, images, digits.test_labels))
+        assert [(words, level) for words, level, _ in rows] == [
+            (words, level) for words, (_, levels, _) in quantize.CHANGES.items() for level in levels
+        ]
+        for _, _, row in rows:
+            assert 0 < row['worst'] < row['metric'] and 0 < row['pair'] < row['metric']
+            assert row['stays_by_sum'] <= row['stays'] <= 1 - row['changed']
+        last = {words: row for words, _, row in rows}
+        assert last['fixed point, to nearest']['stays'] > 0.9 > last['magnitude pruning']['stays']
+
+
+def test_levels_of_quantization():
+    weights = torch.tensor([-1.0, 0.3, 0.55, 0.0]).double()
+    nearest, to_zero = (quantize.fixed_point(weights, 3, rounding) for rounding in (torch.round, torch.trunc))
+    torch.testing.assert_close(nearest, torch.tensor([-1, 1 / 3, 2 / 3, 0]).double())
+    torch.testing.assert_close(to_zero, torch.tensor([-1, 0, 1 / 3, 0]).double())
+    assert quantize.fixed_point(0 * weights, 3, torch.round).equal(0 * weights)
+    assert quantize.mantissa(weights, 2, torch.trunc).tolist() == [-1, 0.25, 0.5, 0]  # two significant bits
+    assert quantize.mantissa(weights, 2, torch.round).tolist() == [-1, 0.25, 0.5, 0]
+    assert quantize.mantissa(weights, 3, torch.round).tolist() == [-1, 0.3125, 0.5, 0]
+    assert quantize.pruned(weights, 50).tolist() == [-1, 0, pytest.approx(0.55), 0]
