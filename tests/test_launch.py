@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from test_datasets import make_idx
 
 from conf import load_settings
 from evaluation import COLUMNS
-from harness.records import load_checkpoint, locked, read_metrics
+from harness.records import load_checkpoint, locked, read_metrics, save_checkpoint
 from utils import BOUNDS
 
 
@@ -246,11 +247,83 @@ def test_a_new_bound_on_finished_runs(tmp_path, monkeypatch):
         new = {folder / name / 'evaluation.csv' for name in ('CONV-3-4', 'CONV-3-5')}
         assert set(after) - set(before) == new
         changed = {path.name for path in before if before[path] != after[path]}
-        assert changed == {f'{name}.{suffix}' for name in ('figure', 'bounds', 'sweep') for suffix in ('png', 'pdf')} | {'summary.csv'}
+        pictures = {f'{name}.{suffix}' for name in ('figure', 'bounds', 'sweep') for suffix in ('png', 'pdf')}
+        assert changed == pictures | {'summary.csv'}
         succeeds('--results-path', folder, '--plot')
         assert contents(folder) == after
     finally:
         COLUMNS.remove('my_bound')
+
+
+def test_evaluate_keeps_rows_whose_weights_are_gone_and_may_change_gamma(tmp_path):
+    """What was measured last is drawn, with a line that names the columns that differ; the table says with which gamma."""
+    folder = tmp_path / 'run'
+    train_small(folder, '--snapshot-every', '3')
+    table = folder / 'CONV-3-4' / 'evaluation.csv'
+    succeeds('--results-path', folder, '--evaluate')
+    (folder / 'CONV-3-4' / 'snapshots' / '0-3.pt').unlink()
+    stdout = succeeds('--results-path', folder, '--evaluate', '--gamma', '2')
+    measured = read_metrics(table)
+    assert measured['epoch'].tolist() == [0, 3, 6] and measured['gamma'].tolist() == [2, 1, 2]
+    assert measured['delta'].tolist() == [0.001] * 3
+    logged = read_metrics(folder / 'CONV-3-4' / 'metrics.csv')
+    assert measured['our_bound'][1] == logged['our_bound'][3] and measured['our_bound'][2] < logged['our_bound'][6]
+    assert 'our_bound' in stdout and 'train_error' not in stdout.partition('our_bound')[2].partition('\n')[0]
+
+
+@pytest.mark.parametrize('knob, value', [('label_noise', '0.1'), ('gamma', '2.0')])
+def test_evaluate_refuses_what_a_resume_refuses(tmp_path, knob, value):
+    """An edited settings file; the flag --gamma is the way to another gamma, which is then written down."""
+    folder = tmp_path / 'run'
+    train_small(folder, '--epochs', '1', '--snapshot-every', '1')
+    path = folder / 'global_settings.py'
+    path.write_text(re.sub(rf'^{knob} = \S+', f'{knob} = {value}', path.read_text(), flags=re.M))
+    before = contents(folder)
+    if knob == 'gamma':
+        assert f'was trained with {knob} = ' in refused('--results-path', folder, '--resume')
+        return
+    for option in ('--resume', '--evaluate'):
+        assert f'was trained with {knob} = ' in refused('--results-path', folder, option)
+    (folder / 'CONV-3-4' / 'model.pt').rename(tmp_path / 'model.pt')  # snapshots say it too
+    assert f'was trained with {knob} = ' in refused('--results-path', folder, '--evaluate')
+    (tmp_path / 'model.pt').rename(folder / 'CONV-3-4' / 'model.pt')
+    assert contents(folder) == before
+
+
+def test_weights_with_nan_are_refused_by_evaluate(tmp_path):
+    train_small(tmp_path / 'run', '--epochs', '1')
+    path = tmp_path / 'run' / 'CONV-3-4' / 'model.pt'
+    checkpoint = load_checkpoint(path, 'cpu')
+    next(iter(checkpoint['network'].values())).fill_(float('nan'))
+    save_checkpoint(path, checkpoint)
+    assert 'model.pt: its weights contain NaN or infinity' in refused('--results-path', tmp_path / 'run', '--evaluate')
+
+
+def test_an_early_stop_is_said_and_shown(tmp_path):
+    folder = tmp_path / 'run'
+    stdout = train_small(folder, '--lr', '1e-9', '--early-stop-epoch', '3', '--early-stop-accuracy', '0.5')
+    reason = 'stopped at epoch 3: accuracy below 0.5'
+    assert f'CONV-3-4: {reason}\n' in stdout and 'epoch 4/6' not in stdout
+    assert re.search(rf'CONV-3-4 +finished .*{reason}', succeeds('--results-path', folder, '--status'))
+
+
+def test_a_shipped_folder_is_for_reading(tmp_path):
+    shutil.copytree(ROOT / 'results' / 'digits', tmp_path / 'digits')
+    line = refused('--results-path', tmp_path / 'digits', '--resume')
+    assert 'are for reading' in line and f'--settings {tmp_path}/digits/global_settings.py repeats them' in line
+
+
+def test_a_folder_with_a_settings_file_alone_is_launched_by_it(tmp_path):
+    (tmp_path / 'global_settings.py').write_text(Path(SMALL[1]).read_text().replace('epochs = 6', 'epochs = 1'))
+    succeeds('--results-path', tmp_path)
+    assert rows(tmp_path) == 2 and 'python train.py --settings' in (tmp_path / 'global_settings.py').read_text()
+
+
+def test_only_the_last_task_of_a_sweep_draws(tmp_path):
+    """A sweep of many networks would spend its time on pictures if each of its tasks drew them all."""
+    train_small(tmp_path / 'run', '--width', '4', '5', '--epochs', '1', '--prepare')
+    assert 'drew' not in resume(tmp_path / 'run', '--run', '2')
+    assert 'drew' in resume(tmp_path / 'run', '--run', '1')
 
 
 def test_evaluate_without_weights(tmp_path):
@@ -316,6 +389,22 @@ def test_jobs_that_say_nothing_end_with_their_parent_too(tmp_path):
             assert ended
 
 
+def test_a_job_that_is_killed_is_named(tmp_path):
+    """As by the kernel for want of memory; the line that goes on with it is that of the other network, which is whole."""
+    folder = tmp_path / 'run'
+    process = start(*SMALL, '--width', '4', '5', '--epochs', '300', '--jobs', '2', '--results-path', folder)
+    wait_for(lambda: rows(folder, 'CONV-3-5') > 2 and rows(folder, 'CONV-3-4') > 2, process)
+    children = Path(f'/proc/{process.pid}/task')
+    pids = [int(pid) for task in children.iterdir() for pid in (task / 'children').read_text().split()]
+    second = [pid for pid in pids if b'--run=2' in Path(f'/proc/{pid}/cmdline').read_bytes()]
+    os.kill(second[0], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1 and stderr.count('\n') == 1
+    assert 'CONV-3-5: its process was ended by SIGKILL' in stderr
+    assert f'--results-path {folder} --resume --run 2' in stderr
+    assert rows(folder) == 301 and rows(folder, 'CONV-3-5') < 301
+
+
 def test_a_job_that_fails_does_not_stop_the_others(tmp_path):
     folder = tmp_path / 'run'
     status, stdout, _ = run(*SMALL, '--lr', '0.01', '1e9', '0.02', '--jobs', '2', '--results-path', folder)
@@ -351,3 +440,17 @@ def test_an_output_that_is_closed(tmp_path, close):
     assert rows(tmp_path / 'run') == 7 or close == '| true'
     resume(tmp_path / 'run')
     assert rows(tmp_path / 'run') == 7
+
+
+@pytest.mark.parametrize('name', ['-run', 'a\nb'])
+def test_names_of_folders_that_would_mislead(name):
+    assert '--results-path' in refused(*SMALL, f'--results-path={name}')
+
+
+def test_an_interrupt_while_torch_is_imported(tmp_path):
+    """No traceback: the program has not begun."""
+    process = start(*SMALL, '--results-path', tmp_path / 'run')
+    wait_for(lambda: b'torch' in Path(f'/proc/{process.pid}/maps').read_bytes(), process)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and stderr == '' and not (tmp_path / 'run').exists()

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from conftest import DIGITS, ROOT, run
+from conftest import DIGITS, ROOT, run, succeeds
 from conftest import refused as refused_line
 
 import evaluation
@@ -163,6 +163,7 @@ COMMANDS = {
     'a batch of one': ([*DIGITS, '--network', 'CONVBN', '--normalization', 'batch', '--batch-size', '359'], 'batch_size = 359'),
     'batches of one': ([*DIGITS, '--network', 'CONVBN', '--normalization', 'batch', '--batch-size', '1'], 'batch_size = 1:'),
     'more samples than there are': ([*DIGITS, '--train-samples', '1438'], 'train_samples'),
+    'more threads than cores': ([*DIGITS, '--threads', '1000'], 'threads = 1000: this machine has'),
     'a width beyond memory': ([*DIGITS, '--width', '1000000'], 'width = 1000000: training takes at least'),
     'status without folder': (['--status'], '--results-path DIR'),
     'evaluate and plot': (['--plot', '--evaluate'], 'not allowed with argument --plot'),
@@ -178,6 +179,9 @@ def test_wrong_command_lines(tmp_path, case):
 
 
 FILES = {
+    'imported and wrong': ('from math import inf as lr', 'lr = inf: must be a number above 0'),
+    'a module': ('import math as width', 'width'),
+    'an exception of its own': ('class Own(BaseException):\n    pass\nraise Own("no")', 'line 3: Own: no'),
     'misspelled': ('widht = 3', 'unknown setting widht (did you mean width?)'),
     'unknown': ('helper = 3', 'unknown setting helper; a name of your own starts with _'),
     'interrupt': ('raise KeyboardInterrupt', 'line 1: KeyboardInterrupt'),
@@ -220,6 +224,31 @@ def test_settings_files_may_compute(tmp_path):
     sweep, runs = load_settings(path)
     assert sweep['lr'] == [0.001, 0.01, 0.1] and sweep['depth'] == [1, 2] and sweep['width'] == 8
     assert len(runs) == 6 and all(type(run.lr) is float and type(run.depth) is type(run.width) is int for run in runs)
+
+
+def test_imported_knobs_count(tmp_path):
+    path = tmp_path / 'settings.py'
+    path.write_text("dataset_name = 'digits'\nwidth = 4\nfrom conf.digits import width\n")
+    assert load_settings(path)[0]['width'] == 32
+    path.write_text('from conf.digits import *\nepochs = 3\n')
+    sweep, _ = load_settings(path)
+    assert (sweep['dataset_name'], sweep['width'], sweep['epochs']) == ('digits', 32, 3)
+
+
+def test_a_settings_file_that_changes_torch(tmp_path):
+    path = tmp_path / 'settings.py'
+    path.write_text(
+        'import torch\nfrom tests.small import *\nepochs = 1\n'
+        'torch.set_default_dtype(torch.float64)\ntorch.set_grad_enabled(False)\n'
+    )
+    assert 'epoch 1/1' in succeeds('--settings', path, '--results-path', tmp_path / 'run')
+
+
+def test_an_emptied_settings_file_of_a_launch_is_damage(tmp_path):
+    (tmp_path / 'run' / 'CONV-3-200').mkdir(parents=True)
+    (tmp_path / 'run' / 'global_settings.py').write_text('')
+    for option in ('--resume', '--plot', '--evaluate', '--status'):
+        assert 'global_settings.py: is empty' in refused_line('--results-path', tmp_path / 'run', option)
 
 
 def test_lists_may_be_given_as_in_the_file(tmp_path):
