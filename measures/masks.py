@@ -107,6 +107,17 @@ def measure_masks(net):
     return measured
 
 
+def hidden_readers(net):
+    """{hidden layer: the layer that reads it} of a chain, in its order; nothing with skips or groups."""
+    layers, readers = weight_layers(net), _readers(net) or {}
+    one = all(len(names) == 1 for names in readers.values())
+    if not one or len(set().union(*readers.values())) < len(readers):  # read by several, or several read
+        return {}
+    if any(getattr(layer, 'groups', 1) > 1 for layer in layers.values()):
+        return {}
+    return {layers[name]: layers[reader] for name, (reader,) in readers.items() if reader}
+
+
 def _readers(net):
     """{name: set of the weight layers that read its output, None among them for the network's own}; None where unknown."""
     layers = weight_layers(net)

@@ -13,7 +13,7 @@ from torch import nn
 
 import sparsify
 from conf import BadInput
-from measures.masks import density, weight_layers, weight_mask
+from measures.masks import density, hidden_readers, weight_layers, weight_mask
 from measures.paths import path_norm
 from models import get_network
 from models.weight_norm import add_masks, free_weight, set_mask
@@ -237,6 +237,23 @@ def test_synflow_masks_in_matrices():
     assert (found == masks).all() and found.sum() == 20
 
 
+def test_snip_takes_a_thousand_images_by_seed(digits, monkeypatch):
+    snip_scores = sparsify.snip_scores
+
+    def chosen(seed):
+        seen = []
+        monkeypatch.setattr(sparsify, 'snip_scores', lambda *of: seen.append(of) or snip_scores(*of))
+        Training(digits, density=0.5, initial_mask='snip', seed=seed)
+        ((_, _, images, targets, _),) = seen
+        places = [int(row.nonzero()[0]) for row in (images[:, None] == digits.train_images[None]).flatten(2).all(2)]
+        assert torch.equal(targets.argmax(1), digits.train_labels[places])
+        return places
+
+    first = chosen(0)
+    assert len(set(first)) > 990 and first == chosen(0) != chosen(1)  # a few digits are there twice
+    assert max(first) > 1300 and first != sorted(first)
+
+
 def test_scores_take_batch_norm_and_biases():
     net = nn.Sequential(nn.Conv2d(1, 4, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3))
     images, targets = torch.rand(40, 1, 4, 4), torch.eye(3)[torch.arange(40) % 3]
@@ -446,7 +463,83 @@ def test_when_masks_are_updated():
 
     assert steps(regrow='random', regrow_until=0.6) == [0, 20, 40, 60, 80, 100]
     assert steps(regrow='gradient', regrow_until=0.0) == steps(regrow='none') == []
-    assert not sparsify.regrow_due(settings_of(initial_mask='erk', regrow='random'), 0, 200)  # nothing is dead
+
+
+# --- channels ---
+
+
+def test_empty_filters_stay_empty_and_unread_by_what_grows(digits):
+    """What grew there would be 0 for ever."""
+    flags = {'density': 0.2, 'initial_mask': 'erk', 'regrow': 'random', 'regrow_every': 5, 'regrow_fraction': 0.5}
+    training = Training(digits, steps=200, **flags).step(20)
+    second = training.layers['2']
+    mask = weight_mask(second).clone()
+    mask[3] = False
+    set_mask(second, mask)
+    read, alive = training.masks['4'][:, 3], sum(living(training.masks))
+    training.step(100)
+    assert weight_mask(second)[3].logical_not().all()
+    assert (training.masks['4'][:, 3] <= read).all()  # none has grown
+    assert sum(living(training.masks)) > 0.9 * alive
+
+
+def test_channels_with_a_bias_may_come_back(digits):
+    """With a bias an empty filter's channel is not 0, and what grows in it learns."""
+    flags = {'density': 0.5, 'initial_mask': 'random', 'regrow': 'random', 'regrow_every': 5, 'bias': True}
+    training = Training(digits, **flags).step(20)
+    mask = weight_mask(training.layers['2']).clone()
+    mask[3] = False
+    set_mask(training.layers['2'], mask)
+    assert weight_mask(training.step(30).layers['2'])[3].any()
+
+
+def layers_of(*magnitudes):
+    """Linear layers whose filters have these mean magnitudes."""
+    layers = [nn.Linear(3, len(values)) for values in magnitudes]
+    for layer, values in zip(layers, magnitudes):
+        layer.weight.data = torch.tensor(values)[:, None] * torch.tensor([1.0, -2.0, 0.0])
+    return layers
+
+
+def test_channels_die_on_schedule():
+    layers = layers_of([float(value) for value in range(1, 21)], [50.0, 0.5] * 10)
+    counts = {done: [int(alive.sum()) for alive in sparsify.living_channels(layers, 0.6, done)] for done in (0, 0.2, 0.5, 1)}
+    # 40 (1 - 0.6 (1 - (1 - done)^3)) are left; of each layer at least int(0.5 * 0.4 * 20) = 4
+    assert {done: sum(count) for done, count in counts.items()} == {0: 40, 0.2: 28, 0.5: 19, 1: 16}
+    assert counts[0.2] == [18, 10] and counts[1] == [6, 10]
+    first, second = sparsify.living_channels(layers, 0.6, 1)
+    assert first.nonzero().flatten().tolist() == [14, 15, 16, 17, 18, 19] and second.tolist() == [True, False] * 10
+    floors = sparsify.living_channels(layers_of([1.0] * 20, [50.0] * 20), 0.6, 1)
+    assert [int(alive.sum()) for alive in floors] == [4, 12] and floors[0].nonzero().flatten().tolist() == [0, 1, 2, 3]
+    assert [int(alive.sum()) for alive in sparsify.living_channels(layers_of([1.0], [50.0]), 0.9, 1)] == [1, 1]
+
+
+@pytest.mark.parametrize('flags', ({}, {'prune_layers': 'conv'}, {'network': 'MLP'}, {'normalization': 'batch'}), ids=str)
+@pytest.mark.parametrize('regrow', ('random', 'gradient'))
+def test_dead_channels_are_neither_made_nor_read(digits, monkeypatch, regrow, flags):
+    flags = flags | {'density': 0.4, 'initial_mask': 'erk', 'width': 16, 'bias': 'normalization' in flags}
+    training = Training(digits, regrow=regrow, regrow_every=5, channel_sparsity=0.5, **flags).step(2)
+    living_channels, found = sparsify.living_channels, []
+    monkeypatch.setattr(sparsify, 'living_channels', lambda *of: found.append(living_channels(*of)) or found[-1])
+    addresses, before = training.addresses(), sum(living(training.masks))
+    while training.number < 200:
+        training.step(5)
+        for (layer, reader), alive in zip(hidden_readers(training.net).items(), found[-1]):
+            assert not weight_mask(layer)[~alive].any()
+            if (mask := weight_mask(reader)) is not None:
+                assert not mask.reshape(len(mask), len(alive), -1)[:, ~alive].any()
+    counts = [int(alive.sum()) for alive in found[-1]]
+    assert sum(counts) == 16 * len(counts) / 2 and min(counts) >= 4
+    assert training.addresses() == addresses and 0 < min(living(training.masks))
+    assert sum(living(training.masks)) <= before
+    assert all(value.isfinite().all() for value in training.net.state_dict().values())
+
+
+def test_channel_sparsity_needs_a_chain(digits):
+    flags = {'channel_sparsity': 0.5, 'density': 0.4, 'initial_mask': 'erk', 'regrow': 'random', 'normalization': 'batch'}
+    with pytest.raises(BadInput, match='channel_sparsity = 0.5: needs a chain'):
+        Training(digits, network='CONVRES', **flags)
+    Training(digits, network='CONVBN', **flags)
 
 
 @pytest.mark.parametrize(
@@ -454,6 +547,8 @@ def test_when_masks_are_updated():
     (
         ({'density': 0.5}, 'density = 0.5: needs an initial_mask'),
         ({'regrow': 'random'}, "regrow = 'random': needs an initial_mask"),
+        ({'regrow': 'random', 'initial_mask': 'random'}, "regrow = 'random': needs an initial_mask, with a density below 1"),
+        ({'channel_sparsity': 0.5, 'initial_mask': 'erk', 'density': 0.5}, 'channel_sparsity = 0.5: needs regrow'),
         ({'regrow': 'random', 'initial_mask': 'erk', 'density': 0.5, 'prune_rounds': 2}, 'prune_rounds = 2: not with regrow'),
         ({'regrow': 'gradient', 'initial_mask': 'erk', 'density': 0.5, 'regrow_every': 1}, 'regrow_every = 1'),
         ({'prune_rounds': 1, 'epochs': 7, 'rewind_epoch': 7}, 'rewind_epoch = 7: must be below epochs = 7'),
@@ -463,6 +558,9 @@ def test_when_masks_are_updated():
 def test_settings_that_do_not_go_together(flags, text):
     with pytest.raises(BadInput, match=text):
         sparsify.check(settings_of(**flags))
+
+
+def test_settings_that_go_together():
     sparsify.check(settings_of())
     sparsify.check(settings_of(initial_mask='erk'))  # density 1 goes with any mask
     sparsify.check(settings_of(prune_rounds=3, rewind_epoch=-1))
