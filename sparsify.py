@@ -127,7 +127,7 @@ def regrow(net, optimizer, settings, step, steps, batch_loss):
 
     The share dropped falls as a cosine from regrow_fraction to 0 at regrow_until. What grows is drawn at random or has the
     largest gradient; the just dropped may return, and then keep weight and momentum. The others start at 0, with momentum 0.
-    With channel_sparsity, channels die first (Yin et al. 2023), and their weights grow elsewhere in the layer.
+    With channel_sparsity, channels die first (Yin et al. 2023), and their weights grow elsewhere in a layer.
     It has as many living weights as before, or all that may live where these are fewer.
 
     Args:
@@ -163,8 +163,8 @@ def regrow(net, optimizer, settings, step, steps, batch_loss):
 def living_channels(layers, channel_sparsity, done):
     """Which channels of hidden layers live on when the share `done` of the steps until regrow_until is over.
 
-    With s = channel_sparsity, s (1 - (1 - done)^3) of the channels of all layers are dead, those of
-    least mean |W|, dead entries of the filter included. A layer keeps at least CHANNEL_FLOOR (1 - s) of its own, and one.
+    With s = channel_sparsity, s (1 - (1 - done)^3) of the channels of all layers are dead: those of least
+    mean |W|, dead entries included. A layer keeps at least CHANNEL_FLOOR (1 - s) of its channels, and one.
 
     Returns:
         A boolean tensor (channels,) for each layer.
@@ -179,10 +179,10 @@ def living_channels(layers, channel_sparsity, done):
 
 
 def _filled(layers, channels, kept):
-    """Those of the channels whose filter is not empty; all where each is, so that the layer has a place to grow.
+    """Those of the channels whose filter is not empty; all where each is, so that a layer can grow.
 
-    In a bias-free ReLU network an empty filter is dead for good: its channel is 0, where the ReLU has gradient 0,
-    so that weights that grew in it, and those that read it, would stay 0.
+    In a bias-free ReLU network an empty filter is dead for good: its channel is 0, where the ReLU's gradient
+    is 0, so that weights that grew in it, and those that read it, would stay 0.
     """
     filled = [(kept[layer] & layer.weight.ne(0)).flatten(1).any(1) for layer in layers]
     return [some & alive if (some & alive).any() else alive for some, alive in zip(filled, channels)]

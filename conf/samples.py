@@ -1,7 +1,8 @@
-"""How many training images reach a test error, at each density: CONV-3-32 on subsets of MNIST, pruned three times.
+"""How many training images reach a test error, at each density: CONV-3-32 on subsets of MNIST, pruned thrice.
 
-A round has 750 steps whatever the number of images, so that more images do not mean more training as well: a launch has one
-train_samples, and epochs is 24,000 over it. docs/sparse.md has the loop over launches, docs/samples.py draws them.
+A round has 750 steps whatever the number of images, so that more images do not mean more training as well: a
+launch has one train_samples, and epochs is 24,000 over it. docs/sparse.md has the loop over launches,
+docs/samples.py draws them.
 """
 
 train_samples = 2000

@@ -2,8 +2,8 @@
 
 python docs/lottery_theory.py   draws docs/lottery_theory.png, in a quarter of an hour of one core
 
-The setting of Zhang et al. (NeurIPS 2021, arXiv 2110.05667): a teacher f(x) = mean_j relu(w_j x) of K neurons of
-unit norm, each of which reads r of the D inputs, x ~ N(0, I). The student knows which.
+The setting of Zhang et al. (NeurIPS 2021, arXiv 2110.05667): a teacher f(x) = mean_j relu(w_j x) of K neurons
+of unit norm, each of which reads r of the D inputs, x ~ N(0, I). The student knows which.
 """
 
 from pathlib import Path
@@ -65,7 +65,7 @@ def samples_needed(r, ratios):
 
 
 def steps_per_factor(r, samples):
-    """Steps in which the distance falls by e, from 0.05 to RECOVERED, without momentum; median over students."""
+    """Steps in which the distance falls by e, from 0.05 to RECOVERED, without momentum; a median."""
     distances = learn(r, samples, 0.1, 0.0, 3000)
     inside = (distances < 0.05) & (distances > RECOVERED)
     ends = [column[rows] for column, rows in zip(distances.T, inside.T) if rows.sum() > 1]
@@ -119,7 +119,8 @@ def main():
             print(
                 f'recovered from {radius} ||W||, {words}:', *(f'{share:.2f}' for share in shares), flush=True
             )
-            far.plot(every, shares, style, color=color, marker='o', label=f'from {radius} times the norm, {words}')
+            label = f'from {radius} times the norm, {words}'
+            far.plot(every, shares, style, color=color, marker='o', label=label)
     far.set(title='radius', xlabel='inputs r of a neuron', ylabel='share that recovers')
     for panel in (needed, rate, far):
         panel.grid(alpha=0.3)

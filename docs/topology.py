@@ -2,10 +2,10 @@
 
 python docs/topology.py   prints the tables and draws docs/topology.png, in a few minutes of one core
 
-CONV-3-32 of stride 2 on 2,000 images of MNIST, a fifth of the weights alive. The coordinates are those that Hoang
-et al. (NeurIPS 2023, "Don't just prune by magnitude!") name: means over layers of the ramanujan_gap, imdb and
-weighted_gap of measures.masks.topology, and of weighted_gap over imdb's subgraphs. The distance is the Euclidean
-one to the coordinates of the dense network at initialization.
+CONV-3-32 of stride 2 on 2,000 images of MNIST, a fifth of the weights alive. The coordinates are those that
+Hoang et al. (NeurIPS 2023, "Don't just prune by magnitude!") name: means over layers of the ramanujan_gap,
+imdb and weighted_gap of measures.masks.topology, and of weighted_gap over imdb's subgraphs. The distance is
+the Euclidean one to the coordinates of the dense network at initialization.
 """
 
 import copy
@@ -40,7 +40,7 @@ WAYS = {
 
 
 def coordinates(net):
-    """(4,) means over layers of ramanujan_gap, imdb, weighted_gap, and weighted_gap over the subgraphs of imdb."""
+    """(4,) means over layers: ramanujan_gap, imdb, weighted_gap, and weighted_gap over imdb's subgraphs."""
     measured = []
     for layer in weight_layers(net).values():
         rows = layer.weight.detach().flatten(1)
@@ -139,7 +139,9 @@ def main():
     for way, values in zip(WAYS, errors):
         print(f'| {way} | {values.mean():.3f} ({values.min():.3f} to {values.max():.3f}) |')
     print(
-        f'\n| Spearman correlation | all {errors.size} | {len(WAYS)} means | within |\n| --- | --- | --- | --- |'
+        f'\n| Spearman correlation | all {errors.size} | {len(WAYS)} means | within |',
+        '| --- | --- | --- | --- |',
+        sep='\n',
     )
     for name, values in tables.items():
         within = [part - part.mean(1, keepdims=True) for part in (values, errors)]

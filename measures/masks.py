@@ -56,7 +56,8 @@ def topology(weight):
                             (both at least 3, else undefined) and the second singular value of the unweighted graph; of a
                             graph with equal degrees on each side it is at least 0 if that is Ramanujan (Hoang et al. 2023)
             imdb            mean of ramanujan_gap over subgraphs, one for each degree of left nodes: those that have it, and all
-                            their neighbours. Those where it is undefined are left out
+                            their neighbours. Those where it is undefined are left out, as are then those of
+                            fewer than three left nodes, whose d_R is at most 2
             weighted_gap    sigma_1 - sigma_2 of |weight|
     Raises:
         BadInput: not a matrix or a kernel, or a NaN or an infinity in it.
