@@ -27,15 +27,15 @@ from measures.norms import measure_network
 from measures.paths import path_norm
 from models import get_network
 
-DENSITY, EPOCHS, SEEDS = 0.2, 12, range(3)
+DENSITY, EPOCHS, SEEDS = 0.2, 6, range(3)
 WAYS = {
     'magnitude': {'prune_rounds': 1, 'prune_fraction': 1 - DENSITY},  # after a dense training, rewound
     'SNIP': {'density': DENSITY, 'initial_mask': 'snip'},
     'SynFlow': {'density': DENSITY, 'initial_mask': 'synflow'},
     'ERK': {'density': DENSITY, 'initial_mask': 'erk'},
     'random': {'density': DENSITY, 'initial_mask': 'random'},
-    'SET': {'density': DENSITY, 'initial_mask': 'erk', 'regrow': 'random', 'regrow_every': 50},
-    'RigL': {'density': DENSITY, 'initial_mask': 'erk', 'regrow': 'gradient', 'regrow_every': 50},
+    'SET': {'density': DENSITY, 'initial_mask': 'erk', 'regrow': 'random', 'regrow_every': 25},
+    'RigL': {'density': DENSITY, 'initial_mask': 'erk', 'regrow': 'gradient', 'regrow_every': 25},
 }
 
 
@@ -84,7 +84,7 @@ def error(net, images, labels):
 
 def measure(way, seed, dataset):
     """One run: {measure: value}, 'at the start' under the first mask and 'at the end' after the training."""
-    flags = {'width': 32, 'stride': 2, 'lr': 0.3, 'weight_decay': 1e-4, 'epochs': EPOCHS, 'milestones': [9]}
+    flags = {'width': 32, 'stride': 2, 'lr': 0.3, 'weight_decay': 1e-4, 'epochs': EPOCHS, 'milestones': [4]}
     settings = load_settings(flags=flags | {'seed': seed} | WAYS[way])[1][0]
     shape = dataset.input_shape
     targets = F.one_hot(dataset.train_labels, 10).float()

@@ -589,7 +589,7 @@ def test_path_pruning_does_not_see_a_rescaling(digits):
 # --- the experiments of docs/sparse.md ---
 
 
-@pytest.mark.parametrize('name, networks', (('channels', 18), ('samples', 3)))
+@pytest.mark.parametrize('name, networks', (('channels', 24), ('samples', 3)))
 def test_experiments_have_sound_settings(name, networks):
     runs = load_settings(ROOT / 'conf' / f'{name}.py')[1]
     assert len(runs) == networks
