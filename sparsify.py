@@ -2,22 +2,10 @@
 
 Every function is pure in (network, optimizer, settings, round or step): it draws from generators of its own, so that a run
 that was interrupted anywhere goes on as if it had not been, and it changes weights, masks and momentum in place, so that a
-captured CUDA graph stays valid. The masks are buffers of the network, and so in its checkpoints. In the order of a training:
+captured CUDA graph stays valid. The masks are buffers of the network, and so in its checkpoints.
 
-    check(settings)                                     at the launch: settings that make no sense together
-    start(net, settings, images, targets, loss)         before the first step
-    saved = copy.deepcopy(net.state_dict())             after the epoch `rewind_epoch` of round 0 (0: before the first step)
-
-    number = (epoch - 1) * steps_per_epoch + step       at each training step, of settings.epochs * steps_per_epoch = steps
-    due = regrow_due(settings, number, steps)
-    if not due or settings.regrow == 'random':          RigL's update takes the place of the gradient step, SET's follows it
-        ... the gradient step ...
-    if due:
-        regrow(net, optimizer, settings, number, steps, lambda: the batch's loss, with its graph)
-
-    prune(net, settings, round, input_shape)            after the training of round - 1, for round 1, 2, ..., prune_rounds
-    ... the row `epoch 0` of the new round: the trained network just pruned ...
-    rewind(net, optimizer, saved)                       then on from epoch max(rewind_epoch, 0) + 1; saved = None at -1
+`check` is for the launch, `start` for a network just initialized, `regrow` for steps that are `regrow_due`,
+`prune` and `rewind` for the rounds; the training is in train.py.
 """
 
 import copy
@@ -28,12 +16,13 @@ import torch
 from torch.nn.utils import parametrize
 
 from conf import BadInput
-from measures.masks import weight_layers, weight_mask
+from measures.masks import hidden_readers, weight_layers, weight_mask
 from measures.paths import path_magnitude, rescale_neurons
 from models.weight_norm import free_weight, set_mask
 
 SNIP_SAMPLES = 1000  # SNIP's gradient is the sum over so many training samples, in batches of 100
 SYNFLOW_ROUNDS = 100  # in one round SynFlow would empty layers
+CHANNEL_FLOOR = 0.5  # a layer keeps so much of what would be left to it if all layers lost the same share
 FACTORS = (1, 128, 4096)  # of rescaled neurons: powers of 2, so that the function stays the same bit for bit
 
 
@@ -41,8 +30,10 @@ def check(settings):
     """Raises BadInput where settings of sparsity do not go together."""
     if settings.initial_mask == 'none' and settings.density < 1:
         raise BadInput(f'density = {settings.density}: needs an initial_mask: random, erk, snip or synflow')
-    if settings.regrow != 'none' and settings.initial_mask == 'none':
+    if settings.regrow != 'none' and (settings.initial_mask == 'none' or settings.density == 1):
         raise BadInput(f'regrow = {settings.regrow!r}: needs an initial_mask, with a density below 1; nothing is dead without')
+    if settings.channel_sparsity and settings.regrow == 'none':
+        raise BadInput(f'channel_sparsity = {settings.channel_sparsity}: needs regrow: random or gradient')
     if settings.regrow != 'none' and settings.prune_rounds:
         raise BadInput(f'prune_rounds = {settings.prune_rounds}: not with regrow = {settings.regrow!r}; set one of the two')
     if settings.regrow == 'gradient' and settings.regrow_every == 1:
@@ -66,9 +57,12 @@ def start(net, settings, images, targets, loss):
         images, targets: (N, C, H, W) and (N, classes), the training set, of which SNIP takes some samples.
         loss: function of outputs and targets, a mean over samples.
     Raises:
-        BadInput: the score of the pruning rounds does not cover the network.
+        BadInput: the score of the pruning rounds does not cover the network, or channel_sparsity does not.
     """
     layers = prunable(net)
+    if settings.channel_sparsity and not hidden_readers(net):
+        chain = 'needs a chain, a network without skips and groups'
+        raise BadInput(f'channel_sparsity = {settings.channel_sparsity}: {chain}, unlike {settings.network}')
     if settings.prune_rounds:
         _pruning_scores(net, settings, 1, tuple(images.shape[1:]))  # refused before the training, not after it
     if settings.density == 1:
@@ -124,9 +118,8 @@ def rewind(net, optimizer, saved):
 
 def regrow_due(settings, step, steps):
     """Whether the masks are updated at this step, counted from 0 over the whole training of `steps` steps."""
-    if settings.regrow == 'none' or settings.density == 1:
-        return False
-    return step % settings.regrow_every == 0 and step < settings.regrow_until * steps
+    due = step % settings.regrow_every == 0 and step < settings.regrow_until * steps
+    return settings.regrow != 'none' and due
 
 
 def regrow(net, optimizer, settings, step, steps, batch_loss):
@@ -134,6 +127,8 @@ def regrow(net, optimizer, settings, step, steps, batch_loss):
 
     The share dropped falls as a cosine from regrow_fraction to 0 at regrow_until. What grows is drawn at random or has the
     largest gradient; the just dropped may return, and then keep weight and momentum. The others start at 0, with momentum 0.
+    With channel_sparsity, channels die first (Yin et al. 2023), and their weights grow elsewhere in a layer.
+    It has as many living weights as before, or all that may live where these are fewer.
 
     Args:
         batch_loss: function without arguments that returns a batch's loss with its graph; called by regrow = 'gradient' alone.
@@ -144,16 +139,64 @@ def regrow(net, optimizer, settings, step, steps, batch_loss):
         growth = [gradient.abs() for gradient in dense_gradients(layers, batch_loss)]
     else:
         growth = _random_scores(dict(enumerate(layers)), _generator(settings.seed, step, 'grow'))
-    share = settings.regrow_fraction / 2 * (1 + math.cos(math.pi * step / (settings.regrow_until * steps)))
-    for layer, weight, score in zip(layers, free, growth):
-        mask = weight_mask(layer)
+    done = step / (settings.regrow_until * steps)
+    share = settings.regrow_fraction / 2 * (1 + math.cos(math.pi * done))
+    readers = hidden_readers(net)
+    channels = living_channels(readers, settings.channel_sparsity, done)
+    alive = [weight_mask(layer) & room for layer, room in zip(layers, _places(layers, readers, channels))]
+    kept = []
+    for weight, mask in zip(free, alive):
         living = int(mask.count_nonzero())
-        dropped = int(share * living)
-        kept = _top(weight.detach().abs().masked_fill(~mask, -math.inf), living - dropped)
-        set_mask(layer, kept | _top(score.masked_fill(kept, -math.inf), dropped))
+        kept.append(_top(weight.detach().abs().masked_fill(~mask, -math.inf), living - int(share * living)))
+    if settings.channel_sparsity or not (settings.bias or settings.normalization == 'batch'):
+        channels = _filled(readers, channels, dict(zip(layers, kept)))
+    rooms = _places(layers, readers, channels)
+    for layer, weight, score, before, stays, room in zip(layers, free, growth, alive, kept, rooms):
+        room |= before & weight.ne(0)  # the just dropped may return in any case
+        grown = int(weight_mask(layer).count_nonzero()) - int(stays.count_nonzero())
+        set_mask(layer, stays | _top(score.masked_fill(stays | ~room, -math.inf), grown) & room)
         momentum = optimizer.state.get(weight, {}).get('momentum_buffer')
         if momentum is not None:
             momentum.mul_(weight_mask(layer))
+
+
+def living_channels(layers, channel_sparsity, done):
+    """Which channels of hidden layers live on when the share `done` of the steps until regrow_until is over.
+
+    With s = channel_sparsity, s (1 - (1 - done)^3) of the channels of all layers are dead: those of least
+    mean |W|, dead entries included. A layer keeps at least CHANNEL_FLOOR (1 - s) of its channels, and one.
+
+    Returns:
+        A boolean tensor (channels,) for each layer.
+    """
+    scores = [layer.weight.detach().double().abs().flatten(1).mean(1) for layer in layers]
+    alive = [torch.ones_like(score, dtype=torch.bool) for score in scores]
+    if not channel_sparsity:
+        return alive
+    left = 1 - channel_sparsity * (1 - (1 - done) ** 3)
+    floors = [max(1, int(CHANNEL_FLOOR * (1 - channel_sparsity) * len(score))) for score in scores]
+    return best(scores, alive, round(left * sum(map(len, scores))), floors)
+
+
+def _filled(layers, channels, kept):
+    """Those of the channels whose filter is not empty; all where each is, so that a layer can grow.
+
+    In a bias-free ReLU network an empty filter is dead for good: its channel is 0, where the ReLU's gradient
+    is 0, so that weights that grew in it, and those that read it, would stay 0.
+    """
+    filled = [(kept[layer] & layer.weight.ne(0)).flatten(1).any(1) for layer in layers]
+    return [some & alive if (some & alive).any() else alive for some, alive in zip(filled, channels)]
+
+
+def _places(layers, readers, channels):
+    """For each of `layers` a mask without the filters of dead channels and the weights that read them."""
+    places = {layer: torch.ones_like(weight_mask(layer)) for layer in layers}
+    for (layer, reader), alive in zip(readers.items(), channels):
+        places[layer] &= alive.reshape(-1, *[1] * (layer.weight.ndim - 1))
+        if reader in places:  # a classifier that stays dense has no mask
+            columns = alive.repeat_interleave(reader.weight.shape[1] // len(alive))
+            places[reader] &= columns.reshape(-1, *[1] * (reader.weight.ndim - 2))
+    return list(places.values())
 
 
 def dense_gradients(layers, batch_loss):
@@ -173,18 +216,20 @@ def dense_gradients(layers, batch_loss):
             mask.copy_(values)
 
 
-def best(scores, alive, count):
+def best(scores, alive, count, floors=None):
     """Masks that keep the `count` best-scored of the living weights of several layers, and of each layer at least the best.
 
     Args:
         scores, alive: lists of tensors, one for each layer: scores, and the boolean masks so far.
+        floors: of how many of each layer at least; 1 by default.
     Returns:
         A list of masks; ties go to the first weight, in the order of layers and entries.
     """
     scores = [score.double().masked_fill(~mask, -math.inf).flatten() for score, mask in zip(scores, alive)]
-    for score in scores:
-        score[score.argmax()] = math.inf
-    kept = _top(torch.cat(scores), max(count, len(scores))).split([len(score) for score in scores])
+    floors = floors or [1] * len(scores)
+    for score, floor in zip(scores, floors):
+        score[_top(score, floor)] = math.inf
+    kept = _top(torch.cat(scores), max(count, sum(floors))).split([len(score) for score in scores])
     return [part.view(mask.shape) for part, mask in zip(kept, alive)]
 
 

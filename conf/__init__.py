@@ -103,6 +103,7 @@ RULES = {
     'regrow_every': _later(100, _integer(1)),
     'regrow_fraction': _later(0.3, _number('a number between 0 and 1', lambda value: 0 < value < 1)),
     'regrow_until': _later(0.75, _number('a number from 0 to 1', lambda value: 0 <= value <= 1)),
+    'channel_sparsity': _later(0.0, _number('a number from 0 to below 1', lambda value: 0 <= value < 1)),
     'device': _TEXT,
     'precision': _choice('auto', 'float32', 'tf32', 'bf16'),
     'threads': _later(0, _integer(0, 1024)),

@@ -51,6 +51,7 @@ regrow = 'none'  # dynamic sparsity: random (SET) or gradient (RigL) regrowth of
 regrow_every = 100  # steps between updates of the masks
 regrow_fraction = 0.3  # share of a layer's living weights that the first update drops; it falls as a cosine
 regrow_until = 0.75  # share of the training's steps after which the masks stay
+channel_sparsity = 0.0  # with regrow: share of the hidden channels that die by regrow_until (Chase)
 
 # Machine
 device = 'auto'  # auto (CUDA, then CPU), cpu, cuda or cuda:1

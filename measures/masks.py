@@ -59,7 +59,8 @@ def topology(weight):
                             (both at least 3, else undefined) and the second singular value of the unweighted graph; of a
                             graph with equal degrees on each side it is at least 0 if that is Ramanujan (Hoang et al. 2023)
             imdb            mean of ramanujan_gap over subgraphs, one for each degree of left nodes: those that have it, and all
-                            their neighbours. Those where it is undefined are left out
+                            their neighbours. Those where it is undefined are left out, as are then those of
+                            fewer than three left nodes, whose d_R is at most 2
             weighted_gap    sigma_1 - sigma_2 of |weight|
     Raises:
         BadInput: not a matrix or a kernel, or a NaN or an infinity in it.
@@ -108,6 +109,17 @@ def measure_masks(net):
         dead_channels = int(dead.sum()) if readers else math.nan
         measured[name] = {'density': living / weight.numel(), 'dead_channels': dead_channels} | topology(weight)
     return measured
+
+
+def hidden_readers(net):
+    """{hidden layer: the layer that reads it} of a chain, in its order; nothing with skips or groups."""
+    layers, readers = weight_layers(net), _readers(net) or {}
+    one = all(len(names) == 1 for names in readers.values())
+    if not one or len(set().union(*readers.values())) < len(readers):  # read by several, or several read
+        return {}
+    if any(getattr(layer, 'groups', 1) > 1 for layer in layers.values()):
+        return {}
+    return {layers[name]: layers[reader] for name, (reader,) in readers.items() if reader}
 
 
 def _readers(net):

@@ -9,7 +9,16 @@ from conftest import settings_of
 from torch import nn
 
 from conf import BadInput
-from measures.masks import density, masked_density, measure_masks, neuron_norms, sharing, topology, weight_mask
+from measures.masks import (
+    density,
+    hidden_readers,
+    masked_density,
+    measure_masks,
+    neuron_norms,
+    sharing,
+    topology,
+    weight_mask,
+)
 from models import get_network
 from models.weight_norm import set_mask
 
@@ -120,9 +129,9 @@ def test_dead_channels_beside_skips_and_groups():
         def forward(self, x):
             return super().forward(x if x.sum() > 0 else -x)
 
-    calls = []
-    measured = measure_masks(Branching(), between=lambda: calls.append(1))
-    assert all(math.isnan(entry['dead_channels']) and entry['density'] == 1 for entry in measured.values()) and len(calls) == 3
+    measured = measure_masks(Branching())
+    assert len(measured) == 3
+    assert all(math.isnan(entry['dead_channels']) and entry['density'] == 1 for entry in measured.values())
 
 
 def test_neuron_norms_by_loops(digits):
@@ -143,9 +152,8 @@ def test_sharing_of_a_known_network():
     with torch.no_grad():
         net[1].weight.copy_(torch.tensor([[4.0, 0.0], [0.0, 2.0], [-1.0, -1.0], [1e-4, 0.0]]))
         net[3].weight.copy_(torch.tensor([[1.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 3.0, 0.0]]))
-    images, calls = torch.rand(450, 1, 1, 2), []
-    (layer,) = sharing(net, images, between=lambda: calls.append(1))
-    assert len(calls) == 3  # batches
+    images = torch.rand(450, 1, 1, 2)
+    (layer,) = sharing(net, images)
     # inc * out: 4 sqrt(2), 2, 3 sqrt(2) and 1e-4 sqrt(2), the last one inactive; the third never fires on positive images
     assert (layer['K'], layer['active'], layer['dead']) == (4, 3, 1)
     assert layer['feeds'] == pytest.approx((2 + 1 + 1) / 3) and layer['participation'] == pytest.approx((2 + 1 + 1) / 3)
@@ -160,6 +168,48 @@ def test_sharing_of_a_known_network():
         net[3].weight.zero_()
     layer = sharing(net, images)[0]
     assert layer['active'] == 0 and math.isnan(layer['participation'])
+
+
+def test_sharing_counts_what_is_active_and_what_is_fed_by_thousandths():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3, 3, bias=False), nn.ReLU(), nn.Linear(3, 4, bias=False))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1000.0, 0.0], [0.0, 0.0, 1.0]]))
+        # Channels of inc * out = 1, 1.1e-3 and 0.9e-3: two are active. The second feeds three outputs, by its own largest.
+        outgoing = torch.tensor([[1.0, 1.1e-6, 0.9e-3], [1.1e-3, 1.2e-9, 0.0], [0.9e-3, 1.2e-9, 0.0], [0.0, 1e-9, 0.0]])
+        net[3].weight.copy_(outgoing)
+    (layer,) = sharing(net, torch.rand(5, 1, 1, 3))
+    assert (layer['active'], layer['feeds']) == (2, (2 + 3) / 2)
+
+
+def test_a_convolution_that_is_0_everywhere_is_dead():
+    net = nn.Sequential(nn.Conv2d(1, 3, 2, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2, bias=False))
+    images = torch.zeros(4, 1, 3, 3)
+    images[1, 0, 2, 1] = 1.0  # one position of one image is enough
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([1.0, 0.0, -1.0])[:, None, None, None].expand(3, 1, 2, 2))
+    assert sharing(net, images)[0]['dead'] == 2
+
+
+def test_a_chain_is_known_from_its_readers():
+    chain = nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2), nn.ReLU(), nn.Linear(2, 2))
+    assert list(hidden_readers(chain).items()) == [(chain[0], chain[3]), (chain[3], chain[5])]
+    for flags in ({'network': 'CONVRES'}, {'network': 'CONVBN'}):
+        net = get_network(settings_of(normalization='batch', width=4, **flags), (1, 8, 8), 10)
+        assert len(hidden_readers(net)) == (4 if flags['network'] == 'CONVBN' else 0) + (flags['network'] == 'CONVBN')
+    assert not hidden_readers(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1, groups=2)))
+
+    class Apart(nn.Module):
+        """Two layers read the first, and their sum is the output."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.left, self.right = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = torch.relu(self.first(x))
+            return self.left(x) + self.right(x)
+
+    assert not hidden_readers(Apart())
 
 
 def test_sharing_refuses_what_it_does_not_cover(digits):

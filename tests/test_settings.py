@@ -120,6 +120,7 @@ WRONG_VALUES = {
     'regrow_every': ['0'],
     'regrow_fraction': ['0', '1'],
     'regrow_until': ['-0.1', '1.1'],
+    'channel_sparsity': ['-0.1', '1'],
     'threads': ['-1', '1025', '1.5'],
     'jobs': ['0', '1025'],
     'certify_every': ['-1'],

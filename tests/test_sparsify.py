@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import settings_of
+from conftest import ROOT, settings_of, train_small
 from torch import nn
 
 import sparsify
-from conf import BadInput
-from measures.masks import density, weight_layers, weight_mask
+from conf import BadInput, load_settings
+from docs import channels, lottery_theory, samples, topology
+from measures.masks import density, hidden_readers, weight_layers, weight_mask
 from measures.paths import path_norm
 from models import get_network
 from models.weight_norm import add_masks, free_weight, set_mask
@@ -237,6 +238,24 @@ def test_synflow_masks_in_matrices():
     assert (found == masks).all() and found.sum() == 20
 
 
+def test_snip_takes_a_thousand_images_by_seed(digits, monkeypatch):
+    snip_scores = sparsify.snip_scores
+    place_of = {image.numpy().tobytes(): place for place, image in enumerate(digits.train_images)}
+
+    def chosen(seed):
+        seen = []
+        monkeypatch.setattr(sparsify, 'snip_scores', lambda *of: seen.append(of) or snip_scores(*of))
+        Training(digits, density=0.5, initial_mask='snip', seed=seed)
+        ((_, _, images, targets, _),) = seen
+        places = [place_of[image.numpy().tobytes()] for image in images]
+        assert torch.equal(targets.argmax(1), digits.train_labels[places])
+        return places
+
+    first = chosen(0)
+    assert len(first) == len(set(first)) == 1000 and max(first) > 1300
+    assert first == chosen(0) != chosen(1)
+
+
 def test_scores_take_batch_norm_and_biases():
     net = nn.Sequential(nn.Conv2d(1, 4, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3))
     images, targets = torch.rand(40, 1, 4, 4), torch.eye(3)[torch.arange(40) % 3]
@@ -446,7 +465,83 @@ def test_when_masks_are_updated():
 
     assert steps(regrow='random', regrow_until=0.6) == [0, 20, 40, 60, 80, 100]
     assert steps(regrow='gradient', regrow_until=0.0) == steps(regrow='none') == []
-    assert not sparsify.regrow_due(settings_of(initial_mask='erk', regrow='random'), 0, 200)  # nothing is dead
+
+
+# --- channels ---
+
+
+def test_empty_filters_stay_empty_and_unread_by_what_grows(digits):
+    """What grew there would be 0 for ever."""
+    flags = {'density': 0.2, 'initial_mask': 'erk', 'regrow': 'random', 'regrow_every': 5, 'regrow_fraction': 0.5}
+    training = Training(digits, steps=200, **flags).step(20)
+    second = training.layers['2']
+    mask = weight_mask(second).clone()
+    mask[3] = False
+    set_mask(second, mask)
+    read, alive = training.masks['4'][:, 3], sum(living(training.masks))
+    training.step(100)
+    assert weight_mask(second)[3].logical_not().all()
+    assert (training.masks['4'][:, 3] <= read).all()  # none has grown
+    assert sum(living(training.masks)) > 0.9 * alive
+
+
+def test_channels_with_a_bias_may_come_back(digits):
+    """With a bias an empty filter's channel is not 0, and what grows in it learns."""
+    flags = {'density': 0.5, 'initial_mask': 'random', 'regrow': 'random', 'regrow_every': 5, 'bias': True}
+    training = Training(digits, **flags).step(20)
+    mask = weight_mask(training.layers['2']).clone()
+    mask[3] = False
+    set_mask(training.layers['2'], mask)
+    assert weight_mask(training.step(30).layers['2'])[3].any()
+
+
+def layers_of(*magnitudes):
+    """Linear layers whose filters have these mean magnitudes."""
+    layers = [nn.Linear(3, len(values)) for values in magnitudes]
+    for layer, values in zip(layers, magnitudes):
+        layer.weight.data = torch.tensor(values)[:, None] * torch.tensor([1.0, -2.0, 0.0])
+    return layers
+
+
+def test_channels_die_on_schedule():
+    layers = layers_of([float(value) for value in range(1, 21)], [50.0, 0.5] * 10)
+    counts = {done: [int(alive.sum()) for alive in sparsify.living_channels(layers, 0.6, done)] for done in (0, 0.2, 0.5, 1)}
+    # 40 (1 - 0.6 (1 - (1 - done)^3)) are left; of each layer at least int(0.5 * 0.4 * 20) = 4
+    assert {done: sum(count) for done, count in counts.items()} == {0: 40, 0.2: 28, 0.5: 19, 1: 16}
+    assert counts[0.2] == [18, 10] and counts[1] == [6, 10]
+    first, second = sparsify.living_channels(layers, 0.6, 1)
+    assert first.nonzero().flatten().tolist() == [14, 15, 16, 17, 18, 19] and second.tolist() == [True, False] * 10
+    floors = sparsify.living_channels(layers_of([1.0] * 20, [50.0] * 20), 0.6, 1)
+    assert [int(alive.sum()) for alive in floors] == [4, 12] and floors[0].nonzero().flatten().tolist() == [0, 1, 2, 3]
+    assert [int(alive.sum()) for alive in sparsify.living_channels(layers_of([1.0], [50.0]), 0.9, 1)] == [1, 1]
+
+
+@pytest.mark.parametrize('flags', ({}, {'prune_layers': 'conv'}, {'network': 'MLP'}, {'normalization': 'batch'}), ids=str)
+@pytest.mark.parametrize('regrow', ('random', 'gradient'))
+def test_dead_channels_are_neither_made_nor_read(digits, monkeypatch, regrow, flags):
+    flags = flags | {'density': 0.4, 'initial_mask': 'erk', 'width': 16, 'bias': 'normalization' in flags}
+    training = Training(digits, regrow=regrow, regrow_every=5, channel_sparsity=0.5, **flags).step(2)
+    living_channels, found = sparsify.living_channels, []
+    monkeypatch.setattr(sparsify, 'living_channels', lambda *of: found.append(living_channels(*of)) or found[-1])
+    addresses, before = training.addresses(), sum(living(training.masks))
+    while training.number < 200:
+        training.step(5)
+        for (layer, reader), alive in zip(hidden_readers(training.net).items(), found[-1]):
+            assert not weight_mask(layer)[~alive].any()
+            if (mask := weight_mask(reader)) is not None:
+                assert not mask.reshape(len(mask), len(alive), -1)[:, ~alive].any()
+    counts = [int(alive.sum()) for alive in found[-1]]
+    assert sum(counts) == 16 * len(counts) / 2 and min(counts) >= 4
+    assert training.addresses() == addresses and 0 < min(living(training.masks))
+    assert sum(living(training.masks)) <= before
+    assert all(value.isfinite().all() for value in training.net.state_dict().values())
+
+
+def test_channel_sparsity_needs_a_chain(digits):
+    flags = {'channel_sparsity': 0.5, 'density': 0.4, 'initial_mask': 'erk', 'regrow': 'random', 'normalization': 'batch'}
+    with pytest.raises(BadInput, match='channel_sparsity = 0.5: needs a chain'):
+        Training(digits, network='CONVRES', **flags)
+    Training(digits, network='CONVBN', **flags)
 
 
 @pytest.mark.parametrize(
@@ -454,6 +549,8 @@ def test_when_masks_are_updated():
     (
         ({'density': 0.5}, 'density = 0.5: needs an initial_mask'),
         ({'regrow': 'random'}, "regrow = 'random': needs an initial_mask"),
+        ({'regrow': 'random', 'initial_mask': 'random'}, "regrow = 'random': needs an initial_mask, with a density below 1"),
+        ({'channel_sparsity': 0.5, 'initial_mask': 'erk', 'density': 0.5}, 'channel_sparsity = 0.5: needs regrow'),
         ({'regrow': 'random', 'initial_mask': 'erk', 'density': 0.5, 'prune_rounds': 2}, 'prune_rounds = 2: not with regrow'),
         ({'regrow': 'gradient', 'initial_mask': 'erk', 'density': 0.5, 'regrow_every': 1}, 'regrow_every = 1'),
         ({'prune_rounds': 1, 'epochs': 7, 'rewind_epoch': 7}, 'rewind_epoch = 7: must be below epochs = 7'),
@@ -463,6 +560,9 @@ def test_when_masks_are_updated():
 def test_settings_that_do_not_go_together(flags, text):
     with pytest.raises(BadInput, match=text):
         sparsify.check(settings_of(**flags))
+
+
+def test_settings_that_go_together():
     sparsify.check(settings_of())
     sparsify.check(settings_of(initial_mask='erk'))  # density 1 goes with any mask
     sparsify.check(settings_of(prune_rounds=3, rewind_epoch=-1))
@@ -484,3 +584,64 @@ def test_path_pruning_does_not_see_a_rescaling(digits):
             assert equal(masks[False], masks[True]) == (score == 'path')
     expected = {('path', False): 0.111, ('path', True): 0.111, ('magnitude', False): 0.114, ('magnitude', True): 0.828}
     assert errors == pytest.approx(expected, abs=0.03)  # docs/sparse.md; a digit is 0.003
+
+
+# --- the experiments of docs/sparse.md ---
+
+
+@pytest.mark.parametrize('name, networks', (('channels', 24), ('samples', 3)))
+def test_experiments_have_sound_settings(name, networks):
+    runs = load_settings(ROOT / 'conf' / f'{name}.py')[1]
+    assert len(runs) == networks
+    for settings in runs:
+        sparsify.check(settings)
+
+
+def test_channels_left_are_read_from_a_sweep(tmp_path):
+    regrow = '--density 0.3 --initial-mask erk --regrow random gradient --regrow-every 3'
+    flags = f'{regrow} --channel-sparsity 0.5 --train-samples 320 --epochs 2 --layers-every 2 --width 8'
+    train_small(tmp_path / 'run', *flags.split())
+    found = channels.read(tmp_path / 'run')
+    assert set(found) == {('random', 0.5), ('gradient', 0.5)}
+    for ((error, share, left),) in found.values():
+        assert 0 < error <= 1 and 0 < share < 0.31 and 6 <= left.sum() <= 12 and len(left) == 3
+
+
+def test_samples_are_read_from_several_sweeps(tmp_path):
+    for count in ('64', '96'):
+        flags = f'--train-samples {count} --epochs 1 --prune-rounds 2 --prune-fraction 0.5 --data-seed 0 1'
+        train_small(tmp_path / count, *flags.split())
+    errors, densities = samples.read([tmp_path / '96', tmp_path / '64'])
+    assert list(errors) == [64, 96] and errors[64].shape == (2, 3)
+    assert densities == pytest.approx([1, 0.5, 0.25], rel=1e-3)
+
+
+def test_a_sparse_student_needs_a_quarter_more_samples_than_weights():
+    for r in (4, 8):
+        tried, shares, half = lottery_theory.samples_needed(r, (0.8, 1.1, 1.4, 1.7))
+        assert shares[0] < 0.2 and shares[-1] > 0.8 and tried[0] == round(0.8 * 5 * r)
+        assert 1 < half / (lottery_theory.K * r) < 2
+
+
+def test_a_student_keeps_the_mask_of_its_teacher():
+    teacher, student, mask, inputs = lottery_theory.draw_problem(3, 7, 0.5, torch.Generator().manual_seed(1))
+    assert (mask.sum(1) == 3).all() and inputs.shape == (20, 7, 50)
+    assert teacher.ne(0).equal(mask) and student.ne(0).equal(mask)
+    assert torch.allclose(teacher.norm(dim=1), torch.ones(20, 5, dtype=torch.double))
+    ratios = (student - teacher).norm(dim=(1, 2)) / teacher.norm(dim=(1, 2))
+    assert torch.allclose(ratios, torch.full((20,), 0.5, dtype=torch.double))
+
+
+def test_coordinates_and_correlations_of_topology():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(8, 5, bias=False), nn.ReLU(), nn.Linear(5, 4, bias=False))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.block_diag(2 * torch.ones(3, 5), torch.ones(2, 3)))  # K_{3,2}: undefined
+        net[3].weight.fill_(1.0)
+    gaps = math.sqrt(4) + math.sqrt(2), math.sqrt(4) + math.sqrt(3)  # of K_{5,3} and K_{5,4}
+    found = topology.coordinates(net)
+    assert found[1] == pytest.approx(np.mean(gaps))  # imdb
+    assert found[2] == pytest.approx(np.mean([2 * math.sqrt(15) - math.sqrt(6), math.sqrt(20)]))
+    assert found[3] == pytest.approx(np.mean([2 * math.sqrt(15), math.sqrt(20)]))
+    assert topology.spearman(np.array([1.0, 5.0, 3.0]), np.array([10.0, 12.0, 11.0])) == pytest.approx(1)
+    assert topology.spearman(np.array([1.0, 1.0, 2.0]), np.array([3.0, 3.0, -1.0])) == pytest.approx(-1)
+    assert math.isnan(topology.spearman(np.ones(3), np.arange(3)))

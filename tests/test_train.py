@@ -214,6 +214,7 @@ KINDS = {
     'fine-tuning': (*TINY, '--prune-rounds', '1', '--prune-fraction', '0.8', '--rewind-epoch', '-1', '--checkpoint-every', '5'),
     'gradient': (*TINY, *'--density 0.2 --initial-mask erk --regrow gradient --regrow-every 4 --snapshot-every 1'.split()),
     'a step an epoch': (*TINY, '--density', '0.2', '--initial-mask', 'erk', '--regrow', 'gradient', '--batch-size', '9999'),
+    'channels': (*TINY, *'--density 0.3 --initial-mask erk --regrow random --regrow-every 3 --channel-sparsity 0.5'.split()),
     'random': (*TINY, '--density', '0.2', '--initial-mask', 'random', '--regrow', 'random', '--regrow-every', '3'),
 }
 
