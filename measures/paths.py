@@ -7,7 +7,6 @@ folded into the layer in front of it. Source: Gonon, Brisebarre, Riccietti, Grib
 networks", ICLR 2024.
 """
 
-import copy
 import math
 import operator
 from collections import namedtuple
@@ -18,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.utils import _pair
-from torch.nn.utils import parametrize
 
 from conf import BadInput
-from measures.geometry import flattens, rectifies, trace
+from measures.geometry import flattens, plain_copy, rectifies, trace
 
 # A step of the forward pass: the module's name; what it does, as a tuple that two networks of the same structure share; the
 # indices of the steps that it reads (the first step is the input); its weights, folded; the batch norm folded into it.
@@ -331,14 +329,7 @@ def rescale_neurons(net, factors):
     Raises:
         BadInput: as `path_norm`, or a module is used twice, or factors are not positive.
     """
-    net = copy.deepcopy(net)
-    for module in [*net.modules()]:
-        if parametrize.is_parametrized(module):  # remove_parametrizations would change the class, which a copy shares
-            plain = {name: nn.Parameter(getattr(module, name).detach().clone()) for name in module.parametrizations}
-            module.__class__ = parametrize.type_before_parametrizations(module)
-            del module.parametrizations
-            for name, value in plain.items():
-                module.register_parameter(name, value)
+    net = plain_copy(net)
     steps = _used_once(_steps(net))
     for index, step in enumerate(steps):
         if step.op[0] not in ('conv', 'linear') or (found := _behind(steps, index, step.op[0] == 'linear')) is None:
