@@ -17,7 +17,7 @@ import numpy as np
 from conf import RULES
 from datasets import DATASETS
 from evaluation import at_target, finished
-from harness.figures import deviation, varied
+from harness.figures import varied
 from harness.records import folder_settings, write_file
 
 LEAST_NETWORKS, LEAST_KNOBS = 20, 2
@@ -28,7 +28,8 @@ RANDOM_MEASURES = 300
 NO_MEASURES = (
     'name, epoch, round, density, lr, train_loss, test_loss, train_error, test_error, generalization_gap, '
     'train_margin_error, prod_ratio, norm_ratio, certified_error, certified_margin, pac_bayes_rounded_error, '
-    'pac_bayes_gibbs_error, test_set_bound, margin_10, sharpness, train_seconds, eval_seconds'
+    'pac_bayes_gibbs_error, test_set_bound, margin_10, sharpness, masked_density, train_size, test_size, '
+    'train_seconds, eval_seconds'
 ).split(', ')
 
 
@@ -38,19 +39,23 @@ def _inverse(values):
     )
 
 
-# Ranked beside the columns: of a table {column: (N,)} with m, the training samples; larger is for a larger gap.
+# Ranked beside the columns: functions of a table {column: (N,)}; larger is for a larger gap.
 FORMULAS = {
     'rho * prod_ratio': lambda t: t['rho'] * t['prod_ratio'],  # the product of the operator norms
     'path_norm / margin_10': lambda t: t['path_norm'] * _inverse(t['margin_10']),
-    'path_norm_2 / (margin_10 √m)': lambda t: t['path_norm_2'] * _inverse(t['margin_10']) / np.sqrt(t['m']),
-    'distance / √m': lambda t: t['distance'] / np.sqrt(t['m']),
+    'path_norm_2 / (margin_10 √m)': lambda t: (
+        t['path_norm_2'] * _inverse(t['margin_10']) / np.sqrt(t['train_size'])
+    ),
+    'distance / √m': lambda t: t['distance'] / np.sqrt(t['train_size']),
     '1 / margin_10': lambda t: _inverse(t['margin_10']),
     '1 / sharpness': lambda t: _inverse(t['sharpness']),
-    'distance / (sharpness √m)': lambda t: t['distance'] * _inverse(t['sharpness']) / np.sqrt(t['m']),
+    'distance / (sharpness √m)': lambda t: (
+        t['distance'] * _inverse(t['sharpness']) / np.sqrt(t['train_size'])
+    ),
 }
 CONTROLS = {
-    'constant': lambda t: np.zeros(len(t['m'])),
-    '1 / m': lambda t: 1 / t['m'],
+    'constant': lambda t: np.zeros(len(t['train_size'])),
+    '1 / m': lambda t: 1 / t['train_size'],
     'epochs': lambda t: t['epoch'],
     '- train_loss': lambda t: -t['train_loss'],
 }
@@ -97,13 +102,6 @@ def gap(settings, row):
     return p + row['test_error'] * (1 - p * classes / (classes - 1)) - row['train_error']
 
 
-def count_test_images(networks):
-    """The number of test images, which the binomial deviation sqrt(e (1 - e) / n) of test errors tells."""
-    errors = np.clip([row['test_error'] for _, row in networks], 1e-9, 1 - 1e-9)
-    deviations = [deviation(settings, row) for settings, row in networks]
-    return np.nanmedian(errors * (1 - errors) / np.square(deviations))
-
-
 def measures_of(networks):
     """{name: (N,)} of every bound, measure, formula and control that the networks have.
 
@@ -112,9 +110,6 @@ def measures_of(networks):
     """
     columns = dict.fromkeys(column for _, row in networks for column in row)
     table = {column: np.array([row.get(column, math.nan) for _, row in networks]) for column in columns}
-    samples = {settings.train_samples for settings, _ in networks}
-    m = [settings.train_samples or (math.nan if len(samples) > 1 else 1) for settings, _ in networks]
-    table['m'] = np.array(m, dtype=float)
     knobs = {knob + suffix for knob in RULES for suffix in ('', '_setting')}
     measures = {}
     for column in columns:
@@ -266,7 +261,7 @@ def draw(folder):
         )
     gaps = np.array([gap(*network) for network in networks])
     values = {knob: [getattr(settings, knob) for settings, _ in networks] for knob in knobs}
-    pairs = Pairs(values, gaps, count_test_images(networks))
+    pairs = Pairs(values, gaps, min(row['test_size'] for _, row in networks))
     for place, knob in enumerate(knobs):
         if not (pairs.knob == place).any():
             print(f'{folder}: no two networks differ in {knob} alone, so that nothing is ranked along it')
