@@ -208,6 +208,7 @@ def load_settings(path=GLOBAL_SETTINGS, flags=None, before=None):
     if missing := [name for name in RULES if name not in sweep]:
         mend = 'put its line back' if before is None else f'if it is a new knob, give its rule the value of older runs: {LATER}'
         raise BadInput(f'{GLOBAL_SETTINGS if before is None else path}: the setting {missing[0]} is missing; {mend}')
+    sweep = {name: sweep[name] for name in RULES}  # the order of runs and of the knobs in their names, whatever the file's
     sweep |= {name: _check(name, value) for name, value in (flags or {}).items()}
 
     swept = {name: value if name not in NOT_SWEPT and isinstance(value, list) else [value] for name, value in sweep.items()}

@@ -9,6 +9,7 @@ from conftest import refused as refused_line
 import evaluation
 import sparsify
 from conf import BEFORE, GLOBAL_SETTINGS, RULES, BadInput, comments, load_settings, parse_command_line, settings_text
+from harness.records import folder_settings
 from models import NETWORKS
 
 
@@ -49,6 +50,13 @@ def test_every_shipped_settings_file_is_sound(path):
         for run in runs:
             sparsify.check(run)
             assert run.network in NETWORKS
+
+
+def test_a_folder_has_the_runs_of_its_launch(tmp_path):
+    """In the same order, by the same names, of knobs that older folders lack and of others."""
+    sweep, runs = load_settings(flags={'seed': [0, 1], 'density': [0.5, 1.0], 'label_noise': [0.0, 0.1], 'lr': [0.1, 0.2]})
+    (tmp_path / 'global_settings.py').write_text(settings_text(sweep, []))
+    assert folder_settings(tmp_path)[1] == runs
 
 
 def test_sweep_is_a_product_with_a_folder_each():
