@@ -3,11 +3,12 @@
 import csv
 import itertools
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import settings_of, train_small
+from conftest import ROOT, settings_of, train_small
 from torch import nn
 
 from conf import BadInput, load_settings, settings_text
@@ -185,6 +186,35 @@ def test_a_ranking_is_redrawn_from_the_files_alone(tmp_path):
     (folder / 'ranking.csv').unlink()
     ranking.draw(folder)
     assert (folder / 'ranking.csv').read_bytes() == before
+
+
+def test_the_shipped_ranking_is_redrawn_and_the_page_quotes_it(tmp_path):
+    folder = tmp_path / 'ranking'
+    shutil.copytree(ROOT / 'results' / 'ranking', folder)
+    shipped = read_ranking(folder)
+    for path in folder.glob('ranking.*'):
+        path.unlink()
+    assert len(ranking.draw(folder)) == 3
+    drawn = read_ranking(folder)
+    assert set(drawn) == set(shipped)
+    for name, row in shipped.items():
+        before, now = ({column: float(cell or 'nan') for column, cell in cells.items()} for cells in (row, drawn[name]))
+        assert now == pytest.approx(before, nan_ok=True)
+    page = ' '.join((ROOT / 'docs' / 'ranking.md').read_text().split())
+    for name, column, words in (
+        ('our_bound', 'error_train_samples', '{} for `our_bound` and `path_bound`'),
+        ('path_bound', 'error_train_samples', '{} for `our_bound` and `path_bound`'),
+        ('corrected_bound', 'error_train_samples', '{} for `corrected_bound`'),
+        ('bartlett_bound', 'error_train_samples', '{} for `bartlett_bound`'),
+        ('ledent_bound', 'error_train_samples', '{} for `ledent_bound`'),
+        ('graf_params_bound', 'error_train_samples', '{} for `graf_params_bound`'),
+        ('sedghi_bound', 'error_train_samples', '{} for `sedghi_bound`'),
+        ('distance / √m', 'mean', '`distance / √m` has a mean over knobs of {}'),
+        ('distance / (sharpness √m)', 'mean', '`distance / (sharpness √m)` of {}'),
+        ('our_bound', 'mean', '`our_bound` and `golowich_bound`, have {}'),
+        ('epochs', 'mean', 'the number of epochs to the target, a control, {}'),
+    ):
+        assert words.format(f'{float(shipped[name][column]):.2f}') in page, words
 
 
 def test_networks_above_the_target_are_left_out_and_named(tmp_path, capsys):
