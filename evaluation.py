@@ -7,13 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
+import sparsify
 from conf import RULES, BadInput
 from measures.geometry import ieee_float32, images_per_pass, not_covered, traced_once
+from measures.landscape import MEASURES, measure_landscape
 from measures.masks import density, masked_density, measure_masks, sharing
 from measures.norms import classification_margins, margin_error
 from measures.pac_bayes import COLUMNS as CERTIFICATES
 from measures.pac_bayes import certify, test_set_bound
 from measures.representations import measure_representations
+from models import get_network
 from utils import BOUNDS, evaluate_bounds
 
 LOSSES = {'MSE': F.mse_loss, 'CE': F.cross_entropy, 'L1': F.l1_loss}  # of outputs and one-hot targets
@@ -22,7 +25,8 @@ _FIRST = (
     'epoch, round, density, lr, train_loss, test_loss, train_error, test_error, generalization_gap, train_margin_error, '
     'rho, prod_ratio, norm_ratio, path_norm'
 ).split(', ')
-_LAST = [*CERTIFICATES, *'test_set_bound masked_density train_size test_size train_seconds eval_seconds'.split()]
+_LAST = [*CERTIFICATES, 'test_set_bound', *MEASURES]
+_LAST += 'masked_density train_size test_size train_seconds eval_seconds'.split()
 COLUMNS = [*_FIRST, *BOUNDS, *_LAST]
 LAYER_COLUMNS = (
     'epoch, round, layer, size, train_ncc_error, test_ncc_error, train_cdnv, test_cdnv, density, dead_channels, active, '
@@ -68,8 +72,20 @@ def due(epoch, every, last=None):
     return every > 0 and (epoch % every == 0 or epoch == last)
 
 
+def at_target(settings, train_loss):
+    """Whether this training loss is at most `target_loss`, so that the training is at its end."""
+    return settings.target_loss > 0 and train_loss <= settings.target_loss
+
+
+def last_epoch(settings, epoch, train_loss):
+    """The last epoch of a training, as far as it is known after this epoch with this training loss."""
+    return epoch if at_target(settings, train_loss) else settings.epochs
+
+
 def stopped_early(settings, rows):
     """Why a run whose newest rows these are goes on no further, before the end of its schedule; None where it does."""
+    if rows and at_target(settings, rows[-1]['train_loss']):
+        return f'stopped at epoch {rows[-1]["epoch"]:.0f}: training loss at most {settings.target_loss:g}'
     if not (rows and settings.early_stop_epoch and rows[-1]['epoch'] >= settings.early_stop_epoch):
         return None
     recent = [row for row in rows[-3:] if row['epoch'] > 0 and row['round'] == rows[-1]['round']]
@@ -112,9 +128,30 @@ def losses_and_margins(net, images, labels, loss):
 
 
 @torch.no_grad()
+def training_loss(net, settings, dataset):
+    """The mean loss on the training set, as `evaluate` logs it; leaves the network in evaluation mode."""
+    net.eval()
+    with ieee_float32():
+        return losses_and_margins(net, dataset.train_images, dataset.train_labels, LOSSES[settings.loss])[0]
+
+
+@torch.enable_grad()  # SNIP's masks need gradients
+def initial_network(settings, dataset):
+    """The network as its training started, made anew from its seed, so that no checkpoint has to keep it."""
+    images = dataset.train_images
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(settings.seed)
+        net = get_network(settings, dataset.input_shape, dataset.num_classes)
+    net = net.to(images.device, memory_format=torch.channels_last)
+    targets = F.one_hot(dataset.train_labels, dataset.num_classes).float()
+    sparsify.start(net, settings, images, targets, LOSSES[settings.loss])
+    return net.eval()
+
+
+@torch.no_grad()
 @traced_once()
 def evaluate(net, settings, dataset, data, round_, epoch, delta=None):
-    """A row of metrics.csv: errors, bounds and, where they are due, certificates; `data` is the table of `measure_data`.
+    """A row of metrics.csv: errors, bounds, certificates and measures where they are due; `data` is that of `measure_data`.
 
     All of it is of the network in IEEE float32, whatever precision it is trained in. Where the training data chose the
     network among several, bounds and certificates take the `delta` that is left for each. Raises Diverged.
@@ -131,17 +168,20 @@ def evaluate(net, settings, dataset, data, round_, epoch, delta=None):
     row |= {'train_loss': train_loss, 'test_loss': test_loss, 'train_error': train_error, 'test_error': test_error}
     row |= {'generalization_gap': test_error - train_error, 'train_margin_error': margin_error(margins, settings.gamma)}
     row |= evaluate_bounds(net, data, margins, delta, settings.gamma, skip_uncovered=True)
-    if certifies(settings, round_, epoch) and not not_covered(net, dataset.input_shape):
+    last = last_epoch(settings, epoch, train_loss)
+    if certifies(settings, round_, epoch, last) and not not_covered(net, dataset.input_shape):
         row |= certify(net, dataset.train_images, dataset.train_labels, delta)
     row |= {'test_set_bound': test_set_bound(test_error, len(test_margins), settings.delta)}
     row |= {'masked_density': masked_density(net), 'train_size': len(margins), 'test_size': len(test_margins)}
+    if (round_, epoch) > (0, 0) and due(epoch, settings.measures_every, last):
+        row |= measure_landscape(net, initial_network(settings, dataset), dataset.train_images, dataset.train_labels)
     return row | {'eval_seconds': time.perf_counter() - start}
 
 
-def certifies(settings, round_, epoch):
+def certifies(settings, round_, epoch, last):
     """Whether certificates are due: never of the untrained network."""
     trained = (round_, epoch) > (0, 0)
-    return trained and due(epoch, settings.certify_every, settings.epochs) and not no_certificate(settings)
+    return trained and due(epoch, settings.certify_every, last) and not no_certificate(settings)
 
 
 @torch.no_grad()

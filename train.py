@@ -16,6 +16,7 @@ if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C ends the program without a traceback
 
 import copy
+import math
 import shutil
 import statistics
 import time
@@ -32,16 +33,19 @@ from evaluation import (
     COLUMNS,
     LAYER_COLUMNS,
     LOSSES,
+    at_target,
     certifies,
     due,
     evaluate,
     evaluate_layers,
     finished,
+    last_epoch,
     learning_rate,
     report,
     require_finite,
     schedule,
     stopped_early,
+    training_loss,
 )
 from harness import launch
 from harness.machine import check_stop, choose_precision, deferred_stop, graphed, heartbeat, in_words
@@ -123,7 +127,7 @@ class Run:
         self.optimizer = torch.optim.SGD(self.net.parameters(), **rates, weight_decay=settings.weight_decay, fused=True)
         self.loss_sum = torch.zeros((), device=device)  # NaN from the first batch on whose loss is
         self.steps = launch.steps_of(settings, dataset)
-        self.state = {'round': 0, 'epoch': 0, 'step': 0, 'train_seconds': 0.0}
+        self.state = {'round': 0, 'epoch': 0, 'step': 0, 'train_loss': math.inf, 'train_seconds': 0.0}
         self.state |= {'columns': COLUMNS, 'lines': [], 'layer_lines': []}
         self.rewind_to = None  # the network's state after rewind_epoch
         self.place = None  # the round and epoch that the weights are those of, where they are
@@ -191,12 +195,26 @@ class Run:
             with deferred_stop():
                 for indices in order.split(self.settings.batch_size)[self.state['step'] :]:
                     check_stop()
+                    if at_target(self.settings, self.state['train_loss']):
+                        break
                     self.place = None
                     yield (epoch - 1) * self.steps + self.state['step'], indices
                     self.state['step'] += 1
+                    self.watch_target()
                 require_finite(self.loss_sum, *self.net.state_dict().values())  # waits for the device
         finally:
             self.state['train_seconds'] += time.perf_counter() - start
+
+    def watch_target(self):
+        """Takes the training loss where `target_loss` asks for it: after each epoch; near the target, each eighth of one."""
+        target, step = self.settings.target_loss, self.state['step']
+        near = self.state['train_loss'] < 4 * target
+        if target and (step == self.steps or (near and step % -(-self.steps // 8) == 0)):
+            self.state['train_loss'] = training_loss(self.net, self.settings, self.dataset)
+            self.net.train()
+
+    def last_epoch(self):
+        return last_epoch(self.settings, self.state['epoch'], self.state['train_loss'])
 
     def prune(self, round_):
         """Removes weights of the trained network, unless an interrupt came after that and before its row was logged."""
@@ -211,8 +229,8 @@ class Run:
 
     def evaluate(self, round_, epoch, bar):
         """The row of metrics.csv and the rows of layers.csv that are due at this place: either may be none."""
-        settings, row, layers = self.settings, None, []
-        doing = 'certifying' if certifies(settings, round_, epoch) else 'evaluating'
+        settings, last, row, layers = self.settings, self.last_epoch(), None, []
+        doing = 'certifying' if certifies(settings, round_, epoch, last) else 'evaluating'
 
         def beat(seconds):
             if bar.disable:
@@ -221,10 +239,10 @@ class Run:
                 bar.set_postfix_str(f'{doing} {seconds:.0f} s')
 
         with heartbeat(beat, 30 if bar.disable else 1):
-            if due(epoch, settings.eval_every, settings.epochs):
+            if due(epoch, settings.eval_every, last):
                 row = evaluate(self.net, settings, self.dataset, self.data, round_, epoch)
                 row |= {'train_seconds': self.state['train_seconds']}
-            if due(epoch, settings.layers_every, settings.epochs):
+            if due(epoch, settings.layers_every, last):
                 layers = evaluate_layers(self.net, self.dataset, round_, epoch)
         return row, layers
 
@@ -236,16 +254,16 @@ class Run:
             lines += new
             append_lines(self.folder / name, new)
         self.place = place
-        if due(place[1], settings.snapshot_every, settings.epochs):
+        if due(place[1], settings.snapshot_every, self.last_epoch()):
             (self.folder / 'snapshots').mkdir(exist_ok=True)
             snapshot = {'network': self.net.state_dict(), 'place': place}
             save_checkpoint(self.folder / 'snapshots' / f'{place[0]}-{place[1]}.pt', snapshot | self.origin())
-        if layers and place[1] == settings.epochs:
+        if layers and place[1] == self.last_epoch():
             errors = [layer['train_ncc_error'] for layer in layers[1:-1]]
             depths = ', '.join(f'{effective_depth(errors, eps):g} (eps = {eps})' for eps in (0.01, 0.05))
             tqdm.write(f'{settings.name}: effective depth {depths}; training accuracy {1 - row["train_error"]:.4f}')
         if row:
-            self.state['train_seconds'] = 0.0
+            self.state['train_seconds'], self.state['train_loss'] = 0.0, row['train_loss']
             where = f'{settings.name} ' + f'round {place[0]} ' * bool(settings.prune_rounds)
             where += f'epoch {place[1]}/{settings.epochs} '
             if bar.disable:

@@ -87,6 +87,7 @@ RULES = {
     'lr_decay': _number('a number above 0 and at most 1', lambda value: 0 < value <= 1),
     'momentum': _number('a number from 0 to below 1', lambda value: 0 <= value < 1),
     'weight_decay': _number('a number from 0 to 1000', lambda value: 0 <= value <= 1000),
+    'target_loss': _later(0.0, _number('a number from 0 to 1e9', lambda value: 0 <= value <= 1e9)),
     'early_stop_epoch': _integer(0),
     'early_stop_accuracy': _number('a number from 0 to 1', lambda value: 0 <= value <= 1),
     'seed': _integer(0, 2**63 - 1),
@@ -112,6 +113,7 @@ RULES = {
     'gamma': _number('a number from 1e-9 to 1e9', lambda value: 1e-9 <= value <= 1e9),
     'eval_every': _integer(1),
     'certify_every': _later(10, _integer(0)),
+    'measures_every': _later(0, _integer(0)),
     'layers_every': _later(0, _integer(0)),
     'snapshot_every': _later(0, _integer(0)),
     'checkpoint_every': _integer(1),
@@ -207,6 +209,7 @@ def load_settings(path=GLOBAL_SETTINGS, flags=None, before=None):
     if missing := [name for name in RULES if name not in sweep]:
         mend = 'put its line back' if before is None else f'if it is a new knob, give its rule the value of older runs: {LATER}'
         raise BadInput(f'{GLOBAL_SETTINGS if before is None else path}: the setting {missing[0]} is missing; {mend}')
+    sweep = {name: sweep[name] for name in RULES}  # the order of runs and of the knobs in their names, whatever the file's
     sweep |= {name: _check(name, value) for name, value in (flags or {}).items()}
 
     swept = {name: value if name not in NOT_SWEPT and isinstance(value, list) else [value] for name, value in sweep.items()}

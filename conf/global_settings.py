@@ -33,6 +33,7 @@ milestones = [60, 120, 160]  # epochs after which the learning rate is multiplie
 lr_decay = 0.1  # factor of each learning-rate decay
 momentum = 0.9  # of SGD
 weight_decay = 3e-3  # on every parameter, the scalars of weight normalization too
+target_loss = 0.0  # stop at this training loss, as evaluated over the whole training set; 0: never
 early_stop_epoch = 0  # from this epoch on, stop a run that does not learn; 0: never
 early_stop_accuracy = 0.5  # ... when the training accuracy was below this at the last three evaluations
 seed = 0  # of the initialization and of the shuffles
@@ -66,6 +67,7 @@ gamma = 1.0  # margin
 # Logging
 eval_every = 1  # epochs between evaluations; the last epoch is always evaluated
 certify_every = 0  # epochs between PAC-Bayes certificates, and at the last one; 0: never
+measures_every = 0  # epochs between sharpness, distances and the like, and at the last one; 0: never
 layers_every = 0  # epochs between rows of layers.csv, and at the last one; 0: never
 snapshot_every = 0  # epochs between copies of the weights that are kept, for --evaluate; 0: none
 checkpoint_every = 1  # epochs between checkpoints; an interrupt and the last epoch always leave one

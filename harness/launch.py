@@ -18,7 +18,7 @@ import sparsify
 from conf import GLOBAL_SETTINGS, ROOT, BadInput, load_settings, parse_command_line, settings_text
 from datasets import fingerprint, load_dataset
 from evaluation import COLUMNS, Diverged, check_bounds, evaluate, finished, no_certificate, stopped_early
-from harness import figures
+from harness import figures, ranking
 from harness.jobs import CHILD, train_side_by_side
 from harness.machine import (
     check_memory,
@@ -233,7 +233,7 @@ def train_all(runs, folder, train):
 def draw(folder):
     """Draws the figures, or says why not: what was trained does not depend on them."""
     try:
-        paths = figures.draw(folder)
+        paths = figures.draw(folder) + ranking.draw(folder)
         print('\n'.join(f'drew {path}' for path in paths) or f'{folder}: nothing is logged yet, so no figure was drawn')
     except ImportError:
         print('no figure was drawn, since matplotlib is not installed: pip install matplotlib')

@@ -6,6 +6,7 @@ A kill at any moment leaves every file whole: as it was, or as it was to be.
 import contextlib
 import fcntl
 import io
+import math
 import os
 import time
 import warnings
@@ -17,7 +18,8 @@ import torch
 
 from conf import BEFORE, LATER, BadInput, load_settings
 from datasets import DATASETS
-from evaluation import COLUMNS, LAYER_COLUMNS, due, finished
+from evaluation import COLUMNS, LAYER_COLUMNS, at_target, due, finished
+from measures.landscape import MEASURES
 from measures.pac_bayes import COLUMNS as CERTIFICATES
 from models import get_network
 
@@ -226,7 +228,7 @@ def load_run(path, settings, net, data, steps):
         changed = 'with rounds or regrowth they cannot change'
         raise BadInput(f'{path}: was trained with epochs = {before["epochs"]}; {changed}')
     try:
-        state = {'round': 0, 'layer_lines': []} | checkpoint['state']
+        state = {'round': 0, 'layer_lines': [], 'train_loss': math.inf} | checkpoint['state']
         shapes = [weight.shape for weight in net.parameters()]
         momentum = [entry['momentum_buffer'].shape for _, entry in sorted(checkpoint['momentum'].items())]
         trained = settings.momentum > 0 and (state['epoch'] > 1 or state['step'] > 0 or state['round'] > 0)
@@ -239,7 +241,7 @@ def load_run(path, settings, net, data, steps):
             type(state['round']) is int and 0 <= state['round'] <= settings.prune_rounds,
             type(state['epoch']) is int and state['epoch'] >= 0,
             type(state['step']) is int and 0 <= state['step'] <= steps,
-            type(state['train_seconds']) is float,
+            type(state['train_seconds']) is float and type(state['train_loss']) is float,
             len(state['lines']) > 0 or state['epoch'] == 0,
             all(parse_line(line, state['columns']) for line in state['lines']),
             all(parse_line(line, LAYER_COLUMNS) for line in state['layer_lines']),
@@ -248,7 +250,7 @@ def load_run(path, settings, net, data, steps):
             raise ValueError
     except Exception:  # the content may be anything
         raise wrong from None
-    if settings.epochs > before['epochs']:
+    if settings.epochs > before['epochs'] and not at_target(settings, state['train_loss']):
         _forget_the_end(state, SimpleNamespace(**before))
     if state['columns'] != COLUMNS:  # bounds came or went since
         columns = [*COLUMNS, *(column for column in state['columns'] if column not in COLUMNS)]
@@ -285,8 +287,9 @@ def _forget_the_end(state, before):
     if not due(before.epochs, before.eval_every):
         state['lines'] = earlier
         state['train_seconds'] += float(cells['train_seconds'])
-    elif not due(before.epochs, before.certify_every):
-        cells |= dict.fromkeys(CERTIFICATES, '')
+    else:
+        for columns, every in ((CERTIFICATES, before.certify_every), (MEASURES, before.measures_every)):
+            cells |= {} if due(before.epochs, every) else dict.fromkeys(columns, '')
         state['lines'] = [*earlier, ','.join(cells[column] for column in state['columns']) + '\n']
 
 

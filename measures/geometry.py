@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import copy
 import math
 import operator
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from conf import BadInput
 
@@ -79,6 +81,19 @@ def evaluation_mode(net):
     finally:
         for module in training:
             module.training = True
+
+
+def plain_copy(net):
+    """A copy of a network whose parametrized weights, weight-normalized or masked, are plain ones of the same values."""
+    net = copy.deepcopy(net)
+    for module in [*net.modules()]:
+        if parametrize.is_parametrized(module):  # remove_parametrizations would change the class, which a copy shares
+            plain = {name: nn.Parameter(getattr(module, name).detach().clone()) for name in module.parametrizations}
+            module.__class__ = parametrize.type_before_parametrizations(module)
+            del module.parametrizations
+            for name, value in plain.items():
+                module.register_parameter(name, value)
+    return net
 
 
 @contextlib.contextmanager

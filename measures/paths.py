@@ -10,18 +10,16 @@ about the path-norm, the path-metric and `path_bound` hold for all of these netw
 Source: Gonon, Brisebarre, Riccietti, Gribonval, "A path-norm toolkit for modern networks", ICLR 2024.
 """
 
-import copy
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.nn.modules.utils import _pair
-from torch.nn.utils import parametrize
 
 from conf import BadInput
+from measures.geometry import plain_copy
 from measures.steps import LAYERS, along, channels, forward_steps
 
 
@@ -247,14 +245,7 @@ def rescale_neurons(net, factors):
     Raises:
         BadInput: as `path_norm`, or a module is used twice, or factors are not positive.
     """
-    net = copy.deepcopy(net)
-    for module in [*net.modules()]:
-        if parametrize.is_parametrized(module):  # remove_parametrizations would change the class, which a copy shares
-            plain = {name: nn.Parameter(getattr(module, name).detach().clone()) for name in module.parametrizations}
-            module.__class__ = parametrize.type_before_parametrizations(module)
-            del module.parametrizations
-            for name, value in plain.items():
-                module.register_parameter(name, value)
+    net = plain_copy(net)
     steps = _used_once(forward_steps(net))
     for index, step in enumerate(steps):
         if step.op[0] not in LAYERS or (found := _behind(steps, index, step.op[0] == 'linear')) is None:

@@ -9,6 +9,7 @@ from conftest import refused as refused_line
 import evaluation
 import sparsify
 from conf import BEFORE, GLOBAL_SETTINGS, RULES, BadInput, comments, load_settings, parse_command_line, settings_text
+from harness.records import folder_settings
 from models import NETWORKS
 
 
@@ -51,6 +52,13 @@ def test_every_shipped_settings_file_is_sound(path):
             assert run.network in NETWORKS
 
 
+def test_a_folder_has_the_runs_of_its_launch(tmp_path):
+    """In the same order, by the same names, of knobs that older folders lack and of others."""
+    sweep, runs = load_settings(flags={'seed': [0, 1], 'density': [0.5, 1.0], 'label_noise': [0.0, 0.1], 'lr': [0.1, 0.2]})
+    (tmp_path / 'global_settings.py').write_text(settings_text(sweep, []))
+    assert folder_settings(tmp_path)[1] == runs
+
+
 def test_sweep_is_a_product_with_a_folder_each():
     flags = {'depth': [3, 4], 'width': [8, 16], 'seed': [0, 1], 'weight_decay': [0.003, 0], 'lr': [0.1]}
     _, runs = load_settings(flags=flags)
@@ -89,6 +97,7 @@ WRONG_VALUES = {
     'momentum': ['1', '-0.1', 'nan'],
     'weight_decay': ['-1', 'inf'],
     'milestones': ['60 60', '120 60', '0', '1.5', 'x'],
+    'target_loss': ['-0.1', 'inf', 'low'],
     'early_stop_epoch': ['-1', 'never'],
     'early_stop_accuracy': ['2'],
     'seed': ['-1', '0.5', '18446744073709551616'],
@@ -124,6 +133,7 @@ WRONG_VALUES = {
     'threads': ['-1', '1025', '1.5'],
     'jobs': ['0', '1025'],
     'certify_every': ['-1'],
+    'measures_every': ['-1', '0.5'],
     'layers_every': ['0.5'],
     'snapshot_every': ['-1'],
     'device': ['gpu', 'cuda:99', 'meta', '3', 'cpu:1', 'hpu', 'mkldnn'],

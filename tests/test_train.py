@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, main, numbers, resume, rows, run, same, settings_of, train_small
+from conftest import ROOT, SMALL, main, numbers, refused, resume, rows, run, same, settings_of, succeeds, train_small
 
 import evaluation
 import train
 from evaluation import COLUMNS
 from harness import launch, machine
-from harness.records import csv_line, load_checkpoint, parse_line, read_metrics, save_checkpoint
+from harness.records import csv_line, load_checkpoint, parse_line, read_layers, read_metrics, save_checkpoint
 from measures.norms import classification_margins, margin_error, measure_data
 from models import get_network
 from utils import BOUNDS, evaluate_bounds
@@ -158,6 +158,29 @@ def test_early_stopping(tmp_path):
     assert rows(tmp_path / 'run') == 5
 
 
+def test_a_training_ends_at_its_target_loss(tmp_path):
+    """Within an epoch, which counts as the last one: rows, layers, snapshots and measures are due after it."""
+    flags = ('--train-samples', '320', '--lr', '0.1', '--loss', 'CE', '--normalization', 'none')
+    train_small(tmp_path / 'whole', *flags)
+    whole = read_metrics(tmp_path / 'whole' / 'CONV-3-4' / 'metrics.csv')
+    target = (3 * whole['train_loss'][4] + whole['train_loss'][5]) / 4
+    assert whole['train_loss'][5] < target < whole['train_loss'][:5].min()
+    every = [word for knob in ('eval', 'layers', 'snapshot', 'measures') for word in (f'--{knob}-every', '4')]
+    said = train_small(tmp_path / 'run', *flags, *every, '--target-loss', target, '--epochs', '9')
+    assert f'CONV-3-4: stopped at epoch 5: training loss at most {target:g}' in said
+    table = read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')
+    assert table['epoch'].tolist() == [0, 4, 5] and table['train_loss'][:2].tolist() == whole['train_loss'][[0, 4]].tolist()
+    assert whole['train_loss'][5] < table['train_loss'][2] <= target  # the epoch was not trained to its end
+    assert np.isfinite(table['sharpness']).tolist() == [False, True, True]
+    assert {path.stem for path in (tmp_path / 'run' / 'CONV-3-4' / 'snapshots').iterdir()} == {'0-0', '0-4', '0-5'}
+    assert read_layers(tmp_path / 'run' / 'CONV-3-4' / 'layers.csv')['epoch'][-1] == 5
+    before = (tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv').read_bytes()
+    assert 'finished already' in resume(tmp_path / 'run', '--epochs', '20')
+    assert (tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv').read_bytes() == before
+    assert 'training loss at most' in succeeds('--results-path', tmp_path / 'run', '--status')
+    refused(*SMALL, '--target-loss', '0.01', '--prune-rounds', '1', '--results-path', tmp_path / 'rounds')
+
+
 @pytest.mark.parametrize('flags', [('--loss', 'CE'), ('--loss', 'L1'), ('--normalize', 'True'), ('--precision', 'bf16')])
 def test_other_settings_learn_too(tmp_path, flags):
     train_small(tmp_path / 'run', '--epochs', '20', '--width', '8', '--lr', '0.05', *flags)
@@ -209,6 +232,7 @@ def test_threads_are_written_down_and_kept(tmp_path, monkeypatch):
 TINY = ('--train-samples', '320', '--epochs', '3')  # 10 steps an epoch
 KINDS = {
     'dense': (*TINY, '--layers-every', '2', '--eval-every', '2', '--snapshot-every', '1', '--checkpoint-every', '2'),
+    'target': (*TINY[:2], *'--epochs 7 --target-loss 0.1002 --eval-every 9 --measures-every 4 --snapshot-every 1'.split()),
     'batch norm': (*TINY, '--network', 'CONVBN', '--normalization', 'batch', '--layers-every', '1'),
     'rounds': (*TINY, '--prune-rounds', '2', '--rewind-epoch', '1', '--layers-every', '3', '--snapshot-every', '1'),
     'fine-tuning': (*TINY, '--prune-rounds', '1', '--prune-fraction', '0.8', '--rewind-epoch', '-1', '--checkpoint-every', '5'),
@@ -236,7 +260,7 @@ def test_a_kill_at_any_moment_changes_nothing(tmp_path, kill_at, kind):
     assert all((left[name] == expected[name]).all() for name in expected)
 
 
-@pytest.mark.parametrize('kind', ['dense', 'rounds', 'gradient'])
+@pytest.mark.parametrize('kind', ['dense', 'rounds', 'gradient', 'target'])
 def test_a_signal_at_any_moment_changes_nothing(tmp_path, monkeypatch, kind):
     """SIGTERM at any moment of a training or an evaluation, between any two lines of Python, again and again.
 
@@ -318,7 +342,15 @@ def test_a_density_of_1_is_the_dense_network(tmp_path, uninterrupted):
 
 
 @pytest.mark.parametrize(
-    'flags', [(), ('--eval-every', '2'), ('--layers-every', '2', '--snapshot-every', '3'), ('--momentum', '0')]
+    'flags',
+    [
+        (),
+        ('--eval-every', '2'),
+        ('--layers-every', '2', '--snapshot-every', '3'),
+        ('--momentum', '0'),
+        ('--measures-every', '2'),
+        ('--target-loss', '1e-9'),
+    ],
 )
 def test_resume_to_more_epochs(tmp_path, flags):
     """What only the end of the shorter run has caused is taken back."""

@@ -1,0 +1,166 @@
+"""The landscape around a trained network: distance from the start, flatness, steepness of the margins.
+
+Each entry of MEASURES is a function of
+
+    net, initial       the trained network and the same network before training
+    images, labels     (m, C, H, W) and (m,), the training samples
+
+to a number. Weights W_l are the effective ones, after weight normalization and masks, of all convolutions and
+linear layers, biases left out; W_l^0 are those before training. Most are after Jiang et al. 2020, "Fantastic
+generalization measures and where to find them" (ICLR), whose measures are often the squares or the inverses
+of these: the same order.
+"""
+
+import math
+
+import torch
+
+from conf import BadInput
+from measures.geometry import evaluation_mode, plain_copy
+from measures.masks import weight_layers
+from measures.norms import classification_margins, margin_error, product
+from measures.paths import path_metric, path_norm
+
+SHARPNESS_SAMPLES, SHARPNESS_DRAWS, SHARPNESS_RISE = 500, 5, 0.1
+
+
+def _weights(net):
+    return [layer.weight.detach().double() for layer in weight_layers(net).values()]
+
+
+def _moved(net, initial):
+    """The Frobenius distance of each layer from its start."""
+    return [
+        (weight - start).norm().item() for weight, start in zip(_weights(net), _weights(initial), strict=True)
+    ]
+
+
+@torch.no_grad()
+def _margins(net, images, labels):
+    return classification_margins(torch.cat([net(batch) for batch in images.split(100)]), labels)
+
+
+def living_weights(net, initial, images, labels):
+    """The number of nonzero weights."""
+    return sum(weight.count_nonzero().item() for weight in _weights(net))
+
+
+def weight_norm(net, initial, images, labels):
+    """sqrt(sum_l ||W_l||_F^2)."""
+    return math.hypot(*(weight.norm().item() for weight in _weights(net)))
+
+
+def distance(net, initial, images, labels):
+    """sqrt(sum_l ||W_l - W_l^0||_F^2)."""
+    return math.hypot(*_moved(net, initial))
+
+
+def distance_product(net, initial, images, labels):
+    """prod_l ||W_l - W_l^0||_F."""
+    return product(_moved(net, initial))
+
+
+def margin_10(net, initial, images, labels):
+    """The 10 % quantile of the training margins, with its sign."""
+    with evaluation_mode(net):
+        return _margins(net, images, labels).quantile(0.1).item()
+
+
+def path_norm_2(net, initial, images, labels):
+    """The l2 path-norm."""
+    return path_norm(net, tuple(images.shape[1:]), 2)
+
+
+def path_norm_4(net, initial, images, labels):
+    """The l4 path-norm."""
+    return path_norm(net, tuple(images.shape[1:]), 4)
+
+
+def path_distance(net, initial, images, labels):
+    """The path-metric from the start."""
+    return path_metric(net, initial, tuple(images.shape[1:]))[0]
+
+
+@torch.no_grad()
+def sharpness(net, initial, images, labels):
+    """The noise that the weights bear: the sigma at which W + sigma Z errs by 0.1 more on the training set.
+
+    Z is standard normal on the nonzero weights. The error is the mean over 5 draws of Z, the same for every
+    sigma, on the first 500 samples. A bisection of log2 sigma over [-12, 4] in 10 steps; where the error does
+    not grow with sigma it finds one of the places at which the error crosses. A larger value means a flatter
+    minimum.
+    """
+    net = plain_copy(net)
+    images, labels = images[:SHARPNESS_SAMPLES], labels[:SHARPNESS_SAMPLES]
+    weights = [layer.weight for layer in weight_layers(net).values()]
+    trained = [weight.clone() for weight in weights]
+    generator = torch.Generator().manual_seed(0)
+    draws = [
+        [torch.randn(weight.shape, generator=generator).to(weight) * (weight != 0) for weight in trained]
+        for _ in range(SHARPNESS_DRAWS)
+    ]
+
+    def error(sigma):
+        errors = []
+        for draw in draws:
+            for weight, center, noise in zip(weights, trained, draw):
+                weight.copy_(center + sigma * noise)
+            errors.append(margin_error(_margins(net, images, labels), 0))
+        return sum(errors) / len(errors)
+
+    with evaluation_mode(net):
+        allowed = error(0.0) + SHARPNESS_RISE
+        low, high = -12.0, 4.0
+        for _ in range(10):
+            middle = (low + high) / 2
+            low, high = (low, middle) if error(2.0**middle) > allowed else (middle, high)
+    return 2.0**low
+
+
+def input_gradient(net, initial, images, labels):
+    """The median over samples of ||d margin / d image||_2 / max(margin, 1e-6).
+
+    To first order the inverse of the distance at which the label changes.
+
+    After Hou et al. 2022, "Instance-dependent generalization bounds via optimal transport".
+    """
+    net, ratios = plain_copy(net).requires_grad_(False), []
+    with evaluation_mode(net), torch.enable_grad():
+        for batch, own in zip(images.split(100), labels.split(100)):
+            batch = batch.detach().clone().requires_grad_()
+            margins = classification_margins(net(batch), own)
+            (gradient,) = torch.autograd.grad(margins.sum(), batch)
+            ratios.append(gradient.flatten(1).norm(dim=1).double() / margins.detach().clamp(min=1e-6))
+    return torch.cat(ratios).median().item()
+
+
+MEASURES = {
+    'living_weights': living_weights,
+    'weight_norm': weight_norm,
+    'distance': distance,
+    'distance_product': distance_product,
+    'margin_10': margin_10,
+    'path_norm_2': path_norm_2,
+    'path_norm_4': path_norm_4,
+    'path_distance': path_distance,
+    'sharpness': sharpness,
+    'input_gradient': input_gradient,
+}
+
+
+def measure_landscape(net, initial, images, labels):
+    """Every measure of MEASURES, as {column: float}; nan where one does not cover the network.
+
+    Raises:
+        BadInput: images and labels do not fit each other or the network.
+    """
+    margin_10(
+        net, initial, images, labels
+    )  # refuses what does not fit, so that what is refused below is not covered
+    row = {}
+    for column, measure in MEASURES.items():
+        try:
+            row[column] = float(measure(net, initial, images, labels))
+        except BadInput:
+            row[column] = math.nan
+    return row
