@@ -1,13 +1,13 @@
 """Which bound predicts generalization? 288 networks on MNIST, six knobs, each trained to the same loss (docs/ranking.md)."""
 
 depth = [1, 2, 3]
-width = [16, 64]
+width = [24, 64]
 kernel_size = 3
 stride = 2
 padding = 1
 normalization = 'none'
-train_samples = [250, 1000]
-label_noise = [0.0, 0.2]
+train_samples = [200, 800]
+label_noise = [0.0, 0.1]
 density = [0.3, 1.0]
 initial_mask = 'erk'
 loss = 'CE'
