@@ -70,7 +70,7 @@ def parse_arguments(argv):
         prog='coded.py', allow_abbrev=False, argument_default=argparse.SUPPRESS, description=__doc__.partition('\n')[0]
     )
     add = parser.add_argument
-    add('source', type=Path, nargs='?', metavar='DIR', help='folder of a trained network, as results/7/CONV-3-16')
+    add('source', type=Path, nargs='?', default=None, metavar='DIR', help='folder of a trained network, as results/7/CONV-3-16')
     add('--seconds', type=float, metavar='X', action=Once, help='how long the search takes, in CPU seconds (default 120)')
     sweeps_help = 'sweeps of the search, instead of seconds; the same number gives the same message again'
     add('--sweeps', type=int, metavar='N', action=Once, help=sweeps_help)

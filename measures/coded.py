@@ -24,6 +24,7 @@ DEPTHS, WIDTHS, SIZES, STRIDES, PADDINGS, FREQUENCIES, GAINS = 8, 64, 8, 4, 4, 8
 LEVELS = 0, 1, 2, 3, 4, 8, 16, 32, 64, 128  # magnitudes from one of these to below the next share a symbol
 URN = 64, 64, 32, 16, 8, 4, 2, 1, 1  # what an urn of these symbols starts with
 DRAWN = 64  # what is added of a symbol that was drawn
+LONGEST = 4096  # bytes of a message
 EXACT = 2**53  # scores are below it, so that float64 computes them without an error, too
 
 
@@ -47,7 +48,7 @@ class _Writer:
 
     def message(self):
         """The shortest string of bytes such that every real number that begins with them lies in the interval."""
-        length = 0
+        length = max(0, self.whole.bit_length() - self.width.bit_length() - 1) // 8  # 256^-length is not below its width
         while True:
             number = -(-self.low * 256**length // self.whole)
             if (number + 1) * self.whole <= (self.low + self.width) * 256**length:
@@ -128,11 +129,16 @@ def encode(code):
         _transcribe(coder, channels, len(code.head), code)
     except IndexError:
         raise BadInput('a network that is too large for a message') from None
-    return coder.message()
+    message = coder.message()
+    if len(message) > LONGEST:
+        raise BadInput(f'a network whose message has {len(message)} bytes, more than {LONGEST}')
+    return message
 
 
 def decode(message, channels, classes):
     """The code of a message about images of so many channels and so many classes. Raises BadInput where it is none."""
+    if len(message) > LONGEST:
+        raise BadInput(f'has {len(message)} bytes, and a message at most {LONGEST}')
     code = _transcribe(_Reader(message), channels, classes)
     if encode(code) != message:
         raise BadInput('goes on after its network, or is not the shortest message of it')

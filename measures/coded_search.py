@@ -163,7 +163,7 @@ def _move_kernels(code, head, images, labels, margins, price, heat, rng):
 
 
 @torch.no_grad()
-def search(code, images, labels, delta=0.001, seconds=120.0, sweeps=None, seed=0):
+def search(code, images, labels, delta=0.001, seconds=120.0, sweeps=None, seed=0, hold=False):
     """Yields (share done, bound, code): the best code so far, each time a sweep over its integers is done, for so long.
 
     Simulated annealing of errors + price * nats. At the end a nat is worth what it is worth in the bound. In the heat
@@ -174,6 +174,7 @@ def search(code, images, labels, delta=0.001, seconds=120.0, sweeps=None, seed=0
         images, labels: the sample, (m, C, H, W) with pixels between 0 and 1, and (m,) int64.
         seconds, sweeps: how long it takes, in CPU seconds; with a number of sweeps the same numbers come out each time.
         seed: of all that is random.
+        hold: the kernels stay as they are.
     """
     start, m, rng = time.process_time(), len(images), np.random.default_rng(seed)
     classes, fixed = len(code.head), len(encode(code._replace(head=torch.zeros_like(code.head)))) * 8 * math.log(2)
@@ -209,7 +210,7 @@ def search(code, images, labels, delta=0.001, seconds=120.0, sweeps=None, seed=0
         heat = HEAT * (1 - share) ** 2
         slope = (bound(errors, total + 9) - now) / max(1e-12, bound(errors + 9, total) - now)
         price = max(slope, COST * heat)
-        if kernels and sweep % KERNELS_EVERY == KERNELS_EVERY - 1:
+        if kernels and not hold and sweep % KERNELS_EVERY == KERNELS_EVERY - 1:
             moved = _move_kernels(code, head, images, targets, margins, price, heat, rng)
             tried = prepared(moved)
             found = np.count_nonzero(_margins(head, tried[0], targets) <= 0)
