@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from conf import BadInput, Once, Parser, load_settings
+from conf import BadInput, Parser, load_settings
 from datasets import DATASETS
-from evaluation import no_certificate
+from evaluation import no_certificate, rounded_up
 from harness import launch, load_network
 from harness.machine import guarded
-from harness.records import rounded_up, write_file
+from harness.records import write_file
 from measures.coded import count_errors, decode, encode, prove
 from measures.coded_search import rounded, search
 
@@ -71,11 +71,11 @@ def parse_arguments(argv):
     )
     add = parser.add_argument
     add('source', type=Path, nargs='?', default=None, metavar='DIR', help='folder of a trained network, as results/7/CONV-3-16')
-    add('--seconds', type=float, metavar='X', action=Once, help='how long the search takes, in CPU seconds (default 120)')
+    add('--seconds', type=float, metavar='X', help='how long the search takes, in CPU seconds (default 120)')
     sweeps_help = 'sweeps of the search, instead of seconds; the same number gives the same message again'
-    add('--sweeps', type=int, metavar='N', action=Once, help=sweeps_help)
-    add('--check', type=Path, metavar='FILE', action=Once, help='only decode this message and prove its error anew')
-    add('--dataset-name', choices=DATASETS, action=Once, help='what --check proves it of (default MNIST)')
+    add('--sweeps', type=int, metavar='N', help=sweeps_help)
+    add('--check', type=Path, metavar='FILE', help='only decode this message and prove its error anew')
+    add('--dataset-name', choices=DATASETS, help='what --check proves it of (default MNIST)')
     defaults = {'source': None, 'seconds': None, 'sweeps': None, 'check': None, 'dataset_name': None}
     return SimpleNamespace(**defaults | vars(parser.parse_args(argv)))
 

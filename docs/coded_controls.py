@@ -16,8 +16,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from datasets import load_dataset  # noqa: E402
+from evaluation import rounded_up  # noqa: E402
 from harness import read_metrics  # noqa: E402
-from harness.records import rounded_up  # noqa: E402
 from measures.coded import Code, binomial_inverse, count_errors, encode, log_eta, prove  # noqa: E402
 from measures.coded_search import FREQUENCIES, GAIN, MOST_FEATURES, search  # noqa: E402
 from measures.pac_bayes import COLUMNS as CERTIFICATES  # noqa: E402
