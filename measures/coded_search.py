@@ -38,8 +38,8 @@ def rounded(net, input_shape, classes):
         if not isinstance(layer.module, torch.nn.Conv2d) or not square or layer.dilation != (1, 1):
             raise BadInput(f'{layer.name}: a message has convolutions of square kernels alone, without dilation')
     live = live_channels([layer.module.weight.detach().double().view(layer.shape) for layer in layers])
-    if not live:
-        raise BadInput('the network is zero')
+    if not all(kernel.any() for kernel in live):
+        raise BadInput(f'{type(net).__name__}: the network is zero')
     kernels = [(kernel * (SIZE / kernel[kernel != 0].square().mean().sqrt())).round().long() for kernel in live[:-1]]
     geometry = [(layer.stride[0], layer.padding[0]) for layer in layers[:-1]]
     channels = len(kernels[-1]) if kernels else input_shape[0]
