@@ -17,8 +17,8 @@ import numpy as np
 from conf import RULES
 from datasets import DATASETS
 from evaluation import at_target, finished
-from harness.summary import varied
 from harness.records import folder_settings, write_file
+from harness.summary import varied
 
 LEAST_NETWORKS, LEAST_KNOBS = 20, 2
 LEAST_SIZE = 2  # of an environment's pairs, (sum w)^2 / sum w^2

@@ -15,7 +15,7 @@ LEVELS = [
     ['utils'],
     ['sparsify', 'evaluation'],
     ['harness'],
-    ['train', 'compress'],
+    ['train', 'compress', 'coded'],
 ]
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 FILES = {

@@ -1,0 +1,117 @@
+"""What training buys a coded network: the same search on hidden layers that nobody trained, and results/coded/coded.png.
+
+python docs/coded_controls.py 60    proves the shipped messages, searches each control for 60 CPU seconds, and draws
+python docs/coded_controls.py       only draws, from results/coded
+"""
+
+import csv
+import math
+import os
+import sys
+from pathlib import Path
+
+import matplotlib
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from datasets import load_dataset  # noqa: E402
+from evaluation import rounded_up  # noqa: E402
+from harness import read_metrics  # noqa: E402
+from measures.coded import Code, binomial_inverse, count_errors, encode, log_eta, prove  # noqa: E402
+from measures.coded_search import FREQUENCIES, GAIN, MOST_FEATURES, search  # noqa: E402
+from measures.pac_bayes import COLUMNS as CERTIFICATES  # noqa: E402
+
+FOLDER = ROOT / 'results' / 'coded'
+COLUMNS = 'name', 'bytes', 'train_error', 'test_error', 'bound'
+SEED_BYTES = 2  # a message of random kernels says only which of 2^16 seeds they are drawn with
+WIDTHS = 4, 8, 16
+
+
+def control(widths, q):
+    """The code of random ternary kernels of 2x2, with a head of zeros."""
+    generator, kernels, before = torch.Generator().manual_seed(0), [], 1
+    for width in widths:
+        kernels.append(torch.randint(-1, 2, (width, before, 2, 2), generator=generator))
+        before = width
+    return Code(kernels, [(1, 0)] * len(kernels), torch.zeros(10, before, q, q, dtype=torch.int64), GAIN)
+
+
+def measure(name, code, dataset, labels, seconds):
+    """A row: what the search makes of these kernels, which it holds; random ones cost no more than their seed."""
+    *_, (_, _, best) = search(code, dataset.train_images, labels, seconds=seconds, hold=True)
+    length = len(encode(best._replace(kernels=[], geometry=[]))) + SEED_BYTES * bool(best.kernels)
+    errors, m = count_errors(best, dataset.train_images, labels), len(labels)
+    test = count_errors(best, dataset.test_images, dataset.test_labels) / len(dataset.test_labels)
+    return dict(zip(COLUMNS, (name, length, errors / m, test, binomial_inverse(errors, m, log_eta(length, 0.001)))))
+
+
+def controls(seconds):
+    """The rows of all controls, into results/coded/controls.csv."""
+    dataset = load_dataset('MNIST', os.environ.get('DATA_DIR', ROOT / 'data'))
+    shuffled = dataset.train_labels[torch.randperm(len(dataset.train_labels), generator=torch.Generator().manual_seed(0))]
+    tried = [('linear in pixels', control((), 8), dataset.train_labels)]
+    for width in WIDTHS:
+        q = max(q for q in range(1, FREQUENCIES + 1) if width * q * q <= MOST_FEATURES)
+        tried.append((f'random {width}, {width}, {width}', control((width,) * 3, q), dataset.train_labels))
+    tried.append(('random labels', control((), 8), shuffled))
+    rows = []
+    for name, code, labels in tried:
+        rows.append(measure(name, code, dataset, labels, seconds))
+        print(rows[-1], flush=True)
+        write(FOLDER / 'controls.csv', rows)
+
+
+def messages():
+    """The rows of the shipped messages, proven anew, into results/coded/messages.csv."""
+    dataset, rows = load_dataset('MNIST', os.environ.get('DATA_DIR', ROOT / 'data')), []
+    for path in sorted(FOLDER.glob('*/coded.bin')):
+        proof = prove(path.read_bytes(), dataset.train_images, dataset.train_labels, dataset.num_classes)
+        test = count_errors(proof.code, dataset.test_images, dataset.test_labels) / len(dataset.test_labels)
+        train = proof.errors / len(dataset.train_labels)
+        rows.append(dict(zip(COLUMNS, (f'D, from {path.parent.name}', path.stat().st_size, train, test, proof.bound))))
+    write(FOLDER / 'messages.csv', rows)
+
+
+def write(path, rows):
+    with open(path, 'w', newline='') as file:
+        table = csv.DictWriter(file, COLUMNS, lineterminator='\n')
+        table.writeheader()
+        table.writerows(rows)
+
+
+def rows_drawn():
+    """(name, proven error, test error) of A, B, C of the pruned CONV-3-16, of the shipped messages, and of the controls."""
+    metrics = read_metrics(ROOT / 'results' / 'sparse-certificate' / 'CONV-3-16' / 'metrics.csv')
+    for letter, column in zip('ABC', CERTIFICATES):
+        yield f'{letter} of pruned CONV-3-16', metrics[column][-1], metrics['test_error'][-1] if letter == 'A' else math.nan
+    for name in ('messages', 'controls'):
+        if (path := FOLDER / f'{name}.csv').exists():
+            for row in csv.DictReader(path.open()):
+                yield f'{row["name"]}, {row["bytes"]} bytes', float(row['bound']), float(row['test_error'])
+
+
+def draw():
+    """results/coded/coded.png: the proven and the test error of each."""
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    names, bounds, tests = zip(*rows_drawn())
+    figure, axes = plt.subplots(figsize=(7, 1 + 0.34 * len(names)), layout='constrained')
+    axes.barh(names, bounds, color=['tab:red' if name.startswith('D') else 'silver' for name in names], label='proven error')
+    axes.plot(tests, names, 'k|', markersize=14, label='test error')
+    for name, bound in zip(names, bounds):
+        axes.annotate(f'{rounded_up(bound):.4f}', (min(bound, 0.27), name), (3, 0), textcoords='offset points', va='center')
+    axes.set_xlim(0, 0.3)
+    axes.invert_yaxis()
+    axes.set_xlabel('error on MNIST, proven with probability 0.999')
+    axes.legend(loc='lower right')
+    figure.savefig(FOLDER / 'coded.png', dpi=130)
+
+
+if __name__ == '__main__':
+    torch.set_num_threads(1)
+    if len(sys.argv) > 1:
+        messages()
+        controls(float(sys.argv[1]))
+    draw()
