@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, settings_of
 from torch import nn
 
-from conf import BadInput, load_settings
+from conf import BadInput, load_settings, settings_text
 from measures import representations
 from measures.representations import binomial_limit, comparative_estimate, effective_depth, measure_representations
 from models import get_network
@@ -291,12 +291,9 @@ def test_comparative_estimate_refuses(changed):
 
 def test_comparative_script(tmp_path, capsys):
     """On a made-up sweep: S1 takes 2 layers of 3; S1 and S2 take 3 in the first draw, none reaches eps in the second."""
-    text = (ROOT / 'conf' / 'comparative.py').read_text()
-    for line in ('data_seed = [0, 1]', 'depth = 3'):
-        knob = line.split()[0]
-        text = '\n'.join(line if old.startswith(f'{knob} =') else old for old in text.splitlines())
-    (tmp_path / 'global_settings.py').write_text(text)
-    for run in load_settings(tmp_path / 'global_settings.py')[1]:
+    sweep, runs = load_settings(ROOT / 'conf' / 'comparative.py', {'data_seed': [0, 1], 'depth': 3})
+    (tmp_path / 'global_settings.py').write_text(settings_text(sweep, []))
+    for run in runs:
         errors = [0.02, 0.01, 0.0] if run.train_samples == 600 else [0.2, 0.1, 0.01 if run.data_seed == 0 else 0.03]
         (tmp_path / run.name).mkdir()
         rows = [f'{epoch},0,{layer},{error}' for epoch in (0, 200) for layer, error in enumerate([0.5, *errors, ''])]
@@ -319,6 +316,6 @@ def test_comparative_script(tmp_path, capsys):
     (tmp_path / run.name / 'layers.csv').write_text('epoch,round,layer,train_ncc_error\n0,0,1,0.5\n')
     with pytest.raises(BadInput, match='finish it with --resume'):
         main(tmp_path, eps=0.01, alpha=0.1)
-    (tmp_path / 'global_settings.py').write_text(f'{text}\nwidth = [100, 200]\n')
+    (tmp_path / 'global_settings.py').write_text(settings_text(sweep | {'width': [100, 200]}, []))
     with pytest.raises(BadInput, match='also varies width'):
         main(tmp_path, eps=0.01, alpha=0.1)
