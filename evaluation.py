@@ -150,11 +150,12 @@ def initial_network(settings, dataset):
 
 @torch.no_grad()
 @traced_once()
-def evaluate(net, settings, dataset, data, round_, epoch, delta=None):
+def evaluate(net, settings, dataset, data, round_, epoch, delta=None, certificates=None):
     """A row of metrics.csv: errors, bounds, certificates and measures where they are due; `data` is that of `measure_data`.
 
     All of it is of the network in IEEE float32, whatever precision it is trained in. Where the training data chose the
-    network among several, bounds and certificates take the `delta` that is left for each. Raises Diverged.
+    network among several, bounds and certificates take the `delta` that is left for each. `certificates` keeps those that
+    are found for an evaluation that is stopped and done again. Raises Diverged.
     """
     delta = settings.delta if delta is None else delta
     start, loss = time.perf_counter(), LOSSES[settings.loss]
@@ -170,7 +171,7 @@ def evaluate(net, settings, dataset, data, round_, epoch, delta=None):
     row |= evaluate_bounds(net, data, margins, delta, settings.gamma, skip_uncovered=True)
     last = last_epoch(settings, epoch, train_loss)
     if certifies(settings, round_, epoch, last) and not not_covered(net, dataset.input_shape):
-        row |= certify(net, dataset.train_images, dataset.train_labels, delta)
+        row |= certify(net, dataset.train_images, dataset.train_labels, delta, certificates)
     row |= {'test_set_bound': test_set_bound(test_error, len(test_margins), settings.delta)}
     row |= {'masked_density': masked_density(net), 'train_size': len(margins), 'test_size': len(test_margins)}
     if (round_, epoch) > (0, 0) and due(epoch, settings.measures_every, last):

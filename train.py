@@ -128,7 +128,7 @@ class Run:
         self.loss_sum = torch.zeros((), device=device)  # NaN from the first batch on whose loss is
         self.steps = launch.steps_of(settings, dataset)
         self.state = {'round': 0, 'epoch': 0, 'step': 0, 'train_loss': math.inf, 'train_seconds': 0.0}
-        self.state |= {'columns': COLUMNS, 'lines': [], 'layer_lines': []}
+        self.state |= {'columns': COLUMNS, 'lines': [], 'layer_lines': [], 'certificates': {}}
         self.rewind_to = None  # the network's state after rewind_epoch
         self.place = None  # the round and epoch that the weights are those of, where they are
         self.fingerprint = fingerprint(dataset)
@@ -240,7 +240,8 @@ class Run:
 
         with heartbeat(beat, 30 if bar.disable else 1):
             if due(epoch, settings.eval_every, last):
-                row = evaluate(self.net, settings, self.dataset, self.data, round_, epoch)
+                found = self.state['certificates']  # before this evaluation was stopped
+                row = evaluate(self.net, settings, self.dataset, self.data, round_, epoch, certificates=found)
                 row |= {'train_seconds': self.state['train_seconds']}
             if due(epoch, settings.layers_every, last):
                 layers = evaluate_layers(self.net, self.dataset, round_, epoch)
@@ -263,7 +264,7 @@ class Run:
             depths = ', '.join(f'{effective_depth(errors, eps):g} (eps = {eps})' for eps in (0.01, 0.05))
             tqdm.write(f'{settings.name}: effective depth {depths}; training accuracy {1 - row["train_error"]:.4f}')
         if row:
-            self.state['train_seconds'], self.state['train_loss'] = 0.0, row['train_loss']
+            self.state |= {'train_seconds': 0.0, 'train_loss': row['train_loss'], 'certificates': {}}
             where = f'{settings.name} ' + f'round {place[0]} ' * bool(settings.prune_rounds)
             where += f'epoch {place[1]}/{settings.epochs} '
             if bar.disable:

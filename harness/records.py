@@ -228,7 +228,7 @@ def load_run(path, settings, net, data, steps):
         changed = 'with rounds or regrowth they cannot change'
         raise BadInput(f'{path}: was trained with epochs = {before["epochs"]}; {changed}')
     try:
-        state = {'round': 0, 'layer_lines': [], 'train_loss': math.inf} | checkpoint['state']
+        state = {'round': 0, 'layer_lines': [], 'train_loss': math.inf, 'certificates': {}} | checkpoint['state']
         shapes = [weight.shape for weight in net.parameters()]
         momentum = [entry['momentum_buffer'].shape for _, entry in sorted(checkpoint['momentum'].items())]
         trained = settings.momentum > 0 and (state['epoch'] > 1 or state['step'] > 0 or state['round'] > 0)
@@ -242,6 +242,7 @@ def load_run(path, settings, net, data, steps):
             type(state['epoch']) is int and state['epoch'] >= 0,
             type(state['step']) is int and 0 <= state['step'] <= steps,
             type(state['train_seconds']) is float and type(state['train_loss']) is float,
+            all(name in CERTIFICATES and 0 <= value <= 1 for name, value in state['certificates'].items()),
             len(state['lines']) > 0 or state['epoch'] == 0,
             all(parse_line(line, state['columns']) for line in state['lines']),
             all(parse_line(line, LAYER_COLUMNS) for line in state['layer_lines']),

@@ -2,17 +2,17 @@
 
 import itertools
 import math
+import signal
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, main, settings_of, train_small
+from conftest import ROOT, SMALL, main, resume, settings_of, train_small
 
 import evaluation
-from conf import BadInput
 from evaluation import report, rounded_up, schedule, stopped_early
-from harness import load_network, machine
+from harness import load_network, machine, read_metrics
 
 
 @pytest.mark.parametrize('epochs, rounds, rewind', itertools.product((0, 1, 4), (0, 1, 3), (-1, 0, 2)))
@@ -33,13 +33,13 @@ def test_the_schedule_goes_from_epoch_to_epoch(epochs, rounds, rewind):
 
 
 def test_a_stop_wants_three_hopeless_rows_of_one_round():
-    settings = SimpleNamespace(early_stop_epoch=3, early_stop_accuracy=0.5)
-    rows = [{'round': 0, 'epoch': epoch, 'train_error': 0.6} for epoch in range(5)]
+    settings = SimpleNamespace(early_stop_epoch=3, early_stop_accuracy=0.5, target_loss=0.0)
+    rows = [{'round': 0, 'epoch': epoch, 'train_error': 0.6, 'train_loss': 1.0} for epoch in range(5)]
     assert stopped_early(settings, rows[:3]) is None  # the untrained network does not count
     assert stopped_early(settings, rows[1:4]) == 'stopped at epoch 3: accuracy below 0.5'
     assert stopped_early(settings, [*rows[1:3], rows[3] | {'train_error': 0.4}]) is None
     assert stopped_early(settings, [rows[1], rows[2], rows[3] | {'round': 1}]) is None
-    assert stopped_early(SimpleNamespace(early_stop_epoch=0), rows) is None
+    assert stopped_early(SimpleNamespace(early_stop_epoch=0, target_loss=0.0), rows) is None
 
 
 @pytest.mark.parametrize('value', [0.12345, 0.99949, 1 / 3, 0.12341, 1.0, math.inf])
@@ -85,15 +85,19 @@ def test_errors_are_those_of_ieee_float32(monkeypatch):
     from measures.norms import measure_data
     from models import get_network
 
-    settings, dataset, seen = settings_of(dataset_name='digits', width=4), load_dataset('digits', 'nowhere'), set()
+    seen, losses_and_margins = set(), evaluation.losses_and_margins
+
+    def noted(*arguments):
+        seen.add(torch.backends.cuda.matmul.fp32_precision)
+        return losses_and_margins(*arguments)
+
+    monkeypatch.setattr(evaluation, 'losses_and_margins', noted)
+    settings, dataset = settings_of(dataset_name='digits', width=4), load_dataset('digits', 'nowhere')
     net = get_network(settings, (1, 8, 8), 10)
-    net.register_forward_hook(lambda *_: seen.add(torch.backends.cuda.matmul.fp32_precision))
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = 'tf32'
     try:
-        data = measure_data(get_network(settings, (1, 8, 8), 10), dataset.train_images)
-        with pytest.raises(BadInput, match='forward hooks'):  # by the trace, after the errors were computed
-            evaluation.evaluate(net, settings, dataset, data, 0, 0)
+        evaluation.evaluate(net, settings, dataset, measure_data(net, dataset.train_images), 0, 0)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     assert seen == {'ieee'}
@@ -106,3 +110,28 @@ def test_an_unfinished_network_is_loaded_with_a_warning(tmp_path, kill_at):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         load_network(ROOT / 'results' / 'sparse-certificate' / 'CONV-3-16')
+
+
+def test_a_certificate_that_was_stopped_does_not_start_over(tmp_path, monkeypatch):
+    """A is kept in the checkpoint; a resume computes B and C, and the row is that of a run that was not stopped."""
+    calls = []
+
+    def trained(*arguments):
+        calls.append('A')
+        return 0.25
+
+    def rounded(*arguments):
+        calls.append('B and C')
+        if calls.count('B and C') == 1:
+            machine.on_signal(signal.SIGTERM, None)
+        return 0.2, 0.125
+
+    monkeypatch.setattr('measures.pac_bayes._trained', trained)
+    monkeypatch.setattr('measures.pac_bayes._rounded', rounded)
+    flags = ('--epochs', '2', '--certify-every', '1', '--results-path', tmp_path / 'run')
+    assert main(*SMALL, *flags)[0] == 143
+    resume(tmp_path / 'run')
+    assert calls == ['A', 'B and C', 'B and C', 'A', 'B and C']
+    table = read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')
+    assert table['pac_bayes_error'][1:].tolist() == [0.25] * 2
+    assert table['pac_bayes_gibbs_error'][1:].tolist() == [0.125] * 2

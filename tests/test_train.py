@@ -377,7 +377,7 @@ def test_resume_to_more_epochs_takes_back_certificates(tmp_path, monkeypatch):
     """Certificates are due every 2 epochs and at the last, of a trained network; those of the last row alone go when it is
     the last no more.
     """
-    monkeypatch.setattr(evaluation, 'certify', lambda net, images, labels, delta: {'pac_bayes_error': 0.5})
+    monkeypatch.setattr(evaluation, 'certify', lambda *arguments: {'pac_bayes_error': 0.5})
     train_small(tmp_path / 'whole', '--certify-every', '2')
     train_small(tmp_path / 'run', '--certify-every', '2', '--epochs', '3')
     resume(tmp_path / 'run', '--epochs', '6')
