@@ -307,7 +307,7 @@ def test_the_words_of_narrower_networks_are_those_of_the_files():
 
     text, norms = words('docs/compress.md'), ('our_bound', 'corrected_bound', 'path_bound')
     low, *_, high = falls('compress-digits', 'CONV-2-16', 3, *norms)
-    assert f'our, the corrected and the path bound gain {low} to {high} by it' in text
+    assert f"the paper's, the corrected and the path bound fall by {low} to {high}" in text
     others = falls('compress-digits', 'CONV-2-16', 3, 'graf_bound', 'ledent_bound', 'sedghi_bound')
     assert "sum over channels, gain {} and {}, and Sedghi's, which has the number of weights in it, {}.".format(*others) in text
     mnist = falls('compress-mnist', 'CONV-3-16', 2, *norms)
@@ -320,7 +320,8 @@ def test_the_words_of_depth_are_those_of_the_files():
         layers = read_layers(RESULTS / 'depth' / f'MLP-{deep}-100-label_noise0.5' / 'layers.csv')
         accuracy = 1 - layers['test_ncc_error'][layers['epoch'] == layers['epoch'].max()]
         assert accuracy[1] > 0.79 and accuracy[deep] < 0.51
-    assert 'more than 79 % of them and the last layer to fewer than 51 %' in words('docs/depth.md')
+    finding = 'more than 79 % of the test digits in the first layer of every network, and for fewer than 51 % in the last'
+    assert finding in words('docs/depth.md')
 
 
 WEIGHTS = sorted(path.parent.relative_to(RESULTS) for path in RESULTS.glob('*/*/weights.pt'))
