@@ -319,7 +319,8 @@ class Run:
         epochs = sum(epoch > 0 for _, epoch in places)
         left = epochs * step + evaluations * evaluation
         if left > 60:
-            words = f'an epoch takes about {in_words(step)}, an evaluation {in_words(evaluation)} and more with certificates'
+            words = f'an epoch takes about {in_words(step)}, an evaluation {in_words(evaluation)}'
+            words += ' and more with certificates' * bool(self.settings.certify_every)
             quicker = '; a GPU is quicker, and so is --settings conf/mnist_quick.py' * (left > 86400)
             print(f'{self.settings.name}: {words}; {epochs} epochs: about {in_words(left)} on this CPU{quicker}', flush=True)
 
