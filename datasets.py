@@ -1,6 +1,7 @@
 """Datasets: readers of their real formats, downloads, and `load_dataset`, which holds one on the device as a tensor per part.
 
-`load_dataset` also draws training subsets and makes labels wrong; `fingerprint` tells two datasets apart.
+`load_dataset` also draws training subsets and makes labels wrong; `crops` augments a batch; `fingerprint` tells two datasets
+apart.
 """
 
 import contextlib
@@ -19,11 +20,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from conf import BadInput
 
 MAX_BYTES = 2**29  # no file of these datasets holds more; a damaged one cannot ask for more memory than this
+PADDING = 4  # of `crops`
+_SHIFTS = 2 * PADDING + 1  # along either axis
+VARIANTS = 2 * _SHIFTS**2  # of an image
 
 _MNIST = ('train-images-idx3-ubyte', 'train-labels-idx1-ubyte', 't10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte')
 _CIFAR10_BATCHES = [f'data_batch_{i}.bin' for i in range(1, 6)]
@@ -358,6 +363,26 @@ def _draw(images, labels, num_classes, train_samples, label_noise, clean_samples
     steps = noise.integers(1, num_classes, others)  # drawn for all, so that a larger share only adds wrong labels
     labels[clean_samples + wrong] = (labels[clean_samples + wrong] + steps[wrong]) % num_classes
     return images, labels
+
+
+def crops(images, variants):
+    """A crop of each image, of its own size, out of the image with PADDING zeros on every side; mirrored or not.
+
+    Zero is black; of a dataset that is normalized it is the training set's mean.
+
+    Args:
+        images: (B, C, H, W).
+        variants: (B,) integers from 0 to below VARIANTS, each a shift, mirrored where odd.
+    Returns:
+        (B, C, H, W), in memory as channels_last; computed without waiting for the device, as a CUDA graph asks for.
+    """
+    height, width = images.shape[2:]
+    shift, mirrored = variants[:, None] // 2, variants[:, None] % 2
+    rows = torch.arange(height, device=images.device) + shift // _SHIFTS
+    columns = torch.arange(width, device=images.device)
+    columns = torch.where(mirrored == 1, columns.flip(0), columns) + shift % _SHIFTS
+    each = torch.arange(len(images), device=images.device)[:, None, None]
+    return F.pad(images, [PADDING] * 4)[each, :, rows[:, :, None], columns[:, None]].movedim(3, 1)
 
 
 def fingerprint(dataset):

@@ -101,7 +101,11 @@ def finished(settings, rows):
 
 
 def no_certificate(settings):
-    """Why the training samples are not as a certificate asks for, iid and at least 10; None where they are."""
+    """Why the training samples are not as a certificate asks for, iid and at least 10; None where they are.
+
+    Augmentation is no reason: a certificate holds whatever a training does with the sample, and its error is on the sample
+    itself.
+    """
     if settings.normalize:
         return 'normalize = True takes the statistics of the whole training set'
     if settings.label_noise:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import sparsify
 from conf import BadInput, Interrupted
-from datasets import fingerprint
+from datasets import VARIANTS, crops, fingerprint
 from evaluation import (
     COLUMNS,
     LAYER_COLUMNS,
@@ -176,8 +176,14 @@ class Run:
                 yield place
 
     def loss(self, net, indices):
-        """The loss of a network on the training samples with these indices (B,), with its graph."""
-        images, targets = (part.index_select(0, indices) for part in (self.dataset.train_images, self.targets))
+        """The loss of a network on the training samples with these indices (B,), with its graph.
+
+        With augment = 'crop' the indices are those of `batches`, of a training set that has all crops of each of its images.
+        """
+        m, augment = len(self.targets), self.settings.augment == 'crop'
+        samples = indices % m if augment else indices
+        images, targets = (part.index_select(0, samples) for part in (self.dataset.train_images, self.targets))
+        images = crops(images, indices // m) if augment else images
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             outputs = net(images)
         return LOSSES[self.settings.loss](outputs.float(), targets)
@@ -185,12 +191,17 @@ class Run:
     def batches(self, epoch):
         """Yields the training steps that an epoch has left, as (number in the whole training, indices of the samples).
 
-        A signal waits for the end of the step.
+        With augment = 'crop' sample i of m is i + m v, where v is the variant of it that is trained on in this epoch: a
+        batch is one tensor of indices all the same, which a CUDA graph reads. A signal waits for the end of the step.
         """
         start, m = time.perf_counter(), len(self.dataset.train_images)
         self.net.train()
         self.optimizer.param_groups[0]['lr'].fill_(learning_rate(self.settings, epoch))
-        order = torch.from_numpy(np.random.default_rng((self.settings.seed, epoch)).permutation(m)).to(self.loss_sum.device)
+        chance = np.random.default_rng((self.settings.seed, epoch))
+        order = chance.permutation(m)
+        if self.settings.augment == 'crop':
+            order += m * chance.integers(VARIANTS, size=m)
+        order = torch.from_numpy(order).to(self.loss_sum.device)
         try:
             with deferred_stop():
                 for indices in order.split(self.settings.batch_size)[self.state['step'] :]:

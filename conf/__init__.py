@@ -71,6 +71,7 @@ RULES = {
     'label_noise': _later(0.0, _number('a number from 0 to 1', lambda value: 0 <= value <= 1)),
     'clean_samples': _later(0, _integer(0)),
     'data_seed': _later(0, _integer(0, 2**63 - 1)),
+    'augment': _later('none', _choice('none', 'crop')),
     'network': _TEXT,
     'depth': _integer(1, 1000),
     'width': _integer(1, 10**6),

@@ -17,7 +17,7 @@ from conftest import ROOT, run
 
 import datasets
 from conf import BadInput
-from datasets import fingerprint, load_dataset, read_idx
+from datasets import VARIANTS, crops, fingerprint, load_dataset, read_idx
 
 RANDOM = np.random.default_rng(0)
 
@@ -212,6 +212,23 @@ def test_impossible_draws_name_the_knob(knobs):
     with pytest.raises(BadInput, match=f'^{list(knobs)[-1]} = ') as caught:
         draw(**knobs)
     assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('channels_last', [True, False])
+def test_crops(channels_last):
+    """The variants are all the shifts by at most 4 pixels along both axes, each mirrored and not; one is the image itself."""
+    images = torch.arange(1.0, 1 + 2 * 3 * 6 * 5).view(2, 3, 6, 5)
+    images = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)))
+    for number in range(2):
+        found = crops(images[[number] * VARIANTS], torch.arange(VARIANTS))
+        assert found.shape == (VARIANTS, 3, 6, 5) and found.is_contiguous(memory_format=torch.channels_last)
+        windows = [padded[number, :, top : top + 6, left : left + 5] for top in range(9) for left in range(9)]
+        expected = [window[..., ::step] for window in windows for step in (1, -1)]
+        assert {crop.tobytes() for crop in found.numpy()} == {crop.tobytes() for crop in expected}
+        assert len(expected) == VARIANTS and np.array_equal(found[::2], windows) and torch.equal(found[80], images[number])
+    mixed = crops(images, torch.tensor([3, 160]))
+    assert np.array_equal(mixed, np.stack([padded[0, :, :6, 1:6][..., ::-1], padded[1, :, 8:, 8:]]))
 
 
 def test_fingerprint(digits):

@@ -182,8 +182,9 @@ def small(**flags):
         {'network': 'CONVBN', 'normalization': 'batch', 'depth': 2},
         {'prune_rounds': 2, 'prune_fraction': 0.5, 'rewind_epoch': 1},
         {'density': 0.3, 'initial_mask': 'random', 'regrow': 'gradient', 'regrow_every': 5},
+        {'augment': 'crop'},
     ],
-    ids=['dense', 'batch norm', 'pruning rounds', 'RigL'],
+    ids=['dense', 'batch norm', 'pruning rounds', 'RigL', 'crops'],
 )
 def test_the_program_trains_the_same_with_a_graph(cuda, tmp_path, monkeypatch, flags):
     settings, streams = small(**flags), set()

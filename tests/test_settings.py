@@ -115,6 +115,7 @@ WRONG_VALUES = {
     'label_noise': ['-0.1', '1.1', 'nan'],
     'clean_samples': ['-1'],
     'data_seed': ['-1'],
+    'augment': ['flip', 'True'],
     'normalization': ['none at all', 'layer'],
     'density': ['0', '1.5', 'nan'],
     'initial_mask': ['magnitude'],

@@ -20,6 +20,7 @@ from conftest import ROOT, SMALL, main, numbers, refused, resume, rows, run, sam
 
 import evaluation
 import train
+from datasets import VARIANTS, crops, load_dataset
 from evaluation import COLUMNS
 from harness import launch, machine
 from harness.records import csv_line, load_checkpoint, parse_line, read_layers, read_metrics, save_checkpoint
@@ -240,6 +241,7 @@ KINDS = {
     'a step an epoch': (*TINY, '--density', '0.2', '--initial-mask', 'erk', '--regrow', 'gradient', '--batch-size', '9999'),
     'channels': (*TINY, *'--density 0.3 --initial-mask erk --regrow random --regrow-every 3 --channel-sparsity 0.5'.split()),
     'random': (*TINY, '--density', '0.2', '--initial-mask', 'random', '--regrow', 'random', '--regrow-every', '3'),
+    'crop': (*TINY, '--augment', 'crop', '--layers-every', '2'),
 }
 
 
@@ -318,6 +320,28 @@ def test_a_checkpoint_says_which_row_its_weights_are_those_of(tmp_path, kill_at,
         logged, measured = ({tuple(line[:2]): line for line in table} for table in tables)
         assert all(logged.get(key, line[:-2]) == line[:-2] for key, line in measured.items())  # without delta and gamma
         shutil.rmtree(folder)
+
+
+def test_augmentation_is_of_training_alone(tmp_path, uninterrupted, monkeypatch):
+    """Steps see crops, another of each image in every epoch; the order of the samples and what is measured stay."""
+    train_small(tmp_path / 'run', '--augment', 'crop', '--epochs', '2')
+    augmented, plain = (numbers(path / 'CONV-3-4' / 'metrics.csv') for path in (tmp_path / 'run', uninterrupted))
+    assert augmented[1] == plain[1] and augmented[2] != plain[2]  # row 0 is of the untrained network
+
+    settings, dataset = settings_of(augment='crop', dataset_name='digits', width=4), load_dataset('digits', 'nowhere')
+    (tmp_path / 'net').mkdir()
+    run, seen = train.Run(settings, dataset, tmp_path / 'net', torch.device('cpu')), []
+    plain = train.Run(settings_of(dataset_name='digits', width=4), dataset, tmp_path / 'net', torch.device('cpu'))
+    run.net.register_forward_pre_hook(lambda net, inputs: seen.append(inputs[0]))
+    for epoch in (1, 2):
+        for state in (run.state, plain.state):
+            state |= {'epoch': epoch, 'step': 0}
+        for (_, indices), (_, samples) in zip(run.batches(epoch), plain.batches(epoch)):
+            run.loss(run.net, indices)
+            assert (indices % 1437).tolist() == samples.tolist() and indices.max() < 1437 * VARIANTS
+            assert torch.equal(seen[-1], crops(dataset.train_images[samples], indices // 1437))
+    first, second = torch.cat(seen).split(1437)
+    assert not torch.equal(first.sum((1, 2, 3)).sort()[0], second.sum((1, 2, 3)).sort()[0])
 
 
 def test_rounds_are_logged_from_the_pruned_network_on(tmp_path):
