@@ -15,7 +15,7 @@ from measures.masks import density, masked_density, measure_masks, sharing
 from measures.norms import classification_margins, margin_error
 from measures.pac_bayes import COLUMNS as CERTIFICATES
 from measures.pac_bayes import certify, test_set_bound
-from measures.representations import measure_representations
+from measures.representations import measure_probes, measure_representations
 from models import get_network
 from utils import BOUNDS, evaluate_bounds
 
@@ -30,8 +30,10 @@ _LAST += 'masked_density train_size test_size train_seconds eval_seconds'.split(
 COLUMNS = [*_FIRST, *BOUNDS, *_LAST]
 LAYER_COLUMNS = (
     'epoch, round, layer, size, train_ncc_error, test_ncc_error, train_cdnv, test_cdnv, density, dead_channels, active, '
-    'participation, ramanujan_gap, imdb, weighted_gap'
+    'participation, ramanujan_gap, imdb, weighted_gap, train_probe_error, test_probe_error, train_probe_loss, '
+    'test_probe_loss'
 ).split(', ')
+PROBES = [column for column in LAYER_COLUMNS if 'probe' in column]
 
 
 def check_bounds():
@@ -191,13 +193,17 @@ def certifies(settings, round_, epoch, last):
 
 @torch.no_grad()
 @traced_once()
-def evaluate_layers(net, dataset, round_, epoch):
-    """The rows of layers.csv, the input first and the classifier last: what each layer has learned, and how sparse it is."""
-    learned = measure_representations(
-        net, dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels
-    )
+def evaluate_layers(net, dataset, round_, epoch, probes=False):
+    """The rows of layers.csv, the input first and the classifier last: what each layer has learned, and how sparse it is.
+
+    Linear probes, which take as long as many of these rows, are for the last epoch of a training.
+    """
+    sets = dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels
+    learned = measure_representations(net, *sets)
     rows = [{'epoch': epoch, 'round': round_, 'layer': layer} for layer in range(len(learned) + 1)]
     for row, values in zip(rows, learned):
+        row |= values
+    for row, values in zip(rows, measure_probes(net, *sets) if probes else ()):
         row |= values
     if not any(getattr(module, 'is_layer', False) for module in net):  # a residual block is a layer of several weights
         masks = list(measure_masks(net).values())

@@ -128,7 +128,8 @@ class Run:
         self.loss_sum = torch.zeros((), device=device)  # NaN from the first batch on whose loss is
         self.steps = launch.steps_of(settings, dataset)
         self.state = {'round': 0, 'epoch': 0, 'step': 0, 'train_loss': math.inf, 'train_seconds': 0.0}
-        self.state |= {'columns': COLUMNS, 'lines': [], 'layer_lines': [], 'certificates': {}}
+        self.state |= {'columns': COLUMNS, 'lines': [], 'layer_columns': LAYER_COLUMNS, 'layer_lines': []}
+        self.state |= {'certificates': {}}
         self.rewind_to = None  # the network's state after rewind_epoch
         self.place = None  # the round and epoch that the weights are those of, where they are
         self.fingerprint = fingerprint(dataset)
@@ -161,7 +162,7 @@ class Run:
     def tables(self):
         """(file, columns, lines) of the two tables of the log."""
         metrics = 'metrics.csv', self.state['columns'], self.state['lines']
-        return metrics, ('layers.csv', LAYER_COLUMNS, self.state['layer_lines'])
+        return metrics, ('layers.csv', self.state['layer_columns'], self.state['layer_lines'])
 
     def newest_rows(self):
         return [parse_line(line, self.state['columns']) for line in self.state['lines'][-3:]]
@@ -255,7 +256,7 @@ class Run:
                 row = evaluate(self.net, settings, self.dataset, self.data, round_, epoch, certificates=found)
                 row |= {'train_seconds': self.state['train_seconds']}
             if due(epoch, settings.layers_every, last):
-                layers = evaluate_layers(self.net, self.dataset, round_, epoch)
+                layers = evaluate_layers(self.net, self.dataset, round_, epoch, probes=epoch == last)
         return row, layers
 
     def log(self, row, layers, bar):

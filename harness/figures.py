@@ -235,7 +235,7 @@ def compress_picture(networks, folder):
 
 
 def layers_picture(runs, folder):
-    """Nearest-class-center accuracy of each layer against epochs; at the end, with CDNV, against depth."""
+    """Nearest-class-center accuracy of each layer against epochs; at the end, with CDNV and linear probes, against depth."""
     import matplotlib
 
     paths = [Path(folder, settings.name, 'layers.csv') for settings, _ in runs]
@@ -248,7 +248,8 @@ def layers_picture(runs, folder):
     figure = new_figure(sum(heights))
     above, below = figure.subfigures(2, 1, height_ratios=heights)
     (panels,) = grid(above, [settings.name for settings, _, _ in learned], ['nearest-class-center accuracy'])
-    accuracy, variability = below.subplots(1, 2)
+    measured = any(not np.isnan(layers['train_probe_error']).all() for _, _, layers in learned)
+    accuracy, variability, *probes = below.subplots(1, 2 + measured)
     deepest = max(layers['layer'].max() for _, _, layers in learned)
     for index, (panel, (settings, table, layers)) in enumerate(zip(panels, learned)):
         errors, place = layers['train_ncc_error'], epoch_axis(panel, layers, settings)
@@ -274,9 +275,13 @@ def layers_picture(runs, folder):
             style |= {'linestyle': linestyle, 'marker': '.', 'label': settings.name}
             accuracy.plot(layers['layer'][last], 1 - layers[f'{sample}_ncc_error'][last], **style)
             variability.plot(layers['layer'][last], layers[f'{sample}_cdnv'][last], **style)
+            for panel in probes:
+                panel.plot(layers['layer'][last], 1 - layers[f'{sample}_probe_error'][last], **style)
     power_ticks([variability])
-    for panel, name in ((accuracy, 'nearest-class-center accuracy'), (variability, 'CDNV')):
-        panel.set(xlabel='layer', ylabel=name, title='training set (solid) and test set (dashed)')
+    names = 'nearest-class-center accuracy', 'CDNV', 'linear-probe accuracy'
+    for panel, name in zip((accuracy, variability, *probes), names):
+        title = 'training set (solid){}and test set (dashed)'.format('\n' if probes else ' ')
+        panel.set(xlabel='layer', ylabel=name, title=title)
         panel.xaxis.get_major_locator().set_params(integer=True)
     longest = max((labelled([panel]) for panel in panels), key=len)
     legend(above, longest[::-1])

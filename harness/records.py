@@ -18,13 +18,14 @@ import torch
 
 from conf import BEFORE, LATER, BadInput, load_settings
 from datasets import DATASETS
-from evaluation import COLUMNS, LAYER_COLUMNS, at_target, due, finished
+from evaluation import COLUMNS, LAYER_COLUMNS, PROBES, at_target, due, finished
 from measures.landscape import MEASURES
 from measures.pac_bayes import COLUMNS as CERTIFICATES
 from models import get_network
 
 CHECKPOINT_FORMAT = 1
 METRICS = 'epoch', 'train_error', 'test_error', 'generalization_gap'  # what a table of metrics has at least
+BEFORE_PROBES = [name for name in LAYER_COLUMNS if name not in PROBES]  # where a checkpoint does not say
 
 # What may change when a run is resumed, since the numbers do not depend on it.
 FREE = ('epochs', 'device', 'data_dir', 'results_dir', 'checkpoint_every', 'snapshot_every', 'jobs')
@@ -228,7 +229,8 @@ def load_run(path, settings, net, data, steps):
         changed = 'with rounds or regrowth they cannot change'
         raise BadInput(f'{path}: was trained with epochs = {before["epochs"]}; {changed}')
     try:
-        state = {'round': 0, 'layer_lines': [], 'train_loss': math.inf, 'certificates': {}} | checkpoint['state']
+        state = {'round': 0, 'layer_columns': BEFORE_PROBES, 'layer_lines': [], 'train_loss': math.inf}
+        state |= {'certificates': {}} | checkpoint['state']
         shapes = [weight.shape for weight in net.parameters()]
         momentum = [entry['momentum_buffer'].shape for _, entry in sorted(checkpoint['momentum'].items())]
         trained = settings.momentum > 0 and (state['epoch'] > 1 or state['step'] > 0 or state['round'] > 0)
@@ -245,7 +247,7 @@ def load_run(path, settings, net, data, steps):
             all(name in CERTIFICATES and 0 <= value <= 1 for name, value in state['certificates'].items()),
             len(state['lines']) > 0 or state['epoch'] == 0,
             all(parse_line(line, state['columns']) for line in state['lines']),
-            all(parse_line(line, LAYER_COLUMNS) for line in state['layer_lines']),
+            all(parse_line(line, state['layer_columns']) for line in state['layer_lines']),
         )
         if not all(sound):
             raise ValueError
@@ -253,12 +255,22 @@ def load_run(path, settings, net, data, steps):
         raise wrong from None
     if settings.epochs > before['epochs'] and not at_target(settings, state['train_loss']):
         _forget_the_end(state, SimpleNamespace(**before))
-    if state['columns'] != COLUMNS:  # bounds came or went since
-        columns = [*COLUMNS, *(column for column in state['columns'] if column not in COLUMNS)]
-        rows = [{'round': '0'} | dict(zip(state['columns'], line.rstrip('\n').split(','))) for line in state['lines']]
-        state['lines'] = [','.join(row.get(column, '') for column in columns) + '\n' for row in rows]
-        state['columns'] = columns
+    for kind, now in (('', COLUMNS), ('layer_', LAYER_COLUMNS)):
+        lines, columns = state[f'{kind}lines'], state[f'{kind}columns']
+        if columns != now:  # bounds came or went since
+            state[f'{kind}columns'] = [*now, *(column for column in columns if column not in now)]
+            rows = [{'round': '0'} | _cells(line, columns) for line in lines]
+            state[f'{kind}lines'] = [_line(row, state[f'{kind}columns']) for row in rows]
     return checkpoint | {'state': state}
+
+
+def _cells(line, columns):
+    """A line of a table as {column: text}."""
+    return dict(zip(columns, line.rstrip('\n').split(',')))
+
+
+def _line(cells, columns):
+    return ','.join(cells.get(column, '') for column in columns) + '\n'
 
 
 def check_origin(path, checkpoint, settings, data, free=FREE):
@@ -279,19 +291,25 @@ def check_origin(path, checkpoint, settings, data, free=FREE):
 
 def _forget_the_end(state, before):
     """Takes from the log what the end of a shorter run alone had caused: an uninterrupted longer one does not have it."""
-    if state['layer_lines'] and not due(before.epochs, before.layers_every):
-        state['layer_lines'] = [line for line in state['layer_lines'] if not line.startswith(f'{before.epochs},')]
+    layers, end = state['layer_lines'], f'{before.epochs},'
+    if not due(before.epochs, before.layers_every):
+        state['layer_lines'] = [line for line in layers if not line.startswith(end)]
+    else:
+        columns, blank = state['layer_columns'], dict.fromkeys(PROBES, '')
+        state['layer_lines'] = [
+            _line(_cells(line, columns) | blank, columns) if line.startswith(end) else line for line in layers
+        ]
     if not state['lines'] or parse_line(state['lines'][-1], state['columns'])['epoch'] != before.epochs:
         return
     *earlier, last = state['lines']
-    cells = dict(zip(state['columns'], last.rstrip('\n').split(',')))
+    cells = _cells(last, state['columns'])
     if not due(before.epochs, before.eval_every):
         state['lines'] = earlier
         state['train_seconds'] += float(cells['train_seconds'])
     else:
         for columns, every in ((CERTIFICATES, before.certify_every), (MEASURES, before.measures_every)):
             cells |= {} if due(before.epochs, every) else dict.fromkeys(columns, '')
-        state['lines'] = [*earlier, ','.join(cells[column] for column in state['columns']) + '\n']
+        state['lines'] = [*earlier, _line(cells, state['columns'])]
 
 
 def load_network(path):

@@ -1,4 +1,4 @@
-"""What each layer has learned: nearest class centers, class-distance normalized variance, effective depth.
+"""What each layer has learned: nearest class centers, variances, neural collapse, linear probes, effective depth.
 
 The quantities of Galanti, Galanti and Ben-Shaul, "Comparative Generalization Bounds for Deep Neural Networks" (TMLR 2023);
 docs/depth.md has the formulas, the protocol and the theorem that `comparative_estimate` follows.
@@ -7,11 +7,16 @@ docs/depth.md has the formulas, the protocol and the theorem that `comparative_e
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
 from conf import BadInput
 from measures.geometry import evaluation_mode, ieee_float32, images_per_pass
+from measures.norms import classification_margins, margin_error
+
+PROBE_SIZE = 2048  # coordinates that a linear probe reads at most of the maps of a layer
+PROBE_RIDGE = 1e-3  # lambda of a probe, as a share of the mean of H'H's diagonal
 
 
 @torch.no_grad()
@@ -38,12 +43,8 @@ def measure_representations(net, train_images, train_labels, test_images, test_l
     Raises:
         BadInput: another kind of network, images and labels that do not fit, or representations with NaN or infinity.
     """
-    modules = _layered_modules(net)
-    train, test = (train_images, train_labels), (test_images, test_labels)
-    for part, (images, labels) in (('train', train), ('test', test)):
-        if images.dim() < 2 or labels.shape != images.shape[:1] or labels.is_floating_point() or not len(labels):
-            shapes = f'{tuple(images.shape)} and {tuple(labels.shape)}'
-            raise BadInput(f'{part} images and labels of shapes {shapes}: must be (m, ...) and integers (m,), m at least 1')
+    modules, train, test = _layered_modules(net), (train_images, train_labels), (test_images, test_labels)
+    _require_sets(train, test)
     with evaluation_mode(net), ieee_float32(), parametrize.cached():
         centers = _class_means(modules, *train)
         train_errors, train_cdnvs = _compare(modules, *train, centers, train_labels.unique(), centers)
@@ -52,6 +53,14 @@ def measure_representations(net, train_images, train_labels, test_images, test_l
     columns = [center.shape[1] for center in centers], train_errors, test_errors, train_cdnvs, test_cdnvs
     names = 'size', 'train_ncc_error', 'test_ncc_error', 'train_cdnv', 'test_cdnv'
     return [dict(zip(names, row)) for row in zip(*columns)]
+
+
+def _require_sets(train, test):
+    """Raises BadInput where the images and labels of a set do not fit."""
+    for part, (images, labels) in (('train', train), ('test', test)):
+        if images.dim() < 2 or labels.shape != images.shape[:1] or labels.is_floating_point() or not len(labels):
+            shapes = f'{tuple(images.shape)} and {tuple(labels.shape)}'
+            raise BadInput(f'{part} images and labels of shapes {shapes}: must be (m, ...) and integers (m,), m at least 1')
 
 
 def _ends_layer(module):
@@ -71,12 +80,12 @@ def _layered_modules(net):
 
 
 def _representations(modules, images):
-    """Yields the input and the output of each layer as (B, D_l), the channels last, in the order of memory."""
-    yield images.movedim(1, -1).flatten(1)
+    """Yields the input and the output of each layer, (B, ...)."""
+    yield images
     for module in modules:
         images = module(images)
         if _ends_layer(module):
-            yield images.movedim(1, -1).flatten(1)
+            yield images
 
 
 def _by_class(labels):
@@ -87,7 +96,8 @@ def _by_class(labels):
 def _batches(modules, images, members):
     """Yields (layer, representation (B, D_l)) of the samples `members`, all of one class, batch after batch."""
     for indices in members.split(images_per_pass(modules, images)):
-        yield from enumerate(_representations(modules, images[indices]))
+        for layer, h in enumerate(_representations(modules, images[indices])):
+            yield layer, h.movedim(1, -1).flatten(1)  # the channels last, in the order of memory
 
 
 def _class_means(modules, images, labels):
@@ -151,6 +161,86 @@ def _cdnv(means, variances):
     a, b = torch.triu_indices(len(means), len(means), 1)
     pairs = (variances[a] + variances[b]) / (2 * torch.pdist(means).square())
     return pairs.nan_to_num(math.inf, math.inf).mean().item()  # 0 / 0 is a dead layer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Linear probes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure_probes(net, train_images, train_labels, test_images, test_labels):
+    """What a linear classifier reads off the input and the output of each layer: ridge regression in closed form.
+
+    With H (m, D) the representations of the training set less their mean and Y (m, C) its one-hot labels, the probe is
+    W = (H'H + lambda I)^-1 H'Y, lambda = 0.001 tr(H'H) / D; its outputs are W'(h less the mean) + mean of Y. There is no
+    seed and no step size, and the scale of h does not matter. Maps of more than 2,048 coordinates are first averaged over
+    the cells of a square grid, to at most 2,048 where there are no more channels: a probe with tied weights.
+
+    Args:
+        as `measure_representations`; the classes are 0 to the largest label of either set.
+    Returns:
+        A list of dicts, the input first (layer 0), then layer 1 to L, each with
+            train_probe_error, test_probe_error  shares of samples whose largest output is not of their class; a tie is an error
+            train_probe_loss, test_probe_loss    squared errors to one-hot labels, means over samples and outputs
+    Raises:
+        BadInput: as `measure_representations`; or a negative label.
+    """
+    modules, train, test = _layered_modules(net), (train_images, train_labels), (test_images, test_labels)
+    _require_sets(train, test)
+    classes = int(torch.cat([train_labels, test_labels]).max()) + 1
+    with evaluation_mode(net), ieee_float32(), parametrize.cached():
+        sums = None
+        for _, features in _probe_features(modules, train_images):
+            parts = [h.sum(0) for h in features]
+            sums = parts if sums is None else [a + b for a, b in zip(sums, parts)]
+        means = [layer_sums / len(train_labels) for layer_sums in sums]
+        for layer, mean in enumerate(means):
+            if not mean.isfinite().all():
+                raise BadInput(f'layer {layer}: the representation contains NaN or infinity (layer 0 is the input)')
+        frequencies = train_labels.bincount(minlength=classes).double() / len(train_labels)
+        squares = [mean.new_zeros(len(mean), len(mean)) for mean in means]  # H'H
+        products = [mean.new_zeros(len(mean), classes) for mean in means]  # H'Y
+        for start, features in _probe_features(modules, train_images):
+            for layer, h in enumerate(features):
+                h -= means[layer]
+                squares[layer].addmm_(h.T, h)
+                products[layer].addmm_(h.T, F.one_hot(train_labels[start : start + len(h)], classes).double())
+        probes = [_ridge(*layer_sums) for layer_sums in zip(squares, products)]
+        rows = [{} for _ in probes]
+        for part, (images, labels) in (('train', train), ('test', test)):
+            outputs = [[] for _ in probes]
+            for _, features in _probe_features(modules, images):
+                for layer, h in enumerate(features):
+                    outputs[layer].append((h - means[layer]) @ probes[layer] + frequencies)
+            targets = F.one_hot(labels, classes).double()
+            for row, parts in zip(rows, outputs):
+                scores = torch.cat(parts)
+                row[f'{part}_probe_error'] = margin_error(classification_margins(scores, labels), 0)
+                row[f'{part}_probe_loss'] = F.mse_loss(scores, targets).item()
+    return rows
+
+
+def _probe_features(modules, images, samples=1024):
+    """Yields (first sample, [what a probe reads of each layer, (samples, D) float64]), so many samples after the other."""
+    for start in range(0, len(images), samples):
+        batches = images[start : start + samples].split(images_per_pass(modules, images))
+        parts = zip(*([_pooled(h) for h in _representations(modules, batch)] for batch in batches))
+        yield start, [torch.cat(layer).double() for layer in parts]
+
+
+def _pooled(h):
+    """Representations (B, ...) as (B, D), maps averaged over a square grid where they have more than PROBE_SIZE coordinates."""
+    if h.dim() == 4 and h[0].numel() > PROBE_SIZE:
+        h = F.adaptive_avg_pool2d(h, max(1, math.isqrt(PROBE_SIZE // h.shape[1])))
+    return h.flatten(1)
+
+
+def _ridge(squares, products):
+    """The probe W (D, C) of H'H (D, D), which is overwritten, and H'Y (D, C); zero where the layer is constant."""
+    level = squares.trace() / len(squares)
+    squares.diagonal().add_(torch.where(level > 0, PROBE_RIDGE * level, 1.0))
+    return torch.cholesky_solve(products, torch.linalg.cholesky(squares))
 
 
 def effective_depth(train_ncc_errors, eps):

@@ -440,6 +440,20 @@ def test_layers(tmp_path):
     assert variability.get_yscale() == 'log' and {'layers.png', 'layers.pdf'} <= {path.name for path in figures.draw(folder)}
 
 
+def test_linear_probes_have_a_panel(tmp_path):
+    folder, (settings,) = results(tmp_path / '1', depth=2)
+    write(folder / settings.name / 'metrics.csv', [row(0), row(4)])
+    cells = {'train_ncc_error': 0.1, 'test_ncc_error': 0.2, 'train_cdnv': 1.0, 'test_cdnv': 2.0}
+    rows = [{'epoch': epoch, 'round': 0, 'layer': layer} | cells for epoch in (0, 4) for layer in range(3)]
+    for layer, line in enumerate(rows):
+        line |= {f'{part}_probe_error': layer / 8 if line['epoch'] == 4 else '' for part in ('train', 'test')}
+    write(folder / settings.name / 'layers.csv', rows)
+    _, _, _, probes = figures.layers_picture(runs_of(folder), folder).get_axes()
+    assert probes.get_ylabel() == 'linear-probe accuracy'
+    for line in probes.get_lines():
+        assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 1, 2], [1 - 3 / 8, 1 - 4 / 8, 1 - 5 / 8])
+
+
 def test_layers_that_no_class_center_was_measured_of(tmp_path):
     folder, (settings,) = results(tmp_path / '1')
     write(folder / settings.name / 'metrics.csv', [row(1)])

@@ -144,7 +144,13 @@ def test_refused(case):
 
 
 @pytest.mark.parametrize(
-    'name, shape, runs', [('depth', DIGITS, 12), ('comparative', DIGITS, 40), ('depth_cifar10', (3, 32, 32), 6)]
+    'name, shape, runs',
+    [
+        ('depth', DIGITS, 12),
+        ('comparative', DIGITS, 40),
+        ('depth_cifar10', (3, 32, 32), 6),
+        ('depth_cifar10_small', (3, 32, 32), 4),
+    ],
 )
 def test_settings_files_of_this_subject(name, shape, runs):
     settings = load_settings(ROOT / 'conf' / f'{name}.py')[1]

@@ -7,12 +7,19 @@ import runpy
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, settings_of
+from conftest import ROOT, settings_of, train_small
 from torch import nn
 
 from conf import BadInput, load_settings, settings_text
+from harness.records import read_layers
 from measures import representations
-from measures.representations import binomial_limit, comparative_estimate, effective_depth, measure_representations
+from measures.representations import (
+    binomial_limit,
+    comparative_estimate,
+    effective_depth,
+    measure_probes,
+    measure_representations,
+)
 from models import get_network
 
 COLUMNS = ('train_ncc_error', 'test_ncc_error', 'train_cdnv', 'test_cdnv')
@@ -115,6 +122,89 @@ def test_mnist(mnist):
     ):
         exact = brute_force(h, parts[1].numpy(), h_test, parts[3].numpy())
         assert {column: layer[column] for column in COLUMNS} == pytest.approx(exact, rel=1e-6)
+
+
+PROBES = [f'{part}_probe_{kind}' for kind in ('error', 'loss') for part in ('train', 'test')]
+
+
+def least_squares(h, labels, h_test, test_labels, classes=10):
+    """The four columns of a probe of (m, D) float64 arrays, by numpy's least squares with the ridge as further rows."""
+    mean, targets = h.mean(0), np.eye(classes)
+    ridge = 1e-3 * ((h - mean) ** 2).sum() / h.shape[1]
+    inputs = np.concatenate([h - mean, np.sqrt(ridge) * np.eye(h.shape[1])])
+    frequencies = targets[labels].mean(0)
+    wanted = np.concatenate([targets[labels] - frequencies, np.zeros((h.shape[1], classes))])
+    probe = np.linalg.lstsq(inputs, wanted, rcond=None)[0]
+    outputs = [(part - mean) @ probe + frequencies for part in (h, h_test)]
+    errors = [(part.argmax(1) != known).mean() for part, known in zip(outputs, (labels, test_labels))]
+    losses = [((part - targets[known]) ** 2).mean() for part, known in zip(outputs, (labels, test_labels))]
+    return dict(zip(PROBES, [*errors, *losses]))
+
+
+@pytest.mark.parametrize('channels_last', [True, False])
+@pytest.mark.parametrize('name', NETWORKS)
+def test_probes_are_least_squares(digits, monkeypatch, name, channels_last):
+    """In parts of two sizes, both uneven."""
+    monkeypatch.setattr(representations, 'images_per_pass', lambda net, images: 7)
+    features = representations._probe_features
+    monkeypatch.setattr(representations, '_probe_features', lambda modules, images: features(modules, images, 30))
+    torch.manual_seed(0)
+    net = get_network(settings_of(network=name, **NETWORKS[name]), (1, 8, 8), 10)
+    train, train_labels, test, test_labels = unbalanced(digits, seed=3)
+    net(train)
+    net = net.to(memory_format=torch.channels_last) if channels_last else net
+    before = copy.deepcopy(net.state_dict())
+    layers = measure_probes(net, train, train_labels, test, test_labels)
+    expected = zip(all_representations(net, train), all_representations(net, test))
+    assert len(layers) == NETWORKS[name]['depth'] + 1 and net.training
+    for layer, (h, h_test) in zip(layers, expected):
+        exact = least_squares(h, train_labels.numpy(), h_test, test_labels.numpy())
+        assert layer == pytest.approx(exact, rel=1e-4)
+        assert [layer[column] for column in PROBES[:2]] == [exact[column] for column in PROBES[:2]]
+    assert all(torch.equal(entry, before[key]) for key, entry in net.state_dict().items())
+
+
+def probe(h, labels):
+    """The probe of points (m, ...), the first half of them the training set."""
+    h, labels, half = torch.as_tensor(h, dtype=torch.float32), torch.as_tensor(labels), len(h) // 2
+    return measure_probes(nn.Sequential(nn.ReLU()), h[:half], labels[:half], h[half:], labels[half:])[0]
+
+
+@pytest.mark.parametrize('change', [lambda h: 1e-30 * h, lambda h: 1e30 * h, lambda h: h + 50, lambda h: 50 - h])
+def test_probes_know_no_scale_and_no_origin(change):
+    torch.manual_seed(1)
+    labels = torch.randint(10, (800,))
+    h = torch.eye(10, 40)[labels] + 0.5 * torch.randn(800, 40)
+    before, after = probe(h, labels), probe(change(h), labels)
+    assert after == pytest.approx(before, rel=1e-3) and 0 < before['train_probe_error'] < before['test_probe_error'] < 0.5
+
+
+def test_large_maps_are_averaged_before_a_probe_reads_them():
+    """12 x 20 maps of 9 channels, 15 x 15 cells allowed; of 3,000 channels a cell each. Vectors are read whole."""
+    torch.manual_seed(2)
+    labels = torch.arange(60) % 3
+    for channels, side in ((9, 15), (3000, 1)):
+        h = torch.rand(60, channels, 12, 20)[:, :, : 12 if side > 1 else 1] + 0.1 * labels[:, None, None, None]
+        cells = torch.nn.functional.adaptive_avg_pool2d(h, side).flatten(1)
+        assert probe(h, labels) == pytest.approx(probe(cells, labels), rel=1e-6)
+    assert probe(h.flatten(1)[:, :2100], labels)['test_probe_loss'] != pytest.approx(probe(h, labels)['test_probe_loss'])
+
+
+def test_probes_of_constant_layers_and_of_classes_that_a_set_lacks():
+    labels = torch.tensor([0, 0, 1, 0, 1, 2])
+    constant = probe(torch.full((6, 4), 3.0), labels)  # outputs 2/3, 1/3 and 0: the majority
+    assert constant['train_probe_error'] == pytest.approx(1 / 3) == constant['test_probe_error'] / 2
+    assert constant['train_probe_loss'] == pytest.approx((2 * 2 / 9 + 8 / 9) / 9)
+    tie = probe(torch.zeros(4, 3), torch.tensor([0, 1, 0, 1]))
+    assert tie['train_probe_error'] == tie['test_probe_error'] == 1 and tie['train_probe_loss'] == 0.25
+
+
+def test_a_training_probes_its_last_epoch(tmp_path):
+    train_small(tmp_path / 'run', '--epochs', '3', '--layers-every', '2', '--prune-rounds', '1')
+    table = read_layers(tmp_path / 'run' / 'CONV-3-4' / 'layers.csv')
+    probed = ~np.isnan(table['train_probe_error'])
+    at = {(table['round'][row], table['epoch'][row], table['layer'][row]) for row in np.flatnonzero(probed)}
+    assert at == {(round_, 3, layer) for round_ in (0, 1) for layer in range(4)}
 
 
 CHANGES = {
@@ -237,15 +327,18 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize('measure', [measure_representations, measure_probes])
 @pytest.mark.parametrize('case', REFUSED)
-def test_refused(case):
+def test_refused(case, measure):
     net, changed, message = REFUSED[case]
+    if case == 'overflow' and measure is measure_probes:
+        changed = {'train_images': changed['test_images']}
     given = {'train_images': torch.rand(4, 3), 'train_labels': torch.arange(4)}
     given |= {'test_images': torch.rand(4, 3), 'test_labels': torch.arange(4)}
     if case == 'overflow':
         nn.init.constant_(net[0].weight, 10.0)
     with pytest.raises(BadInput, match=message) as caught:
-        measure_representations(net, **(given | changed))
+        measure(net, **(given | changed))
     assert '\n' not in str(caught.value)
 
 

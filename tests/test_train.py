@@ -21,7 +21,7 @@ from conftest import ROOT, SMALL, main, numbers, refused, resume, rows, run, sam
 import evaluation
 import train
 from datasets import VARIANTS, crops, load_dataset
-from evaluation import COLUMNS
+from evaluation import COLUMNS, PROBES
 from harness import launch, machine
 from harness.records import csv_line, load_checkpoint, parse_line, read_layers, read_metrics, save_checkpoint
 from measures.norms import classification_margins, margin_error, measure_data
@@ -371,6 +371,7 @@ def test_a_density_of_1_is_the_dense_network(tmp_path, uninterrupted):
         (),
         ('--eval-every', '2'),
         ('--layers-every', '2', '--snapshot-every', '3'),
+        ('--layers-every', '3'),
         ('--momentum', '0'),
         ('--measures-every', '2'),
         ('--target-loss', '1e-9'),
@@ -383,6 +384,20 @@ def test_resume_to_more_epochs(tmp_path, flags):
     resume(tmp_path / 'run', '--epochs', '6')
     assert same(tmp_path / 'run', tmp_path / 'whole')
     assert '\nepochs = 6 ' in (tmp_path / 'run' / 'global_settings.py').read_text()
+
+
+def test_layers_logged_before_there_were_probes(tmp_path):
+    """The checkpoint of then does not name the columns of layers.csv; what it has logged stays, with empty cells."""
+    train_small(tmp_path / 'whole', '--layers-every', '2', '--epochs', '4')
+    train_small(tmp_path / 'run', '--layers-every', '2', '--epochs', '2')
+    path = tmp_path / 'run' / 'CONV-3-4' / 'model.pt'
+    checkpoint = load_checkpoint(path, 'cpu')
+    state = checkpoint['state']
+    assert state.pop('layer_columns')[-4:] == PROBES
+    state['layer_lines'] = [','.join(line.split(',')[:-4]) + '\n' for line in state['layer_lines']]
+    save_checkpoint(path, checkpoint)
+    resume(tmp_path / 'run', '--epochs', '4')
+    assert same(tmp_path / 'run', tmp_path / 'whole')
 
 
 def test_the_seconds_of_a_row_that_is_taken_back_are_kept(tmp_path):
