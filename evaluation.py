@@ -31,7 +31,7 @@ COLUMNS = [*_FIRST, *BOUNDS, *_LAST]
 LAYER_COLUMNS = (
     'epoch, round, layer, size, train_ncc_error, test_ncc_error, train_cdnv, test_cdnv, density, dead_channels, active, '
     'participation, ramanujan_gap, imdb, weighted_gap, train_probe_error, test_probe_error, train_probe_loss, '
-    'test_probe_loss'
+    'test_probe_loss, nc1, nc2, nc3, nc4'
 ).split(', ')
 PROBES = [column for column in LAYER_COLUMNS if 'probe' in column]
 

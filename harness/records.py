@@ -25,7 +25,7 @@ from models import get_network
 
 CHECKPOINT_FORMAT = 1
 METRICS = 'epoch', 'train_error', 'test_error', 'generalization_gap'  # what a table of metrics has at least
-BEFORE_PROBES = [name for name in LAYER_COLUMNS if name not in PROBES]  # where a checkpoint does not say
+OLDER_LAYER_COLUMNS = LAYER_COLUMNS[: LAYER_COLUMNS.index(PROBES[0])]  # of checkpoints that do not name theirs
 
 # What may change when a run is resumed, since the numbers do not depend on it.
 FREE = ('epochs', 'device', 'data_dir', 'results_dir', 'checkpoint_every', 'snapshot_every', 'jobs')
@@ -229,7 +229,7 @@ def load_run(path, settings, net, data, steps):
         changed = 'with rounds or regrowth they cannot change'
         raise BadInput(f'{path}: was trained with epochs = {before["epochs"]}; {changed}')
     try:
-        state = {'round': 0, 'layer_columns': BEFORE_PROBES, 'layer_lines': [], 'train_loss': math.inf}
+        state = {'round': 0, 'layer_columns': OLDER_LAYER_COLUMNS, 'layer_lines': [], 'train_loss': math.inf}
         state |= {'certificates': {}} | checkpoint['state']
         shapes = [weight.shape for weight in net.parameters()]
         momentum = [entry['momentum_buffer'].shape for _, entry in sorted(checkpoint['momentum'].items())]

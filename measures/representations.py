@@ -39,6 +39,12 @@ def measure_representations(net, train_images, train_labels, test_images, test_l
             test_ncc_error   the same of the test set, by the training set's means
             train_cdnv       (V_a + V_b) / (2 ||mu_a - mu_b||^2), the mean over pairs of classes; inf where two means are equal
             test_cdnv        the same of the test set, by means and variances of its own
+        and the marks of neural collapse (Papyan, Han and Donoho, PNAS 2020) on the training set, which go to 0. M has the
+        C class means less their mean as rows; E = I - 11'/C is the Gram matrix of a simplex; norms are Frobenius's:
+            nc1  tr(pinv(Sigma_B) Sigma_W) / C, of the covariances of the class means and within the classes
+            nc2  ||MM' / ||MM'|| - E / sqrt(C - 1)||
+            nc3  the same of WM', W the classifier: of the last layer, where there are as many outputs as classes, else nan
+            nc4  share of samples whose nearest class center is not that of the network's largest output
         Fewer than two classes leave nothing to tell apart: nan.
     Raises:
         BadInput: another kind of network, images and labels that do not fit, or representations with NaN or infinity.
@@ -47,12 +53,34 @@ def measure_representations(net, train_images, train_labels, test_images, test_l
     _require_sets(train, test)
     with evaluation_mode(net), ieee_float32(), parametrize.cached():
         centers = _class_means(modules, *train)
-        train_errors, train_cdnvs = _compare(modules, *train, centers, train_labels.unique(), centers)
+        classes = train_labels.unique()
+        train_errors, train_cdnvs, nearest, nc1 = _compare(modules, *train, centers, classes, centers)
         means = _class_means(modules, *test)
-        test_errors, test_cdnvs = _compare(modules, *test, centers, train_labels.unique(), means)
-    columns = [center.shape[1] for center in centers], train_errors, test_errors, train_cdnvs, test_cdnvs
-    names = 'size', 'train_ncc_error', 'test_ncc_error', 'train_cdnv', 'test_cdnv'
+        test_errors, test_cdnvs, _, _ = _compare(modules, *test, centers, classes, means)
+        batches = train_images.split(images_per_pass(net, train_images))
+        outputs = torch.cat([net(batch).flatten(1) for batch in batches]).double()
+    sizes, nc2 = [center.shape[1] for center in centers], [_off_simplex(_centered(center)) for center in centers]
+    nc3, nc4 = [math.nan] * len(centers), [math.nan] * len(centers)
+    if len(classes) > 1:
+        nc4 = [(classes[own] != outputs.argmax(1)).double().mean().item() for own in nearest]
+    if len(classes) == outputs.shape[1]:
+        class_outputs = torch.stack([outputs[members].mean(0) for _, members in _by_class(train_labels)])
+        nc3[-1] = _off_simplex(_centered(class_outputs), gram=False)  # (WM')': a bias is the same in every class
+    columns = sizes, train_errors, test_errors, train_cdnvs, test_cdnvs, nc1, nc2, nc3, nc4
+    names = 'size train_ncc_error test_ncc_error train_cdnv test_cdnv nc1 nc2 nc3 nc4'.split()
     return [dict(zip(names, row)) for row in zip(*columns)]
+
+
+def _centered(means):
+    """M (C, D): the class means less their mean."""
+    return means - means.mean(0)
+
+
+def _off_simplex(m, gram=True):
+    """||A / ||A|| - E / sqrt(C - 1)|| of A = MM', or of a square M itself; nan where A is zero."""
+    a = m @ m.T if gram else m
+    simplex = torch.eye(len(a), dtype=a.dtype, device=a.device) - 1 / len(a)
+    return (a / a.norm() - simplex / simplex.norm()).norm().item()
 
 
 def _require_sets(train, test):
@@ -117,7 +145,7 @@ def _class_means(modules, images, labels):
 
 
 def _compare(modules, images, labels, centers, candidates, means):
-    """Per layer, the NCC error and the CDNV of a set.
+    """Per layer, the NCC error, the CDNV, the nearest candidates (m,) and nc1 of a set; nc1 where `centers` are `means`.
 
     With e = h - m, m the sample's class mean in this set, ||h - mu||^2 - ||e||^2 = ||w||^2 - 2 e.w for w = mu - m. All
     differences are taken before anything is squared, so that means far from zero cancel no digits.
@@ -128,7 +156,10 @@ def _compare(modules, images, labels, centers, candidates, means):
     """
     scales = [_scale(layer_means) for layer_means in means]
     variances = [layer_means.new_zeros(len(layer_means)) for layer_means in means]
-    right = labels.new_zeros(len(means))
+    right, nearest = labels.new_zeros(len(means)), labels.new_zeros(len(means), len(labels))
+    # With M = USV', sum_j (v_j'e)^2 / s_j^2 = ||pinv(MM') Me||^2, and Me is e.w less its mean over the classes.
+    grams = [(m @ m.T) for m in (scale * _centered(center) for scale, center in zip(scales, centers))]
+    inverses, within = [torch.linalg.pinv(g, rtol=1e-10, hermitian=True) for g in grams], [0.0 for _ in means]
     for row, (label, members) in enumerate(_by_class(labels)):
         shifts = []
         for scale, layer_centers, layer_means in zip(scales, centers, means):
@@ -143,12 +174,17 @@ def _compare(modules, images, labels, centers, candidates, means):
         own = candidates == label
         for layer in range(len(means)):
             variances[layer][row] = torch.stack(squares[layer]).double().sum() / len(members)
+            score = torch.cat(scores[layer])
+            nearest[layer, members] = score.argmax(1)
+            projected = (score + shifts[layer][2]).double()
+            projected -= projected.mean(1, keepdim=True)
+            within[layer] += (projected @ inverses[layer]).square().sum().item()
             if own.any() and not own.all():
-                score = torch.cat(scores[layer])
                 right[layer] += (score[:, own] > score[:, ~own].amax(1, keepdim=True)).sum()
     errors = [(len(labels) - count) / len(labels) if len(candidates) > 1 else math.nan for count in right.tolist()]
     cdnvs = [_cdnv(scale * layer_means, v) for scale, layer_means, v in zip(scales, means, variances)]
-    return errors, cdnvs
+    nc1 = [total / len(labels) if gram.any() else math.nan for total, gram in zip(within, grams)]
+    return errors, cdnvs, nearest, nc1
 
 
 def _scale(means):

@@ -50,6 +50,30 @@ def brute_force(train, train_labels, test, test_labels):
     return dict(zip(COLUMNS, [*errors, cdnv(*train_moments), cdnv(*test_moments)]))
 
 
+def neural_collapse(net, h, images, labels, last):
+    """nc1 to nc4 of the representation h (m, D), by their definitions; the classifier is the last module."""
+    m, classes = h.shape[0], 10
+    means = np.stack([h[labels == c].mean(0) for c in range(classes)])
+    centered = means - means.mean(0)
+    within = h - means[labels]
+    between = np.linalg.pinv(centered.T @ centered / classes, rcond=1e-10, hermitian=True)
+    simplex = (np.eye(classes) - 1 / classes) / np.sqrt(classes - 1)
+
+    def off(matrix):
+        return np.linalg.norm(matrix / np.linalg.norm(matrix) - simplex)
+
+    with torch.no_grad():
+        chosen = copy.deepcopy(net).double().eval()(images.double()).argmax(1).numpy()
+    nearest = ((h[:, None] - means) ** 2).sum(2).argmin(1)
+    nc3 = off(net[-1].weight.detach().double().numpy() @ centered.T) if last else math.nan
+    return {
+        'nc1': np.trace(between @ (within.T @ within / m)) / classes,
+        'nc2': off(centered @ centered.T),
+        'nc3': nc3,
+        'nc4': (nearest != chosen).mean(),
+    }
+
+
 def all_representations(net, images):
     """Input and layers as float64 arrays, by hooks: another way than the code's."""
     outputs = [images]
@@ -105,10 +129,12 @@ def test_brute_force(digits, monkeypatch, name, batch, channels_last):
     assert len(layers) == NETWORKS[name]['depth'] + 1
     for layer, (h, h_test) in zip(layers, expected):
         exact = brute_force(h, train_labels.numpy(), h_test, test_labels.numpy())
-        assert layer['size'] == h.shape[1] and set(layer) == {'size', *COLUMNS}
+        assert layer['size'] == h.shape[1] and set(layer) == {'size', *COLUMNS, 'nc1', 'nc2', 'nc3', 'nc4'}
         assert [layer[column] for column in COLUMNS[:2]] == [exact[column] for column in COLUMNS[:2]]
         for column in COLUMNS[2:]:
             assert layer[column] == pytest.approx(exact[column], rel=1e-6)
+        collapse = neural_collapse(net, h, train, train_labels.numpy(), last=layer is layers[-1])
+        assert {name: layer[name] for name in collapse} == pytest.approx(collapse, rel=1e-4, nan_ok=True)
     assert {layer['train_ncc_error'] for layer in layers} != {0.0}
 
 

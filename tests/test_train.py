@@ -388,16 +388,21 @@ def test_resume_to_more_epochs(tmp_path, flags):
 
 def test_layers_logged_before_there_were_probes(tmp_path):
     """The checkpoint of then does not name the columns of layers.csv; what it has logged stays, with empty cells."""
-    train_small(tmp_path / 'whole', '--layers-every', '2', '--epochs', '4')
     train_small(tmp_path / 'run', '--layers-every', '2', '--epochs', '2')
+    before = read_layers(tmp_path / 'run' / 'CONV-3-4' / 'layers.csv')
     path = tmp_path / 'run' / 'CONV-3-4' / 'model.pt'
     checkpoint = load_checkpoint(path, 'cpu')
     state = checkpoint['state']
-    assert state.pop('layer_columns')[-4:] == PROBES
-    state['layer_lines'] = [','.join(line.split(',')[:-4]) + '\n' for line in state['layer_lines']]
+    kept = state.pop('layer_columns').index(PROBES[0])
+    state['layer_lines'] = [','.join(line.split(',')[:kept]) + '\n' for line in state['layer_lines']]
     save_checkpoint(path, checkpoint)
     resume(tmp_path / 'run', '--epochs', '4')
-    assert same(tmp_path / 'run', tmp_path / 'whole')
+    after = read_layers(tmp_path / 'run' / 'CONV-3-4' / 'layers.csv')
+    assert after['epoch'].tolist() == [epoch for epoch in (0, 2, 4) for _ in range(5)]
+    for number, (column, values) in enumerate(before.items()):
+        earlier = after[column][:10]
+        assert np.array_equal(earlier, values, equal_nan=True) if number < kept else np.isnan(earlier).all()
+    assert np.isfinite(after['test_probe_error'][10:14]).all() and np.isfinite(after['nc1'][10:14]).all()
 
 
 def test_the_seconds_of_a_row_that_is_taken_back_are_kept(tmp_path):
