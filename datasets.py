@@ -1,7 +1,7 @@
 """Datasets: readers of their real formats, downloads, and `load_dataset`, which holds one on the device as a tensor per part.
 
-`load_dataset` also draws training subsets and makes labels wrong; `crops` augments a batch; `fingerprint` tells two datasets
-apart.
+`load_dataset` also draws training subsets and makes labels wrong; `crops` augments a batch; `fingerprint` tells two
+datasets apart.
 """
 
 import contextlib
@@ -366,7 +366,7 @@ def _draw(images, labels, num_classes, train_samples, label_noise, clean_samples
 
 
 def crops(images, variants):
-    """A crop of each image, of its own size, out of the image with PADDING zeros on every side; mirrored or not.
+    """A crop of each image, as large as it, out of the image with PADDING zeros on every side; mirrored or not.
 
     Zero is black; of a dataset that is normalized it is the training set's mean.
 
@@ -374,7 +374,7 @@ def crops(images, variants):
         images: (B, C, H, W).
         variants: (B,) integers from 0 to below VARIANTS, each a shift, mirrored where odd.
     Returns:
-        (B, C, H, W), in memory as channels_last; computed without waiting for the device, as a CUDA graph asks for.
+        (B, C, H, W), in memory as channels_last; nothing waits for the device, as a CUDA graph asks for.
     """
     height, width = images.shape[2:]
     shift, mirrored = variants[:, None] // 2, variants[:, None] % 2

@@ -105,8 +105,7 @@ def finished(settings, rows):
 def no_certificate(settings):
     """Why the training samples are not as a certificate asks for, iid and at least 10; None where they are.
 
-    Augmentation is no reason: a certificate holds whatever a training does with the sample, and its error is on the sample
-    itself.
+    Augmentation is no reason: a certificate holds for any training on the sample, and its error is of the sample as it is.
     """
     if settings.normalize:
         return 'normalize = True takes the statistics of the whole training set'
@@ -194,9 +193,9 @@ def certifies(settings, round_, epoch, last):
 @torch.no_grad()
 @traced_once()
 def evaluate_layers(net, dataset, round_, epoch, probes=False):
-    """The rows of layers.csv, the input first and the classifier last: what each layer has learned, and how sparse it is.
+    """The rows of layers.csv, the input first, the classifier last: what each layer has learned, how sparse it is.
 
-    Linear probes, which take as long as many of these rows, are for the last epoch of a training.
+    Linear probes take longer than all the rest and are for the last epoch of a training.
     """
     sets = dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels
     learned = measure_representations(net, *sets)

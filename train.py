@@ -179,7 +179,7 @@ class Run:
     def loss(self, net, indices):
         """The loss of a network on the training samples with these indices (B,), with its graph.
 
-        With augment = 'crop' the indices are those of `batches`, of a training set that has all crops of each of its images.
+        With augment = 'crop' the indices are those of `batches`: of all crops of all training images.
         """
         m, augment = len(self.targets), self.settings.augment == 'crop'
         samples = indices % m if augment else indices
@@ -192,8 +192,8 @@ class Run:
     def batches(self, epoch):
         """Yields the training steps that an epoch has left, as (number in the whole training, indices of the samples).
 
-        With augment = 'crop' sample i of m is i + m v, where v is the variant of it that is trained on in this epoch: a
-        batch is one tensor of indices all the same, which a CUDA graph reads. A signal waits for the end of the step.
+        With augment = 'crop' sample i of m is i + m v, where v is the variant of it that this epoch trains on: a batch is
+        one tensor of indices all the same, which a CUDA graph reads. A signal waits for the end of the step.
         """
         start, m = time.perf_counter(), len(self.dataset.train_images)
         self.net.train()

@@ -1,7 +1,7 @@
 """conf/depth_cifar10.py for two CPU cores in about two hours: CONVBN-L-32, with a fifth of its epochs.
 
-The milestones are a fifth of those of the released code, too; batches are cropped and mirrored, as there (it also rotates
-them by up to 15 degrees). A network that does not fit the training set has no effective depth at a small eps: read it
+The milestones are a fifth of those of the released code, too; batches are cropped and mirrored as there, where
+they are also rotated. A network that does not fit the training set has no effective depth at a small eps: read it
 beside the training accuracy.
 """
 

@@ -13,7 +13,7 @@ train_samples = 0  # train on the first so many of a permutation that data_seed 
 label_noise = 0.0  # share of the training labels made wrong, each by another class
 clean_samples = 0  # so many first training samples keep their labels; label_noise is then a share of the others
 data_seed = 0  # of the choice of training samples and of the wrong labels
-augment = 'none'  # crop: each image that is trained on is shifted by up to 4 pixels, and mirrored or not, by chance
+augment = 'none'  # crop: images that are trained on are shifted by up to 4 pixels and mirrored, by chance
 
 # Network
 network = 'CONV'  # CONV (the paper's CONV-L-H), MLP, CONVBN or CONVRES: an entry of models/__init__.py

@@ -157,7 +157,8 @@ def _compare(modules, images, labels, centers, candidates, means):
     scales = [_scale(layer_means) for layer_means in means]
     variances = [layer_means.new_zeros(len(layer_means)) for layer_means in means]
     right, nearest = labels.new_zeros(len(means)), labels.new_zeros(len(means), len(labels))
-    # With M = USV', sum_j (v_j'e)^2 / s_j^2 = ||pinv(MM') Me||^2, and Me is e.w less its mean over the classes.
+    # With M = USV', sum_j (v_j'e)^2 / s_j^2 = ||pinv(MM') Me||^2 = ||pinv(MM') we||^2: the rows of w are those of M
+    # less one vector, and pinv(MM') takes constants to 0.
     grams = [(m @ m.T) for m in (scale * _centered(center) for scale, center in zip(scales, centers))]
     inverses, within = [torch.linalg.pinv(g, rtol=1e-10, hermitian=True) for g in grams], [0.0 for _ in means]
     for row, (label, members) in enumerate(_by_class(labels)):
@@ -176,9 +177,7 @@ def _compare(modules, images, labels, centers, candidates, means):
             variances[layer][row] = torch.stack(squares[layer]).double().sum() / len(members)
             score = torch.cat(scores[layer])
             nearest[layer, members] = score.argmax(1)
-            projected = (score + shifts[layer][2]).double()
-            projected -= projected.mean(1, keepdim=True)
-            within[layer] += (projected @ inverses[layer]).square().sum().item()
+            within[layer] += ((score + shifts[layer][2]).double() @ inverses[layer]).square().sum().item()
             if own.any() and not own.all():
                 right[layer] += (score[:, own] > score[:, ~own].amax(1, keepdim=True)).sum()
     errors = [(len(labels) - count) / len(labels) if len(candidates) > 1 else math.nan for count in right.tolist()]
@@ -208,16 +207,17 @@ def _cdnv(means, variances):
 def measure_probes(net, train_images, train_labels, test_images, test_labels):
     """What a linear classifier reads off the input and the output of each layer: ridge regression in closed form.
 
-    With H (m, D) the representations of the training set less their mean and Y (m, C) its one-hot labels, the probe is
-    W = (H'H + lambda I)^-1 H'Y, lambda = 0.001 tr(H'H) / D; its outputs are W'(h less the mean) + mean of Y. There is no
-    seed and no step size, and the scale of h does not matter. Maps of more than 2,048 coordinates are first averaged over
-    the cells of a square grid, to at most 2,048 where there are no more channels: a probe with tied weights.
+    With H (m, D) the representations of the training set less their mean and Y (m, C) its one-hot labels, the probe
+    is W = (H'H + lambda I)^-1 H'Y, lambda = 0.001 tr(H'H) / D; its outputs are W'(h less the mean) + mean of Y. There
+    is no seed and no step size, and the scale of h does not matter. Maps of more than 2,048 coordinates are first
+    averaged over the cells of a square grid, to at most 2,048 where there are no more channels: a probe with tied
+    weights. (docs/depth.md says what the released code does instead.)
 
     Args:
         as `measure_representations`; the classes are 0 to the largest label of either set.
     Returns:
         A list of dicts, the input first (layer 0), then layer 1 to L, each with
-            train_probe_error, test_probe_error  shares of samples whose largest output is not of their class; a tie is an error
+            train_probe_error, test_probe_error  shares of samples whose largest output is not of their class, or tied
             train_probe_loss, test_probe_loss    squared errors to one-hot labels, means over samples and outputs
     Raises:
         BadInput: as `measure_representations`; or a negative label.
@@ -258,7 +258,7 @@ def measure_probes(net, train_images, train_labels, test_images, test_labels):
 
 
 def _probe_features(modules, images, samples=1024):
-    """Yields (first sample, [what a probe reads of each layer, (samples, D) float64]), so many samples after the other."""
+    """Yields (first sample, [what a probe reads of each layer, (samples, D) float64]), part after part of the images."""
     for start in range(0, len(images), samples):
         batches = images[start : start + samples].split(images_per_pass(modules, images))
         parts = zip(*([_pooled(h) for h in _representations(modules, batch)] for batch in batches))
@@ -266,7 +266,7 @@ def _probe_features(modules, images, samples=1024):
 
 
 def _pooled(h):
-    """Representations (B, ...) as (B, D), maps averaged over a square grid where they have more than PROBE_SIZE coordinates."""
+    """Representations (B, ...) as (B, D), maps of more than PROBE_SIZE coordinates averaged over a square grid."""
     if h.dim() == 4 and h[0].numel() > PROBE_SIZE:
         h = F.adaptive_avg_pool2d(h, max(1, math.isqrt(PROBE_SIZE // h.shape[1])))
     return h.flatten(1)

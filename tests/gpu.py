@@ -50,8 +50,8 @@ def losses(settings, dataset, device, graph):
 def compare(precision, device, width=32):
     """(graph to plain, plain to plain): the largest relative difference of the losses of 24 steps.
 
-    Every sixth is on an uneven batch and before an evaluation; the rate changes after 12, the masks after every fifth; images
-    are cropped.
+    Every sixth is on an uneven batch and before an evaluation; the rate changes after 12, the masks after every fifth;
+    images are cropped.
     """
     flags = {'precision': precision, 'width': width, 'epochs': 4, 'milestones': [2], 'certify_every': 0}
     flags |= {'density': 0.5, 'initial_mask': 'erk', 'regrow': 'random', 'regrow_every': 5, 'augment': 'crop'}
