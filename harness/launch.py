@@ -138,6 +138,7 @@ def check_options(options, flags):
             elif content != []:
                 resume = 'add --resume to go on with it, or ' * (folder / 'global_settings.py').exists()
                 raise BadInput(f'{folder}: exists already; {resume}name a new folder')
+        options.is_there = bool(folder and folder.exists())
         return
     if folder is None:
         raise BadInput(f'{option} needs the folder: --results-path DIR')
@@ -192,7 +193,7 @@ def make_folder(options, flags, sweep, missing, device):
     if options.folder is None:
         options.folder = Path(os.path.relpath(new_results_folder(ROOT / sweep['results_dir'])))
     elif not options.resume:
-        options.folder.mkdir(parents=True, exist_ok=True)
+        options.folder.mkdir(parents=True, exist_ok=options.is_there)  # else another launch has made it since
     path = options.folder / 'global_settings.py'
     header = launch_header(device, missing)
     if options.resume:
