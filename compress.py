@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from conf import ROOT, BadInput, Parser, settings_text
+from datasets import fingerprint
 from evaluation import evaluate
 from harness import launch
 from harness.machine import choose_precision, guarded, keep_freed_memory
@@ -85,16 +86,18 @@ def load(path):
 def load_source(folder):
     """A trained network, its settings, the (round, epoch) of its weights, and what there is to say of it, as lines.
 
-    Round and epoch are nan in the middle of an epoch.
+    Round and epoch are nan in the middle of an epoch. Raises BadInput where the folder's settings or the data are not those
+    of the training.
     """
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter('always')
         net, settings = load_network(folder)
     path = next(path for name in ('model.pt', 'weights.pt') if (path := folder / name).exists())
+    _, dataset = launch.get_inputs(settings)
     return (
         net,
         settings,
-        load_weights(net, path) or (math.nan, math.nan),
+        load_weights(net, path, settings, fingerprint(dataset)) or (math.nan, math.nan),
         [str(note.message) for note in notes],
     )
 
@@ -218,6 +221,8 @@ def run(options):
     """Does what the command line says. Returns the exit status."""
     if not (options.source / 'global_settings.py').is_file():
         raise BadInput(f'{options.source}: not a results folder, it has no global_settings.py')
+    if not str(options.source).isprintable():  # it is written into a settings file
+        raise BadInput(f'{str(options.source)!r}: must be a printable text; rename the folder')
     sweep, runs = folder_settings(options.source)
     if options.run is not None and not 1 <= options.run <= len(runs):
         raise BadInput(f'--run {options.run}: the folder has the networks 1 to {len(runs)}')

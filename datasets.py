@@ -301,6 +301,7 @@ def load_dataset(name, data_dir, normalize=False, device='cpu', train_samples=0,
             yields is not what DATASETS declares; or more samples are asked for than there are.
     """
     splits, shape, num_classes, largest = DATASETS[name]
+    _demand(num_classes > 1, f'{name}: DATASETS declares {num_classes} class; a margin wants at least 2')
     parts = []
     for part, (path, images, labels) in zip(('train', 'test'), splits(data_dir)):
         mixed_up = f'{path}: {len(labels)} labels for {len(images)} {part} images; the files of two sets are mixed up'
@@ -324,7 +325,7 @@ def load_dataset(name, data_dir, normalize=False, device='cpu', train_samples=0,
     dataset = SimpleNamespace(name=name, num_classes=num_classes)
     for part, (images, labels) in zip(('train', 'test'), parts):
         # All on the CPU: another device could round differently, and a resume on it would find other data.
-        pixels = torch.from_numpy(images.copy()).float().div_(largest)
+        pixels = torch.from_numpy(images.astype(images.dtype.newbyteorder('='))).float().div_(largest)
         if normalize:
             pixels.sub_(mean).div_(std)
         setattr(dataset, f'{part}_images', pixels.contiguous(memory_format=torch.channels_last).to(device))

@@ -130,6 +130,8 @@ class Run:
         self.state = {'round': 0, 'epoch': 0, 'step': 0, 'train_loss': math.inf, 'train_seconds': 0.0}
         self.state |= {'columns': COLUMNS, 'lines': [], 'layer_columns': LAYER_COLUMNS, 'layer_lines': []}
         self.state |= {'certificates': {}}
+        # Of all that is drawn in a step, as by dropout: set anew in each, so that a resumed run draws the same.
+        self.generator = torch.cuda.default_generators[device.index] if device.type == 'cuda' else torch.default_generator
         self.rewind_to = None  # the network's state after rewind_epoch
         self.place = None  # the round and epoch that the weights are those of, where they are
         self.fingerprint = fingerprint(dataset)
@@ -209,8 +211,9 @@ class Run:
                     check_stop()
                     if at_target(self.settings, self.state['train_loss']):
                         break
-                    self.place = None
-                    yield (epoch - 1) * self.steps + self.state['step'], indices
+                    self.place, number = None, (epoch - 1) * self.steps + self.state['step']
+                    self.generator.manual_seed(hash((self.settings.seed, number)))  # of integers: the same everywhere
+                    yield number, indices
                     self.state['step'] += 1
                     self.watch_target()
                 require_finite(self.loss_sum, *self.net.state_dict().values())  # waits for the device

@@ -1,5 +1,7 @@
 """The bounds: a formula each, over the tables that `measures.norms` measures once. All of it is evaluated in float64."""
 
+import copy
+
 import numpy as np
 
 from conf import BadInput
@@ -212,8 +214,8 @@ def evaluate_bounds(net, data, margins, delta=0.001, gamma=1.0, skip_uncovered=F
         {column: float} with rho = prod F, prod_ratio = prod s / F (0 for a dead layer), norm_ratio, path_norm, and each bound,
         which is inf where it is too large for a float.
     Raises:
-        BadInput: the network is not covered by the theorems, its weights contain NaN, the margins are of another set, or
-            delta or gamma is out of range.
+        BadInput: the network is not covered by the theorems, its weights contain NaN, the margins are of another set,
+            delta or gamma is out of range, or a bound returns no number.
     """
     if np.shape(margins) != (data.m,):
         raise BadInput(f'margins of shape {tuple(np.shape(margins))} for {data.m} training samples: must be ({data.m},)')
@@ -221,15 +223,19 @@ def evaluate_bounds(net, data, margins, delta=0.001, gamma=1.0, skip_uncovered=F
         raise BadInput(f'delta = {delta}: must lie between 0 and 1')
     if not 0 < gamma < np.inf:
         raise BadInput(f'gamma = {gamma}: must be positive')
-    network = measure_network(net, data.input_shape, margins, skip_uncovered)
+    network = measure_network(net, data.input_shape, margins.detach(), skip_uncovered)
     row = {column: vars(network).get(column, np.nan) for column in ('rho', 'prod_ratio')}
     row |= {'norm_ratio': data.norm_ratio, 'path_norm': vars(network).get('path_norm', np.nan)}
     with np.errstate(over='ignore', under='ignore'):
         for column, bound in BOUNDS.items():
-            try:
-                row[column] = bound(network, data, delta, gamma)
+            try:  # on copies, so that a bound that changes its tables changes no other
+                value = bound(copy.deepcopy(network), copy.deepcopy(data), delta, gamma)
             except NotCovered:
                 if not skip_uncovered:
                     raise
-                row[column] = np.nan
+                value = np.nan
+            try:
+                row[column] = float(value)
+            except (TypeError, ValueError, RuntimeError):
+                raise BadInput(f'{column} of BOUNDS returns a {type(value).__name__}; it must return a number') from None
     return {column: float(value) for column, value in row.items()}

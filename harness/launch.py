@@ -138,6 +138,7 @@ def check_options(options, flags):
             elif content != []:
                 resume = 'add --resume to go on with it, or ' * (folder / 'global_settings.py').exists()
                 raise BadInput(f'{folder}: exists already; {resume}name a new folder')
+        options.is_there = bool(folder and folder.exists())
         return
     if folder is None:
         raise BadInput(f'{option} needs the folder: --results-path DIR')
@@ -192,7 +193,7 @@ def make_folder(options, flags, sweep, missing, device):
     if options.folder is None:
         options.folder = Path(os.path.relpath(new_results_folder(ROOT / sweep['results_dir'])))
     elif not options.resume:
-        options.folder.mkdir(parents=True, exist_ok=True)
+        options.folder.mkdir(parents=True, exist_ok=options.is_there)  # else another launch has made it since
     path = options.folder / 'global_settings.py'
     header = launch_header(device, missing)
     if options.resume:
@@ -259,16 +260,19 @@ def evaluate_all(runs, folder):
             continue
         device, dataset = get_inputs(settings)
         net = get_network(settings, dataset.input_shape, dataset.num_classes).to(device, memory_format=torch.channels_last)
-        data, rows, table = measure_data(net, dataset.train_images, skip_uncovered=True), {}, path / 'evaluation.csv'
+        data, table = measure_data(net, dataset.train_images, skip_uncovered=True), path / 'evaluation.csv'
+        before = rows_of(read_metrics(table)) if table.exists() else []
+        rows, measured = {(int(row['round']), int(row['epoch'])): row for row in before}, set()
         for file in tqdm(files, desc=settings.name, disable=not sys.stdout.isatty()):
             place = load_weights(net, file, settings, fingerprint(dataset))
-            if place is not None and place not in rows:
-                rows[place] = evaluate(net, settings, dataset, data, *place)
-                rows[place] |= {'delta': settings.delta, 'gamma': settings.gamma}
-        before = rows_of(read_metrics(table)) if table.exists() else []
-        rows = {(int(row['round']), int(row['epoch'])): row for row in before} | rows
-        lines = [csv_line(row | {'round': place[0], 'epoch': place[1]}, columns) for place, row in sorted(rows.items())]
-        write_file(table, (','.join(columns) + '\n' + ''.join(lines)).encode())
+            if place is None or place in measured:
+                continue
+            measured.add(place)
+            rows[place] = evaluate(net, settings, dataset, data, *place)
+            rows[place] |= {'delta': settings.delta, 'gamma': settings.gamma}
+            kept = [row | {'round': place[0], 'epoch': place[1]} for place, row in sorted(rows.items())]
+            lines = [csv_line(row, columns) for row in kept]
+            write_file(table, (','.join(columns) + '\n' + ''.join(lines)).encode())
         print(f'{table}: {len(rows)} row{"s" * (len(rows) != 1)}')
     draw(folder)
 

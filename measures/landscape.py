@@ -87,8 +87,8 @@ def sharpness(net, initial, images, labels):
 
     Z is standard normal on the nonzero weights. The error is the mean over 5 draws of Z, the same for every
     sigma, on the first 500 samples. A bisection of log2 sigma over [-12, 4] in 10 steps; where the error does
-    not grow with sigma it finds one of the places at which the error crosses. A larger value means a flatter
-    minimum.
+    not grow with sigma it finds one of the places at which the error crosses, and where it nowhere crosses the
+    value is nan. A larger value means a flatter minimum.
     """
     net = plain_copy(net)
     images, labels = images[:SHARPNESS_SAMPLES], labels[:SHARPNESS_SAMPLES]
@@ -114,7 +114,7 @@ def sharpness(net, initial, images, labels):
         for _ in range(10):
             middle = (low + high) / 2
             low, high = (low, middle) if error(2.0**middle) > allowed else (middle, high)
-    return 2.0**low
+    return 2.0**low if low > -12 and high < 4 else math.nan
 
 
 def input_gradient(net, initial, images, labels):

@@ -631,6 +631,30 @@ def test_a_bounds_name_is_a_column_of_its_own(tmp_path, monkeypatch, name):
     assert not (tmp_path / 'run').exists()
 
 
+def test_a_bound_that_changes_its_tables_changes_no_other(tiny, monkeypatch):
+    def mine(network, data, delta, gamma):
+        network.F *= 0.5
+        network.margins.clamp_(max=0)
+        network.rho = data.E_max = data.m = 0
+        data.P *= 10
+        return 1.0
+
+    net, images = tiny
+    margins = classification_margins(net(images), torch.tensor([1, 0]))
+    without = evaluate_bounds(net, measure_data(net, images), margins)
+    monkeypatch.setattr(utils, 'BOUNDS', {'mine': mine, **utils.BOUNDS})
+    data = measure_data(net, images)
+    assert evaluate_bounds(net, data, margins) == evaluate_bounds(net, data, margins) == {'mine': 1.0} | without
+
+
+@pytest.mark.parametrize('value', [None, 1j, np.ones(3), torch.ones(3), 'small'])
+def test_a_bound_that_is_no_number_is_named(tiny, monkeypatch, value):
+    net, images = tiny
+    monkeypatch.setitem(utils.BOUNDS, 'mine', lambda *_: value)
+    with pytest.raises(BadInput, match=f'mine of BOUNDS returns a {type(value).__name__}; it must return a number'):
+        evaluate_bounds(net, measure_data(net, images), torch.ones(2))
+
+
 def chain(*weights):
     """1x1 convolutions with these weights and a classifier of ones, on 8x8 images of one channel."""
     layers = [layer for _ in weights for layer in (conv(1, 1, 1), nn.ReLU())]

@@ -3,6 +3,9 @@
 import csv
 import itertools
 import math
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +20,7 @@ from conftest import DIGITS, ROOT, refused, run, settings_of, train_small
 from torch import nn
 
 import evaluation
-from compress import balance, compress, compress_layer, compress_run, drop_dead, load, save
+from compress import balance, compress, compress_layer, compress_run, drop_dead, load, load_source, save
 from conf import BadInput
 from docs.width_theorem import exact_lasso, vertex, width_bound
 from harness import load_network
@@ -707,6 +710,33 @@ def test_folders_without_networks_are_refused(tmp_path, trained):
     (tmp_path / 'global_settings.py').write_text((trained / 'global_settings.py').read_text())
     status, _, errors = command(tmp_path, '--lam', 0.1)
     assert status == 2 and 'checkpoint' in errors and errors.count('\n') == 1
+
+
+@pytest.mark.parametrize('knob, value', [('label_noise', '0.5'), ('normalize', 'True')])
+def test_other_settings_than_those_of_the_training_are_refused(tmp_path, trained, knob, value):
+    shutil.copytree(trained, tmp_path / 'run')
+    path = tmp_path / 'run' / 'global_settings.py'
+    path.write_text(re.sub(rf'(?m)^{knob} = \S+', f'{knob} = {value}', path.read_text()))
+    before = sorted(path.name for path in trained.parent.iterdir())
+    status, _, errors = command(tmp_path / 'run')
+    assert status == 2 and f'was trained with {knob} = ' in errors and errors.count('\n') == 1
+    assert sorted(path.name for path in trained.parent.iterdir()) == before
+
+
+def test_other_data_than_those_of_the_training_are_refused(trained, digits, monkeypatch):
+    labels = digits.test_labels.flip(0)
+    other = SimpleNamespace(**vars(digits) | {'test_labels': labels})
+    monkeypatch.setattr('harness.launch.get_inputs', lambda settings: (torch.device('cpu'), other))
+    with pytest.raises(BadInput, match='was trained on other data'):
+        load_source(trained / 'CONV-2-16')
+
+
+@pytest.mark.parametrize('name', [b'two\nlines', b'\xff'])
+def test_a_folder_that_no_settings_file_can_name_is_refused(tmp_path, trained, name):
+    folder = tmp_path / os.fsdecode(name)
+    shutil.copytree(trained, folder)
+    status, _, errors = command(folder)
+    assert status == 2 and 'rename the folder' in errors and errors.count('\n') == 1
 
 
 def test_files_that_hold_no_network_are_refused(tmp_path, trained):

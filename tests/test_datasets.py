@@ -275,6 +275,21 @@ def test_what_a_users_reader_yields_is_checked(monkeypatch, case):
     assert '\n' not in str(caught.value)
 
 
+def test_a_single_class_is_refused(monkeypatch):
+    part = np.ones((4, 1, 2, 2), np.uint8), np.zeros(4, int)
+    monkeypatch.setitem(datasets.DATASETS, 'mine', (lambda data_dir: (('my_file', *part),) * 2, (1, 2, 2), 1, 255))
+    with pytest.raises(BadInput, match='mine: DATASETS declares 1 class'):
+        load_dataset('mine', 'nowhere')
+
+
+@pytest.mark.parametrize('kind', ['>u2', '<u2', '>f8', 'i1'])
+def test_images_of_any_byte_order_are_their_values(monkeypatch, kind):
+    images = np.arange(16).reshape(4, 1, 2, 2)
+    part = images.astype(kind), np.arange(4)
+    monkeypatch.setitem(datasets.DATASETS, 'mine', (lambda data_dir: (('my_file', *part),) * 2, (1, 2, 2), 4, 15))
+    assert torch.equal(load_dataset('mine', 'nowhere').train_images, torch.from_numpy(images).float() / 15)
+
+
 FIFOS = {
     'MNIST/raw/train-images-idx3-ubyte': 'MNIST',
     'MNIST/raw/train-images-idx3-ubyte.gz': 'MNIST',

@@ -29,6 +29,7 @@ from test_datasets import make_idx
 
 from conf import load_settings
 from evaluation import COLUMNS
+from harness import launch
 from harness.records import load_checkpoint, locked, read_metrics, save_checkpoint
 from utils import BOUNDS
 
@@ -82,6 +83,17 @@ def test_launches_at_once_get_a_folder_each(tmp_path, uninterrupted):
         assert process.communicate(timeout=240)[1] == '' and process.returncode == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == list('12345678')
     assert all(same(tmp_path / number, uninterrupted) for number in '12345678')
+
+
+def test_a_folder_made_since_the_launch_began_is_left_alone(tmp_path, monkeypatch):
+    def other(*arguments):
+        train_small(tmp_path / 'run', '--width', '4', '--epochs', '0')
+        return []
+
+    check = launch.check
+    monkeypatch.setattr(launch, 'check', lambda settings: check(settings) if settings.width == 4 else other())
+    assert 'exists' in refused(*SMALL, '--results-path', tmp_path / 'run', '--width', '8')
+    assert '\nwidth = 4 ' in (tmp_path / 'run' / 'global_settings.py').read_text()
 
 
 def test_works_from_any_folder(tmp_path):

@@ -298,6 +298,12 @@ def test_measures_are_their_formulas(trained):
     assert measure_landscape(initial, initial, images, labels)['distance'] == 0
 
 
+def test_a_sharpness_that_no_noise_reaches_is_nan(trained):
+    """A network that errs on nearly all of its labels cannot err by a tenth more: no end of the search is a measure."""
+    net, initial, images, labels = trained
+    assert math.isnan(MEASURES['sharpness'](net, initial, images, (labels + 1) % 10))
+
+
 def test_sharpness_is_where_noise_costs_a_tenth(trained):
     """The noise at the measured sigma costs at most 0.1 of the training error, one step above it more."""
     net, initial, images, labels = trained

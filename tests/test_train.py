@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, main, numbers, refused, resume, rows, run, same, settings_of, succeeds, train_small
+from torch import nn
 
 import evaluation
+import models
 import train
 from datasets import VARIANTS, crops, load_dataset
 from evaluation import COLUMNS, PROBES
@@ -54,6 +56,28 @@ def test_quick_start(tmp_path):
         assert word in header
     loaded = load_checkpoint(folder / 'CONV-3-32' / 'model.pt', 'cpu')
     assert loaded['state']['epoch'] == 151
+
+
+def test_dropout_is_that_of_the_step(tmp_path, monkeypatch):
+    """A run resumed in the middle of an epoch draws what the uninterrupted one does."""
+
+    def dropout(settings, input_shape, classes):
+        layers = nn.Linear(64, 8, bias=False), nn.ReLU(), nn.Dropout(), nn.Linear(8, classes, bias=False)
+        return nn.Sequential(nn.Flatten(), *layers)
+
+    def interrupted(self, *arguments):
+        if self.state['epoch'] == 3 and self.state['step'] == 20:
+            machine.stop.signal = signal.SIGTERM
+
+    monkeypatch.setitem(models.NETWORKS, 'DROP', dropout)
+    monkeypatch.setattr(launch, 'draw', lambda folder: None)
+    train_small(tmp_path / 'whole', '--network', 'DROP', '--epochs', '4')
+    with monkeypatch.context() as context:
+        context.setattr(train.Run, 'watch_target', interrupted)
+        status, *_ = main(*SMALL, '--network', 'DROP', '--epochs', '4', '--results-path', tmp_path / 'run')
+    assert status == 128 + signal.SIGTERM
+    assert 'epoch 3 after 20 of its 45 steps' in resume(tmp_path / 'run')
+    assert same(tmp_path / 'run', tmp_path / 'whole', 'DROP-3-4')
 
 
 def test_metrics_are_those_of_the_network_that_is_left(uninterrupted, digits):
