@@ -45,6 +45,8 @@ def main(folders):
         panel.fill_between(list(errors), low, high, color=f'C{number}', alpha=0.2)
     panel.axhline(ERROR, color='black', linewidth=0.8)
     panel.set(xscale='log', xlabel='training images', ylabel='test error', ylim=0)
+    panel.set_xticks([], minor=True)
+    panel.set_xticks(list(errors), labels=[str(samples) for samples in errors])
     panel.grid(alpha=0.3)
     panel.legend(frameon=False)
     figure.savefig(Path(__file__).with_suffix('.png'), dpi=130)
