@@ -164,16 +164,18 @@ def test_an_array_of_four_leaves_one_figure(slurm, tmp_path):
 
 
 @needs_slurm
-def test_a_requeued_task_goes_on(slurm, tmp_path):
-    job, folder, _ = submit('--epochs', '100', '--width', '4', '5', '--results-dir', tmp_path, SBATCH_ARRAY_INX='1%1')
-    for count in (5, 20):
+@pytest.mark.parametrize('flags', ['--epochs 100', '--epochs 40 --prune-rounds 2 --prune-fraction 0.5 --rewind-epoch 1'])
+def test_a_requeued_task_goes_on(slurm, tmp_path, flags):
+    flags = flags.split()
+    job, folder, _ = submit(*flags, '--width', '4', '5', '--results-dir', tmp_path, SBATCH_ARRAY_INX='1%1')
+    for count in (5, 50):
         wait_until(lambda count=count: rows(folder) >= count)
         shell('scontrol', 'requeue', f'{job}_1')
         start_again(job)
     assert wait_for_array(job, 2) == ['COMPLETED'] * 2
     assert [state(job, task)['Restarts'] for task in (1, 2)] == ['2', '0']
     assert 'stopped by SIGTERM' in (folder / 'slurm-1.log').read_text()
-    other = whole(tmp_path, '--epochs', '100')
+    other = whole(tmp_path, *flags)
     assert same(folder, other)
 
 
