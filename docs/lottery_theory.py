@@ -124,7 +124,7 @@ def main():
     far.set(title='radius', xlabel='inputs r of a neuron', ylabel='share that recovers')
     for panel in (needed, rate, far):
         panel.grid(alpha=0.3)
-        panel.legend(frameon=False, fontsize=8)
+        panel.legend(frameon=False, fontsize=8, loc='lower left' if panel is far else 'upper left')
     figure.savefig(Path(__file__).with_suffix('.png'), dpi=130)
 
 

@@ -621,7 +621,7 @@ def test_bounds_hold_for_all_narrower_networks_at_once(trained, narrowed, digits
 
 def test_certificates_hold_for_all_narrower_networks_at_once(digits, monkeypatch, tmp_path):
     deltas = []
-    monkeypatch.setattr(evaluation, 'certify', lambda net, images, labels, delta: deltas.append(delta) or {})
+    monkeypatch.setattr(evaluation, 'certify', lambda net, images, labels, delta, found: deltas.append(delta) or {})
     settings = settings_of(dataset_name='digits', depth=2, width=4, certify_every=1, epochs=1)
     net = get_network(settings, digits.input_shape, 10).eval()
     options = SimpleNamespace(lam=[], layer=None)
