@@ -124,7 +124,8 @@ def main():
     far.set(title='radius', xlabel='inputs r of a neuron', ylabel='share that recovers')
     for panel in (needed, rate, far):
         panel.grid(alpha=0.3)
-        panel.legend(frameon=False, fontsize=8, loc='lower left' if panel is far else 'upper left')
+        below = {'loc': 'upper center', 'bbox_to_anchor': (0.5, -0.14), 'ncols': 2} if panel is far else {}
+        panel.legend(frameon=False, fontsize=8, **below)
     figure.savefig(Path(__file__).with_suffix('.png'), dpi=130)
 
 
