@@ -105,7 +105,7 @@ def draw():
     axes.set_xlim(0, 0.3)
     axes.invert_yaxis()
     axes.set_xlabel('error on MNIST, proven with probability 0.999')
-    axes.legend(loc='lower right')
+    axes.legend(loc='upper right', bbox_to_anchor=(1, 0.72))
     figure.savefig(FOLDER / 'coded.png', dpi=130)
 
 
