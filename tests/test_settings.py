@@ -42,6 +42,15 @@ def test_what_older_folders_stand_for():
         assert load_settings(flags={name: value})[0][name] == value
 
 
+@pytest.mark.parametrize('name, decays', [('depth_cifar10', (60, 100, 200)), ('released', (60, 100, 300))])
+def test_schedulers_that_are_stepped_before_an_epoch(name, decays):
+    """The released codes step theirs before an epoch, so that a decay at 60 acts in epoch 60 already, counted from 1."""
+    settings = load_settings(ROOT / 'conf' / f'{name}.py')[1][0]
+    for epoch in range(1, settings.epochs + 1):
+        expected = settings.lr * 0.2 ** sum(epoch >= decay for decay in decays)
+        assert evaluation.learning_rate(settings, epoch) == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize('path', sorted((ROOT / 'conf').glob('*.py')), ids=lambda path: path.stem)
 def test_every_shipped_settings_file_is_sound(path):
     if path.stem != '__init__':
@@ -85,7 +94,7 @@ def test_help_lists_every_knob_with_its_comment(capsys):
 
 
 WRONG_VALUES = {
-    'depth': ['0', '-1', '2.5', 'three', 'None', 'nan', 'True'],
+    'depth': ['0', '-1', '10000', '2.5', 'three', 'None', 'nan', 'True'],
     'width': ['0', '1e3', '-8'],
     'kernel_size': ['0', '2.0'],
     'stride': ['0', str(10**40)],
