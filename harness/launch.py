@@ -265,11 +265,10 @@ def evaluate_all(runs, folder):
         rows, measured = {(int(row['round']), int(row['epoch'])): row for row in before}, set()
         for file in tqdm(files, desc=settings.name, disable=not sys.stdout.isatty()):
             place = load_weights(net, file, settings, fingerprint(dataset))
-            if place is None or place in measured:
-                continue
-            measured.add(place)
-            rows[place] = evaluate(net, settings, dataset, data, *place)
-            rows[place] |= {'delta': settings.delta, 'gamma': settings.gamma}
+            if place is not None and place not in measured:
+                measured.add(place)
+                rows[place] = evaluate(net, settings, dataset, data, *place)
+                rows[place] |= {'delta': settings.delta, 'gamma': settings.gamma}
             kept = [row | {'round': place[0], 'epoch': place[1]} for place, row in sorted(rows.items())]
             lines = [csv_line(row, columns) for row in kept]
             write_file(table, (','.join(columns) + '\n' + ''.join(lines)).encode())
