@@ -350,7 +350,7 @@ def load_weights(net, path, settings=None, data=None):
         (round, epoch) after which they are, or None where they are of the middle of an epoch.
     """
     checkpoint = load_checkpoint(path, next(net.parameters()).device)
-    if settings is not None and 'settings' in checkpoint:
+    if settings is not None and isinstance(checkpoint.get('settings'), dict):
         check_origin(path, checkpoint, settings, data, (*FREE, *BOUNDS_ALONE))
     try:
         net.load_state_dict(checkpoint['network'])
