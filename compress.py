@@ -30,6 +30,7 @@ from harness.records import (
     new_results_folder,
     save_checkpoint,
     write_file,
+    write_table,
 )
 from measures.chains import Plain, plain, plain_layers, sequential
 from measures.geometry import trace_layers
@@ -174,7 +175,7 @@ def compress_run(net, settings, place, options, folder):
             row |= {'residual': '|'.join(f'{report["residual"]:.3g}' for report in reports)}
             row |= {'gap': max((report['gap'] for report in reports), default=0.0)}
             lines.append(csv_line(row, COLUMNS))
-            write_file(folder / 'compress.csv', (','.join(COLUMNS) + '\n' + ''.join(lines)).encode())
+            write_table(folder / 'compress.csv', COLUMNS, lines)
             bar.update()
             what = 'without dead channels' if lam is None else f'lam {lam:g}'
             size = f'{row["channels"]} channels, {row["weights"]} weights, {row["bytes"]} bytes'

@@ -49,7 +49,7 @@ from evaluation import (
 )
 from harness import launch
 from harness.machine import check_stop, choose_precision, deferred_stop, graphed, heartbeat, in_words
-from harness.records import append_lines, csv_line, load_run, parse_line, save_checkpoint, write_file
+from harness.records import append_lines, csv_line, load_run, parse_line, save_checkpoint, write_table
 from measures.geometry import images_per_pass
 from measures.norms import measure_data
 from measures.representations import effective_depth
@@ -144,7 +144,7 @@ class Run:
             sparsify.start(self.net, settings, dataset.train_images, self.targets, LOSSES[settings.loss])
         for name, columns, lines in self.tables():
             if name == 'metrics.csv' or settings.layers_every:
-                write_file(folder / name, (','.join(columns) + '\n' + ''.join(lines)).encode())
+                write_table(folder / name, columns, lines)
         self.data = measure_data(self.net, dataset.train_images, skip_uncovered=True)
 
     def restore(self):

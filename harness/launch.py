@@ -41,6 +41,7 @@ from harness.records import (
     read_metrics,
     rows_of,
     write_file,
+    write_table,
 )
 from measures.geometry import not_covered
 from measures.norms import measure_data
@@ -271,7 +272,7 @@ def evaluate_all(runs, folder):
                 rows[place] |= {'delta': settings.delta, 'gamma': settings.gamma}
             kept = [row | {'round': place[0], 'epoch': place[1]} for place, row in sorted(rows.items())]
             lines = [csv_line(row, columns) for row in kept]
-            write_file(table, (','.join(columns) + '\n' + ''.join(lines)).encode())
+            write_table(table, columns, lines)
         print(f'{table}: {len(rows)} row{"s" * (len(rows) != 1)}')
     draw(folder)
 

@@ -69,6 +69,10 @@ def _named(path):
         raise
 
 
+def write_table(path, columns, lines):
+    write_file(path, (','.join(columns) + '\n' + ''.join(lines)).encode())
+
+
 def append_lines(path, lines):
     if lines:
         with _named(path), open(path, 'a') as file:
