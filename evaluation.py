@@ -86,7 +86,8 @@ def last_epoch(settings, epoch, train_loss):
 
 def stopped_early(settings, rows):
     """Why a run whose newest rows these are goes on no further, before the end of its schedule; None where it does."""
-    if rows and at_target(settings, rows[-1]['train_loss']):
+    trained = rows and rows[-1]['round'] == settings.prune_rounds and (rows[-1]['epoch'] > 0 or not settings.prune_rounds)
+    if trained and at_target(settings, rows[-1]['train_loss']):
         return f'stopped at epoch {rows[-1]["epoch"]:.0f}: training loss at most {settings.target_loss:g}'
     if not (rows and settings.early_stop_epoch and rows[-1]['epoch'] >= settings.early_stop_epoch):
         return None

@@ -236,7 +236,8 @@ class Run:
         with deferred_stop():
             if self.state['step'] == 0:
                 sparsify.prune(self.net, self.settings, round_, self.dataset.input_shape)
-                self.state['step'], self.place = 1, None
+                self.state |= {'step': 1, 'train_loss': math.inf}
+                self.place = None
 
     def regrow(self, number, indices):
         steps = self.settings.epochs * self.steps
@@ -297,9 +298,11 @@ class Run:
             self.rewind_to = {name: value.clone() for name, value in self.net.state_dict().items()}
         if state['round'] > 0 and state['epoch'] == 0:
             sparsify.rewind(self.net, self.optimizer, self.rewind_to)
-            self.place = None
+            self.place, state['train_loss'] = None, math.inf
+        last = here[1] > 0 and here[1] == self.last_epoch()
         end = (here[0], here[1] + 1)  # behind the last place, from which a longer run goes on
-        state['round'], state['epoch'] = next((place for place in schedule(settings) if place > here), end)
+        later = (place for place in schedule(settings) if place > here and not (last and place[0] == here[0]))
+        state['round'], state['epoch'] = next(later, end)
         state['step'] = 0
 
     def save(self):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from conf import BadInput
-from evaluation import finished
+from evaluation import finished, last_epoch
 from harness.panels import (
     CURVES,
     DEVIATION,
@@ -203,7 +203,7 @@ def density_picture(runs):
         rows = []
         for settings, table in members:
             ends = last_rows(table | {'place': left(settings, table)})
-            rows += [row for row in ends if row['epoch'] == settings.epochs]
+            rows += [row for row in ends if row['epoch'] == last_epoch(settings, row['epoch'], row['train_loss'])]
         ticks = {row['place']: f'{100 * row["place"]:.3g}' for row in rows}
         groups += [SimpleNamespace(title=words, rows=rows, ticks=ticks, **about)] * bool(rows)
     return against(groups, ['our_bound', 'corrected_bound', 'path_bound', *own_bounds()])

@@ -215,14 +215,15 @@ def legend(figure, handles):
 
 def epoch_axis(panel, table, settings):
     """Makes x the epochs trained, over all rounds, with a line at each pruning. Returns the rows' places."""
-    rewound, rounds = max(settings.rewind_epoch, 0), table['round']
-    each = settings.epochs - rewound
-    for number in range(int(rounds.max())):
-        panel.axvline(settings.epochs + number * each, label='_pruning', zorder=0, **MARKS['pruning'])
+    rounds = table['round']
+    at = np.maximum(table['epoch'] - np.where(rounds > 0, max(settings.rewind_epoch, 0), 0), 0)
+    for number in range(1, int(rounds.max()) + 1):
+        pruned = at[rounds < number].max()
+        panel.axvline(pruned, label='_pruning', zorder=0, **MARKS['pruning'])
+        at[rounds == number] += pruned
     panel.set_xlabel('epoch')
     panel.xaxis.get_major_locator().set_params(integer=True)
-    later = settings.epochs + (rounds - 1) * each + np.maximum(table['epoch'] - rewound, 0)
-    return np.where(rounds == 0, table['epoch'], later)
+    return at
 
 
 def place_ticks(panel, ticks, room):

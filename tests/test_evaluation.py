@@ -33,13 +33,13 @@ def test_the_schedule_goes_from_epoch_to_epoch(epochs, rounds, rewind):
 
 
 def test_a_stop_wants_three_hopeless_rows_of_one_round():
-    settings = SimpleNamespace(early_stop_epoch=3, early_stop_accuracy=0.5, target_loss=0.0)
+    settings = SimpleNamespace(early_stop_epoch=3, early_stop_accuracy=0.5, target_loss=0.0, prune_rounds=0)
     rows = [{'round': 0, 'epoch': epoch, 'train_error': 0.6, 'train_loss': 1.0} for epoch in range(5)]
     assert stopped_early(settings, rows[:3]) is None  # the untrained network does not count
     assert stopped_early(settings, rows[1:4]) == 'stopped at epoch 3: accuracy below 0.5'
     assert stopped_early(settings, [*rows[1:3], rows[3] | {'train_error': 0.4}]) is None
     assert stopped_early(settings, [rows[1], rows[2], rows[3] | {'round': 1}]) is None
-    assert stopped_early(SimpleNamespace(early_stop_epoch=0, target_loss=0.0), rows) is None
+    assert stopped_early(SimpleNamespace(**vars(settings) | {'early_stop_epoch': 0}), rows) is None
 
 
 @pytest.mark.parametrize('value', [0.12345, 0.99949, 1 / 3, 0.12341, 1.0, math.inf])

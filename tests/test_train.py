@@ -257,6 +257,7 @@ def test_threads_are_written_down_and_kept(tmp_path, monkeypatch):
 TINY = ('--train-samples', '320', '--epochs', '3')  # 10 steps an epoch
 KINDS = {
     'dense': (*TINY, '--layers-every', '2', '--eval-every', '2', '--snapshot-every', '1', '--checkpoint-every', '2'),
+    'target rounds': (*TINY[:2], *'--epochs 5 --target-loss 0.1002 --eval-every 9 --prune-rounds 2'.split()),
     'target': (*TINY[:2], *'--epochs 7 --target-loss 0.1002 --eval-every 9 --measures-every 4 --snapshot-every 1'.split()),
     'batch norm': (*TINY, '--network', 'CONVBN', '--normalization', 'batch', '--layers-every', '1'),
     'rounds': (*TINY, '--prune-rounds', '2', '--rewind-epoch', '1', '--layers-every', '3', '--snapshot-every', '1'),
@@ -322,6 +323,19 @@ def test_a_signal_at_any_moment_changes_nothing(tmp_path, monkeypatch, kind):
                 snapshot = load_checkpoint(tmp_path / 'whole' / 'CONV-3-4' / 'snapshots' / f'{round_}-{epoch}.pt', 'cpu')
                 assert all((kept['network'][name] == weight).all() for name, weight in snapshot['network'].items())
     assert 4 < len(lives) < 60 and same(tmp_path / 'whole', tmp_path / 'run')
+
+
+def test_each_round_trains_to_the_target(tmp_path):
+    """A round ends where its own training loss is at most the target, which the pruned network may be below at once."""
+    flags = '--epochs 30 --target-loss 0.1 --eval-every 1 --prune-rounds 2 --prune-fraction 0.1 --rewind-epoch'.split()
+    for rewind, name in ((0, 'rewound'), (-1, 'fine-tuned')):
+        train_small(tmp_path / name, '--train-samples', '320', *flags, rewind)
+        table = read_metrics(tmp_path / name / 'CONV-3-4' / 'metrics.csv')
+        for round_ in range(3):
+            at = (table['round'] == round_) & (table['epoch'] > 0)
+            losses = table['train_loss'][at]
+            assert losses[-1] <= 0.1 and (losses[:-1] > 0.1).all() and table['epoch'][at][-1] < 30
+    assert 'stopped at epoch' in succeeds('--results-path', tmp_path / 'rewound', '--status')
 
 
 def test_a_stop_before_the_first_step_keeps_the_place(tmp_path, monkeypatch):
