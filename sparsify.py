@@ -39,7 +39,7 @@ def check(settings):
     if settings.regrow == 'gradient' and settings.regrow_every == 1:
         raise BadInput("regrow_every = 1: must be at least 2 with regrow = 'gradient', whose updates take the place of steps")
     if settings.prune_rounds and settings.target_loss and settings.rewind_epoch > 0:
-        raise BadInput(f'rewind_epoch = {settings.rewind_epoch}: must be 0 or -1 with target_loss, which may be reached before it')
+        raise BadInput(f'rewind_epoch = {settings.rewind_epoch}: must be 0 or -1 with target_loss, which may come before it')
     if settings.prune_rounds and max(settings.rewind_epoch, 0) >= settings.epochs:
         raise BadInput(
             f'rewind_epoch = {settings.rewind_epoch}: must be below epochs = {settings.epochs}, to train after pruning'

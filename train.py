@@ -15,10 +15,8 @@ import sys
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C ends the program without a traceback
 
-import copy
 import math
 import shutil
-import statistics
 import time
 
 import numpy as np
@@ -48,9 +46,9 @@ from evaluation import (
     training_loss,
 )
 from harness import launch
-from harness.machine import check_stop, choose_precision, deferred_stop, graphed, heartbeat, in_words
+from harness.machine import check_stop, choose_precision, deferred_stop, graphed
+from harness.pace import heartbeat, progress_bar, say_pace
 from harness.records import append_lines, csv_line, load_run, parse_line, save_checkpoint, write_table
-from measures.geometry import images_per_pass
 from measures.norms import measure_data
 from measures.representations import effective_depth
 from models import get_network
@@ -84,7 +82,7 @@ def train(settings, dataset, folder, device):
     step = step_of(run)
     if device.type == 'cuda':
         step = graphed(step, settings.batch_size, device)  # the same five lines, captured once and replayed
-    run.say_pace()
+    say_pace(run)
     try:
         with progress_bar(run) as bar:
             for round_, epoch in run.places():
@@ -314,57 +312,6 @@ class Run:
     def origin(self):
         """What a file of weights says of where they come from."""
         return {'settings': vars(self.settings), 'data': self.fingerprint}
-
-    def say_pace(self):
-        """Says, on a CPU, what an epoch, an evaluation and what is left of a run of more than a minute will take.
-
-        From a few batches of each, on a copy of the network.
-        """
-        places, images = list(self.places()), self.dataset.train_images
-        if images.device.type != 'cpu' or not places:
-            return
-        net = copy.deepcopy(self.net).train()
-        indices = torch.arange(min(self.settings.batch_size, len(images)))
-
-        def forward():
-            with torch.no_grad():
-                net(images[: images_per_pass(net, images)])
-
-        step = _seconds(lambda: self.loss(net, indices).backward()) * self.steps
-        batches = (len(images) + len(self.dataset.test_images)) / images_per_pass(net, images)
-        evaluation = _seconds(forward) * batches
-        evaluations = sum(due(epoch, self.settings.eval_every, self.settings.epochs) for _, epoch in places)
-        epochs = sum(epoch > 0 for _, epoch in places)
-        left = epochs * step + evaluations * evaluation
-        if left > 60:
-            words = f'an epoch takes about {in_words(step)}, an evaluation {in_words(evaluation)}'
-            words += ' and more with certificates' * bool(self.settings.certify_every)
-            quicker = '; a GPU is quicker, and so is --settings conf/mnist_quick.py' * (left > 86400)
-            print(f'{self.settings.name}: {words}; {epochs} epochs: about {in_words(left)} on this CPU{quicker}', flush=True)
-
-
-def _seconds(compute, repeats=5):
-    """The median time of a computation, the first one, which sets things up, left out."""
-    times = []
-    for _ in range(1 + repeats):
-        start = time.perf_counter()
-        compute()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
-
-
-def progress_bar(run):
-    """One line that fills up, on a terminal; it counts steps and shows epochs."""
-    left, whole = (sum(epoch > 0 for _, epoch in places) for places in (run.places(), schedule(run.settings)))
-    return tqdm(
-        desc=run.settings.name,
-        total=whole * run.steps,
-        initial=(whole - left) * run.steps + run.state['step'] * (run.state['epoch'] > 0),
-        unit_scale=1 / run.steps,
-        bar_format='{desc} {percentage:3.0f}%|{bar:10}| epoch {n:.2f}/{total:.0f} [{elapsed}<{remaining}]{postfix}',
-        dynamic_ncols=True,
-        disable=not sys.stdout.isatty(),
-    )
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""The machine that trains: signals, devices and precisions, CUDA graphs, memory, and what is shown of long computations."""
+"""The machine that trains: signals, devices and precisions, CUDA graphs, memory."""
 
 import contextlib
 import ctypes
@@ -8,8 +8,6 @@ import os
 import re
 import signal
 import sys
-import threading
-import time
 from types import SimpleNamespace
 
 import torch
@@ -92,32 +90,6 @@ def keep_freed_memory():
     if hasattr(libc, 'mallopt'):
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: the largest that it accepts, in bytes
-
-
-@contextlib.contextmanager
-def heartbeat(beat, seconds):
-    """Calls `beat(seconds so far)` every so many seconds, from a thread of its own, while the block computes."""
-    over, start = threading.Event(), time.monotonic()
-
-    def run():
-        while not over.wait(seconds):
-            beat(time.monotonic() - start)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-def in_words(seconds):
-    """A duration in the unit that suits it: 45 s, 12 min, 82 h."""
-    for unit, size in (('s', 1), ('min', 60)):
-        if seconds < 120 * size:
-            return f'{seconds / size:.{1 if seconds < 2 else 0}f} {unit}'
-    return f'{seconds / 3600:.0f} h'
 
 
 @functools.lru_cache

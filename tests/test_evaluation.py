@@ -12,7 +12,7 @@ from conftest import ROOT, SMALL, main, resume, settings_of, train_small
 
 import evaluation
 from evaluation import report, rounded_up, schedule, stopped_early
-from harness import load_network, machine, read_metrics
+from harness import load_network, machine, pace, read_metrics
 
 
 @pytest.mark.parametrize('epochs, rounds, rewind', itertools.product((0, 1, 4), (0, 1, 3), (-1, 0, 2)))
@@ -64,7 +64,7 @@ def test_a_long_evaluation_says_that_it_goes_on(tmp_path, monkeypatch, capsys):
 
     def often(beat, seconds):
         assert seconds == 30
-        return machine.heartbeat(beat, 0.01)
+        return pace.heartbeat(beat, 0.01)
 
     monkeypatch.setattr(train, 'heartbeat', often)
     stdout = train_small(tmp_path / 'run', '--epochs', '1', '--width', '32')
@@ -73,7 +73,7 @@ def test_a_long_evaluation_says_that_it_goes_on(tmp_path, monkeypatch, capsys):
 
 def test_a_long_run_says_first_how_long_it_will_take(tmp_path, monkeypatch):
     """Before the network is measured for the first time; the weights do not notice."""
-    monkeypatch.setattr('train._seconds', lambda compute: compute() or 100.0)
+    monkeypatch.setattr('harness.pace._seconds', lambda compute: compute() or 100.0)
     status, stdout, _ = main(*SMALL, '--epochs', '1', '--results-path', tmp_path / 'run')
     pace, first = stdout.index('an epoch takes about 75 min'), stdout.index('epoch 0/1')
     assert status == 0 and pace < first and ' on this CPU' in stdout

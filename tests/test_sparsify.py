@@ -554,6 +554,7 @@ def test_channel_sparsity_needs_a_chain(digits):
         ({'regrow': 'random', 'initial_mask': 'erk', 'density': 0.5, 'prune_rounds': 2}, 'prune_rounds = 2: not with regrow'),
         ({'regrow': 'gradient', 'initial_mask': 'erk', 'density': 0.5, 'regrow_every': 1}, 'regrow_every = 1'),
         ({'prune_rounds': 1, 'epochs': 7, 'rewind_epoch': 7}, 'rewind_epoch = 7: must be below epochs = 7'),
+        ({'prune_rounds': 1, 'rewind_epoch': 1, 'target_loss': 0.1}, 'rewind_epoch = 1: must be 0 or -1 with target_loss'),
         ({'prune_rounds': 1, 'epochs': 0, 'rewind_epoch': -1}, 'rewind_epoch = -1: must be below epochs = 0'),
     ),
 )

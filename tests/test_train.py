@@ -303,7 +303,7 @@ def test_a_signal_at_any_moment_changes_nothing(tmp_path, monkeypatch, kind):
             return train_all(*arguments)
         finally:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            for name, function in patched_in_a_trace.items():  # a signal in torch.fx leaves its patches; a process ends with them
+            for name, function in patched_in_a_trace.items():  # in a process they would end with it
                 setattr(nn.Module, name, function)
 
     monkeypatch.setattr(launch, 'train_all', interrupted)
