@@ -116,9 +116,7 @@ def narrower(net, images, lam, options):
     if lam is None:
         return drop_dead(net), []
     if options.lam and not options.layer:
-        return (
-            compress(net, images, lam, options.refit) if lam else (balance(net, tuple(images.shape[1:])), [])
-        )
+        return compress(net, images, lam, options.refit) if lam else (balance(net, tuple(images.shape[1:])), [])
     if not lam:
         return plain(net), []
     net, report = compress_layer(net, images, options.layer, lam, options.refit)
@@ -204,9 +202,7 @@ def parse_arguments(argv):
     lam_help = 'penalties, as shares of the one from which on nothing is left; between 0 and 1'
     add('--lam', type=float, nargs='+', default=[], metavar='X', help=lam_help)
     add('--layer', metavar='NAME', help='fit this linear layer alone, as net.named_modules() calls it')
-    refit_help = (
-        'fit the kept channels once more with a small ridge penalty (default), or keep the shrunk weights'
-    )
+    refit_help = 'fit the kept channels once more with a small ridge penalty (default), or keep the shrunk weights'
     add('--refit', choices=('none', 'ridge'), default='ridge', help=refit_help)
     add('--run', type=int, metavar='K', help='only the K-th network of the folder, counted from 1')
     options = parser.parse_args(argv)
@@ -260,9 +256,7 @@ def run(options):
 
 def main(argv=None):
     """Runs the command line. Returns 0, 1 where the results cannot be written, 2 for bad input, 128 + signal where stopped."""
-    return guarded(
-        'compress.py', lambda: run(parse_arguments(argv)), lambda: '; the rows that are done are kept'
-    )
+    return guarded('compress.py', lambda: run(parse_arguments(argv)), lambda: '; the rows that are done are kept')
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """Test error and channels left against channel_sparsity, of a sweep of conf/channels.py (docs/sparse.md).
 
-    python train.py --settings conf/channels.py --results-path results/7
-    python docs/channels.py results/7   prints a table and draws docs/channels.png, in seconds
+python train.py --settings conf/channels.py --results-path results/7
+python docs/channels.py results/7   prints a table and draws docs/channels.png, in seconds
 """
 
 import sys

@@ -88,9 +88,7 @@ def main():
     slope, offset = np.polyfit(every, half_of, 1)
     power = np.polyfit(np.log(every), np.log(half_of), 1)[0]
     print(f'N50 = {slope:.2f} r {offset:+.1f}, as a power r^{power:.2f}')
-    needed.plot(
-        every, half_of, color='#BB0022', marker='_', markersize=12, label='half of the students recover'
-    )
+    needed.plot(every, half_of, color='#BB0022', marker='_', markersize=12, label='half of the students recover')
     needed.plot(every, [K * r for r in every], 'k:', label='K r, the number of unknowns')
     needed.set(title='samples needed', xlabel='inputs r of a neuron', ylabel='samples N')
     figure.colorbar(points, ax=needed, label='share that recovers')
@@ -106,9 +104,7 @@ def main():
             flush=True,
         )
         rate.plot(every, steps, color='#0072B2', linestyle=style, marker='o', label=words)
-    rate.set(
-        title='rate, without momentum', xlabel='inputs r of a neuron', ylabel='steps to fall by e', ylim=0
-    )
+    rate.set(title='rate, without momentum', xlabel='inputs r of a neuron', ylabel='steps to fall by e', ylim=0)
 
     for words, samples, style in (
         ('N = 500', [500] * len(every), '-'),
@@ -116,9 +112,7 @@ def main():
     ):
         for radius, color in ((1, '#009E73'), (2, '#E69F00'), (3, '#D55E00')):
             shares = [recovered(r, n, radius) for r, n in zip(every, samples)]
-            print(
-                f'recovered from {radius} ||W||, {words}:', *(f'{share:.2f}' for share in shares), flush=True
-            )
+            print(f'recovered from {radius} ||W||, {words}:', *(f'{share:.2f}' for share in shares), flush=True)
             label = f'from {radius} times the norm, {words}'
             far.plot(every, shares, style, color=color, marker='o', label=label)
     far.set(title='radius', xlabel='inputs r of a neuron', ylabel='share that recovers')

@@ -157,9 +157,7 @@ def main(run, images):
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument(
-        'run', type=Path, help='folder of a trained network, as results/mnist-width/CONV-3-16'
-    )
+    parser.add_argument('run', type=Path, help='folder of a trained network, as results/mnist-width/CONV-3-16')
     parser.add_argument('--images', type=int, default=2000, help='so many first test images (2000)')
     try:
         main(**vars(parser.parse_args()))

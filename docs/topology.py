@@ -57,9 +57,7 @@ def train(net, settings, dataset, targets):
     optimizer = torch.optim.SGD(net.parameters(), **rates)
     steps = -(-len(targets) // settings.batch_size)
     for epoch in range(1, EPOCHS + 1):
-        optimizer.param_groups[0]['lr'] = settings.lr * settings.lr_decay ** sum(
-            epoch > at for at in settings.milestones
-        )
+        optimizer.param_groups[0]['lr'] = settings.lr * settings.lr_decay ** sum(epoch > at for at in settings.milestones)
         order = np.random.default_rng((settings.seed, epoch)).permutation(len(targets))
         for step, chosen in enumerate(torch.from_numpy(order).split(settings.batch_size)):
             number = (epoch - 1) * steps + step
@@ -109,18 +107,14 @@ def measure(way, seed, dataset):
         found |= {f'path norm {when}': path_norm(net, shape), f'rho {when}': measure_network(net, shape).rho}
         layers = measure_masks(net).values()
         found |= {f'dead channels {when}': sum(layer['dead_channels'] for layer in layers)}
-        found |= {
-            f'density of layer {number} {when}': layer['density'] for number, layer in enumerate(layers, 1)
-        }
+        found |= {f'density of layer {number} {when}': layer['density'] for number, layer in enumerate(layers, 1)}
     found |= {'train error': error(net, dataset.train_images, dataset.train_labels)}
     return found | {'test error': error(net, dataset.test_images, dataset.test_labels)}
 
 
 def spearman(first, second):
     """The correlation of ranks, ties at their mean rank; nan where one does not vary."""
-    ranks = [
-        [np.sum(values < value) + np.sum(values <= value) for value in values] for values in (first, second)
-    ]
+    ranks = [[np.sum(values < value) + np.sum(values <= value) for value in values] for values in (first, second)]
     return np.corrcoef(*ranks)[0, 1] if min(map(np.ptp, ranks)) > 0 else np.nan
 
 

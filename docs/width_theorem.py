@@ -122,17 +122,13 @@ def main(problems, draws, path):
 def arguments():
     """What the command line asks for, as the arguments of `main`."""
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument(
-        '--K', type=int, nargs='+', default=range(7, 12), help='neurons, a panel each (7 8 9 10 11)'
-    )
+    parser.add_argument('--K', type=int, nargs='+', default=range(7, 12), help='neurons, a panel each (7 8 9 10 11)')
     parser.add_argument('--N', type=int, default=3, help='samples (3)')
     parser.add_argument('--D', type=int, default=2, help='outputs (2)')
     parser.add_argument('--rX', type=int, default=0, help='rank of the features (0: full)')
     parser.add_argument('--rY', type=int, default=0, help='rank of the targets (0: full)')
     parser.add_argument('--draws', type=int, default=100, help='problems in a panel (100)')
-    parser.add_argument(
-        '--figure', type=int, choices=FIGURES, help='its problems, in place of --K, --N, --D, --rX, --rY'
-    )
+    parser.add_argument('--figure', type=int, choices=FIGURES, help='its problems, in place of --K, --N, --D, --rX, --rY')
     given = parser.parse_args()
     if given.figure:
         return (
@@ -143,9 +139,7 @@ def arguments():
     for K in given.K:
         rank = given.rX or min(K, given.N)
         if min(K, given.N, given.D, given.draws) < 1 or not 0 <= given.rX <= min(K, given.N):
-            parser.error(
-                '--K, --N, --D and --draws must be positive, and --rX between 0 and the least of K and N'
-            )
+            parser.error('--K, --N, --D and --draws must be positive, and --rX between 0 and the least of K and N')
         if not 0 <= given.rY <= min(given.D, rank):
             parser.error(f'--rY must lie between 0 and {min(given.D, rank)}, which D and the features allow')
     problems = [{'K': K, 'N': given.N, 'D': given.D, 'rX': given.rX, 'rY': given.rY} for K in given.K]

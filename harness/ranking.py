@@ -34,24 +34,18 @@ NO_MEASURES = (
 
 
 def _inverse(values):
-    return np.where(
-        values > 0, 1 / np.where(values > 0, values, 1), np.where(np.isnan(values), np.nan, np.inf)
-    )
+    return np.where(values > 0, 1 / np.where(values > 0, values, 1), np.where(np.isnan(values), np.nan, np.inf))
 
 
 # Ranked beside the columns: functions of a table {column: (N,)}; larger is for a larger gap.
 FORMULAS = {
     'rho * prod_ratio': lambda t: t['rho'] * t['prod_ratio'],  # the product of the operator norms
     'path_norm / margin_10': lambda t: t['path_norm'] * _inverse(t['margin_10']),
-    'path_norm_2 / (margin_10 √m)': lambda t: (
-        t['path_norm_2'] * _inverse(t['margin_10']) / np.sqrt(t['train_size'])
-    ),
+    'path_norm_2 / (margin_10 √m)': lambda t: t['path_norm_2'] * _inverse(t['margin_10']) / np.sqrt(t['train_size']),
     'distance / √m': lambda t: t['distance'] / np.sqrt(t['train_size']),
     '1 / margin_10': lambda t: _inverse(t['margin_10']),
     '1 / sharpness': lambda t: _inverse(t['sharpness']),
-    'distance / (sharpness √m)': lambda t: (
-        t['distance'] * _inverse(t['sharpness']) / np.sqrt(t['train_size'])
-    ),
+    'distance / (sharpness √m)': lambda t: t['distance'] * _inverse(t['sharpness']) / np.sqrt(t['train_size']),
 }
 CONTROLS = {
     'constant': lambda t: np.zeros(len(t['train_size'])),
@@ -72,9 +66,7 @@ def read_networks(folder):
     with open(Path(folder, 'summary.csv'), newline='') as file:
         for row in csv.DictReader(file):
             rows[row['name']] = {column: _number(cell) for column, cell in row.items() if column != 'name'}
-    networks = [
-        (settings, rows[settings.name]) for settings in folder_settings(folder)[1] if settings.name in rows
-    ]
+    networks = [(settings, rows[settings.name]) for settings in folder_settings(folder)[1] if settings.name in rows]
     return [(settings, row) for settings, row in networks if finished(settings, [row])]
 
 
@@ -164,12 +156,7 @@ class Pairs:
 
     def __init__(self, knobs, gaps, n):
         self.knobs, self.gaps = list(knobs), gaps
-        codes = np.array(
-            [
-                np.unique([repr(value) for value in values], return_inverse=True)[1]
-                for values in knobs.values()
-            ]
-        )
+        codes = np.array([np.unique([repr(value) for value in values], return_inverse=True)[1] for values in knobs.values()])
         self.everyone = np.triu_indices(len(gaps), 1)
         differ = codes[:, self.everyone[0]] != codes[:, self.everyone[1]]
         self.single = differ.sum(0) == 1
@@ -184,9 +171,7 @@ class Pairs:
             if other != knob
         ]
         self.environments = {key: place for place, key in enumerate(sorted(set(keys)))}
-        self.member = np.array([self.environments[key] for key in keys], dtype=int).reshape(
-            len(self.i), len(knobs) - 1
-        )
+        self.member = np.array([self.environments[key] for key in keys], dtype=int).reshape(len(self.i), len(knobs) - 1)
 
     def by_environment(self, errors):
         """The weighted mean (E,) of sign errors (P,) in each environment; nan where few pairs have weight."""
@@ -256,18 +241,14 @@ def draw(folder):
     if len(networks) < LEAST_NETWORKS or len(knobs) < LEAST_KNOBS:
         return []
     if missed := [settings.name for settings, row in everyone if not reached(settings, row)]:
-        print(
-            f'{folder}: {len(missed)} networks did not reach target_loss and are left out: {", ".join(missed)}'
-        )
+        print(f'{folder}: {len(missed)} networks did not reach target_loss and are left out: {", ".join(missed)}')
     gaps = np.array([gap(*network) for network in networks])
     values = {knob: [getattr(settings, knob) for settings, _ in networks] for knob in knobs}
     pairs = Pairs(values, gaps, min(row['test_size'] for _, row in networks))
     for place, knob in enumerate(knobs):
         if not (pairs.knob == place).any():
             print(f'{folder}: no two networks differ in {knob} alone, so that nothing is ranked along it')
-    table = {
-        name: {'networks': len(gaps)} | pairs.rank(measure) for name, measure in measures_of(networks).items()
-    }
+    table = {name: {'networks': len(gaps)} | pairs.rank(measure) for name, measure in measures_of(networks).items()}
     table = dict(sorted(table.items(), key=lambda entry: (math.isnan(entry[1]['mean']), entry[1]['mean'])))
     columns = ['measure', *next(iter(table.values()))]
     cells = [[name, *('' if cell != cell else cell for cell in row.values())] for name, row in table.items()]
@@ -295,12 +276,8 @@ def picture(table, knobs, chance):
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 0.62 * len(knobs)))
     left.axvspan(*chance, color='0.9', zorder=0, label='95 % of random measures')
     left.axvline(0.5, color='0.6', linewidth=0.8, zorder=1)
-    left.hlines(
-        places, 0, [row['p90'] for row in rows], color='#88BBDD', linewidth=4, label='90 % of environments'
-    )
-    left.plot(
-        [row['mean'] for row in rows], places, 'o', color='black', markersize=4, label='mean over knobs'
-    )
+    left.hlines(places, 0, [row['p90'] for row in rows], color='#88BBDD', linewidth=4, label='90 % of environments')
+    left.plot([row['mean'] for row in rows], places, 'o', color='black', markersize=4, label='mean over knobs')
     left.plot([row['worst'] for row in rows], places, 'x', color='#BB0022', markersize=5, label='worst knob')
     left.set_yticks(places, labels=names, fontsize='small')
     for tick, name in zip(left.get_yticklabels(), names):
@@ -322,12 +299,8 @@ def picture(table, knobs, chance):
     for (place, column), error in np.ndenumerate(errors):
         if error == error:
             color = 'white' if abs(error - 0.5) > 0.35 else 'black'
-            right.text(
-                column, place, f'{error:.2f}', ha='center', va='center', fontsize='x-small', color=color
-            )
-    right.set_xticks(
-        range(len(knobs)), labels=knobs, rotation=40, ha='left', rotation_mode='anchor', fontsize='small'
-    )
+            right.text(column, place, f'{error:.2f}', ha='center', va='center', fontsize='x-small', color=color)
+    right.set_xticks(range(len(knobs)), labels=knobs, rotation=40, ha='left', rotation_mode='anchor', fontsize='small')
     right.xaxis.tick_top()
     right.tick_params(left=False, top=False)
     return figure

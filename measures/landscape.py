@@ -30,9 +30,7 @@ def _weights(net):
 
 def _moved(net, initial):
     """The Frobenius distance of each layer from its start."""
-    return [
-        (weight - start).norm().item() for weight, start in zip(_weights(net), _weights(initial), strict=True)
-    ]
+    return [(weight - start).norm().item() for weight, start in zip(_weights(net), _weights(initial), strict=True)]
 
 
 @torch.no_grad()
@@ -154,9 +152,7 @@ def measure_landscape(net, initial, images, labels):
     Raises:
         BadInput: images and labels do not fit each other or the network.
     """
-    margin_10(
-        net, initial, images, labels
-    )  # refuses what does not fit, so that what is refused below is not covered
+    margin_10(net, initial, images, labels)  # refuses what does not fit, so that what is refused below is not covered
     row = {}
     for column, measure in MEASURES.items():
         try:

@@ -15,9 +15,7 @@ from measures.lasso import group_lasso, norms, ridge, scaled, squared_residual
 from measures.steps import folded_norm
 
 FIT_IMAGES = 10_000  # at most so many are fitted to, evenly spaced
-GRAM_COLUMNS = (
-    12_000  # the largest Gram matrix that is formed, 1.1 GiB; beyond it the features themselves are kept
-)
+GRAM_COLUMNS = 12_000  # the largest Gram matrix that is formed, 1.1 GiB; beyond it the features themselves are kept
 FEATURE_BYTES = 2**31  # ... of as many images as fit into this
 CHUNK = 2**23  # features at once where they are summed up
 
@@ -122,9 +120,7 @@ def compress_layer(net, images, name, lam, refit='ridge', tolerance=1e-3):
     target = weight * source.scale
     undo = torch.where(source.scale != 0, 1 / source.scale, 0)
     with evaluation_mode(net):
-        problem = _problem(
-            _linear_batches(net, name, images, source.shift, undo, target), (channels, source.taps)
-        )
+        problem = _problem(_linear_batches(net, name, images, source.shift, undo, target), (channels, source.taps))
     start = target.unflatten(1, (channels, source.taps))
     V, report = _fit(problem, source.costs, lam, start, refit, tolerance, name)
     V, kept, bias = V.flatten(1) * undo, report['kept'], layer.bias
@@ -136,9 +132,7 @@ def compress_layer(net, images, name, lam, refit='ridge', tolerance=1e-3):
     if report['removed']:
         V = V[:, kept.repeat_interleave(source.taps)]
         producer = net.get_submodule(source.name)
-        _replace(
-            other, source.name, producer.weight[kept], None if producer.bias is None else producer.bias[kept]
-        )
+        _replace(other, source.name, producer.weight[kept], None if producer.bias is None else producer.bias[kept])
         for norm in map(other.get_submodule, source.norms):
             entries = kept.repeat_interleave(norm.num_features // channels)
             norm.num_features = int(entries.sum())
@@ -153,9 +147,7 @@ def linear_layer(net, name):
     """The nn.Linear of this name. Raises BadInput where the network has none."""
     linear = {other: module for other, module in net.named_modules() if isinstance(module, nn.Linear)}
     if name not in linear:
-        raise BadInput(
-            f'{name}: not a linear layer of {type(net).__name__}; it has {", ".join(linear) or "none"}'
-        )
+        raise BadInput(f'{name}: not a linear layer of {type(net).__name__}; it has {", ".join(linear) or "none"}')
     if not linear[name].weight.isfinite().all():
         raise BadInput(f'{name}: its weights contain NaN or infinity')
     return linear[name]
@@ -187,9 +179,7 @@ def _source(net, name):
             if not activated:
                 weight, bias = factor[:, None] * weight, factor * bias + offset
             else:
-                factor, offset = (
-                    entry.repeat_interleave(inputs // len(factor)) for entry in (factor, offset)
-                )
+                factor, offset = (entry.repeat_interleave(inputs // len(factor)) for entry in (factor, offset))
                 source.scale, source.shift = source.scale * factor, source.shift * factor + offset
         activated |= module is None or isinstance(module, (nn.ReLU, nn.LeakyReLU, *_OTHERS))
         homogeneous &= not isinstance(module, _OTHERS)
@@ -213,9 +203,7 @@ def _path(net, name):
     while len(node.all_input_nodes) == 1:
         (node,) = node.all_input_nodes
         module = modules[node]
-        if len(node.users) != 1 or (
-            isinstance(module, (nn.Conv2d, nn.Linear, *_NORMS)) and targets.count(node.target) != 1
-        ):
+        if len(node.users) != 1 or (isinstance(module, (nn.Conv2d, nn.Linear, *_NORMS)) and targets.count(node.target) != 1):
             return []
         if flattens(node, module) in ((1, -1), (1, 3)):
             continue
@@ -240,9 +228,7 @@ def _linear_batches(net, name, images, shift, undo, target):
             read.clear()
             net(batch)
             if not read or any(inputs.dim() != 2 for inputs in read):
-                raise BadInput(
-                    f'{name}: its input must be of shape (N, {layer.in_features}), once at least in a forward pass'
-                )
+                raise BadInput(f'{name}: its input must be of shape (N, {layer.in_features}), once at least in a forward pass')
             phi = ((torch.cat(read) - shift.to(batch)) * undo.to(batch)).T
             yield phi, target @ phi.double()
     finally:
@@ -269,9 +255,7 @@ def _check(images, lam, refit):
     if refit not in ('none', 'ridge'):
         raise BadInput(f'refit = {refit!r}: must be none or ridge')
     if not len(images) or not images.isfinite().all():
-        raise BadInput(
-            f'images of shape {tuple(images.shape)}: must be at least one, without NaN or infinity'
-        )
+        raise BadInput(f'images of shape {tuple(images.shape)}: must be at least one, without NaN or infinity')
 
 
 def _fit(problem, costs, lam, start, refit, tolerance, name):
@@ -336,9 +320,7 @@ def _layer_problem(layers, narrow, original, images):
     def batches():
         for batch in _evenly(images, columns, positions).split(max(1, CHUNK // (columns * positions))):
             targets = _forward(layer, original[-1], _features(before, original, batch))
-            phi = F.unfold(
-                _features(before, narrow, batch), layer.shape[2:], layer.dilation, layer.padding, layer.stride
-            )
+            phi = F.unfold(_features(before, narrow, batch), layer.shape[2:], layer.dilation, layer.padding, layer.stride)
             yield (maps.flatten(2).transpose(0, 1).flatten(1) for maps in (phi, targets))
 
     return _problem(batches(), (len(narrow[-1]), taps))
@@ -387,8 +369,6 @@ def _narrow(layers, weights):
     chain = []
     for layer, weight in zip(layers, weights):
         conv = layer.module.weight.ndim == 4
-        geometry = (
-            {field: getattr(layer, field) for field in ('stride', 'padding', 'dilation')} if conv else {}
-        )
+        geometry = {field: getattr(layer, field) for field in ('stride', 'padding', 'dilation')} if conv else {}
         chain.append(Plain(weight if conv else weight.flatten(1), None, layer is not layers[-1], geometry))
     return sequential(chain).to(layers[0].module.weight.dtype)

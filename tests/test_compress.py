@@ -608,9 +608,7 @@ def test_bounds_hold_for_all_narrower_networks_at_once(trained, narrowed, digits
         with torch.no_grad():
             margins = classification_margins(net(digits.train_images), digits.train_labels)
         data = measure_data(net, digits.train_images)
-        united, single = (
-            evaluate_bounds(net, data, margins, settings.delta / choices, settings.gamma) for choices in (256, 1)
-        )
+        united, single = (evaluate_bounds(net, data, margins, settings.delta / choices, settings.gamma) for choices in (256, 1))
         for column in ('our_bound', 'corrected_bound', 'path_bound', 'sedghi_bound'):
             assert float(row[column]) == pytest.approx(united[column], rel=1e-6)
             assert float(row[column]) > single[column] * (1 + 1e-5)

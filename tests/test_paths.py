@@ -117,9 +117,7 @@ def unrolled(module, units):
             + module.dilation[i] * (module.kernel_size[i] - 1) + module.output_padding[i] + 1 for i in (0, 1)
         ]  # fmt: skip
         edges = {at: [] for at in itertools.product(range(module.out_channels), *map(range, size))}
-        for (c, *at), o, tap in itertools.product(
-            indices, range(per_out), itertools.product(*map(range, module.kernel_size))
-        ):
+        for (c, *at), o, tap in itertools.product(indices, range(per_out), itertools.product(*map(range, module.kernel_size))):
             out = (at[i] * module.stride[i] - module.padding[i] + tap[i] * module.dilation[i] for i in (0, 1))
             out = (c // per_in * per_out + o, *out)
             if out in edges:
