@@ -309,6 +309,8 @@ def load_dataset(name, data_dir, normalize=False, device='cpu', train_samples=0,
         _demand(len(images) > 0, f'{path}: holds no {part} images')
         found = tuple(images.shape[1:])
         _demand(found == shape, f'{path}: {part} images of shape {found}; DATASETS declares {shape} for {name}')
+        top = images.max()  # nan where one is
+        _demand(top <= largest, f'{path}: a pixel of {top} in a {part} image; DATASETS declares {largest} as the largest')
         whole = labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer)
         _demand(whole, f'{path}: {part} labels of {labels.dtype} and shape {labels.shape}; they must be integers, one an image')
         for label in (labels.min(), labels.max()):

@@ -254,6 +254,8 @@ WRONG_READERS = {
     'no channels': (lambda parts: [(images[:, 0], labels) for images, labels in parts], r'\(2, 2\); DATASETS declares \(1'),
     'negative labels': (lambda parts: [(images, labels - 1) for images, labels in parts], 'label -1 is out of range'),
     'labels too large': (lambda parts: [(images, labels + 1) for images, labels in parts], 'label 4 is out of range'),
+    'pixels too large': (lambda parts: [(images + 240.5, labels) for images, labels in parts], 'pixel of 255.5 in a train'),
+    'pixels of nan': (lambda parts: [(images * np.nan, labels) for images, labels in parts], 'pixel of nan in a train'),
     'labels of floats': (lambda parts: [(images, labels / 2) for images, labels in parts], 'must be integers'),
     'labels of a column': (lambda parts: [(images, labels[:, None]) for images, labels in parts], 'must be integers'),
     'floats to normalize': (lambda parts: [(images / 255, labels) for images, labels in parts], 'normalize = True'),
