@@ -2,7 +2,8 @@
 
     python tests/released_code.py results/mnist-width/CONV-3-8
 
-reads the settings and the weights of that run and prints, line by line, the factors of docs/released_code.md.
+reads the settings and the weights of that run and prints, line by line, the factors of docs/released_code.md, and the levels
+that the released code would plot for this network. It evaluates the bounds as if there were no biases; so does this script.
 """
 
 import copy
@@ -14,7 +15,7 @@ import torch
 
 from harness.launch import get_dataset
 from harness.records import load_network
-from measures.geometry import trace_layers
+from measures.geometry import trace_layers, weight_layers
 from measures.norms import measure_data, measure_network
 from utils import golowich_bound, graf_bound, our_bound, sedghi_bound
 
@@ -28,8 +29,11 @@ def changed(table, **values):
 def main(path):
     net, settings = load_network(path)
     raw, standardized = (get_dataset(settings.dataset_name, settings.data_dir, normalize) for normalize in (False, True))
+    for layer in weight_layers(net).values():
+        layer.bias = None
     network = measure_network(net, raw.input_shape)
-    data, standardized_data = measure_data(net, raw.train_images), measure_data(net, standardized.train_images)
+    raw_data, standardized_data = measure_data(net, raw.train_images), measure_data(net, standardized.train_images)
+    data = standardized_data if settings.normalize else raw_data
 
     def value(bound, network, data):
         return bound(network, data, settings.delta, settings.gamma)
@@ -41,13 +45,17 @@ def main(path):
         show(what, value(bound, network_there, data_there) / value(bound, network, data), bound.__name__)
 
     print(path)
-    compare('inputs: standardized', our_bound, network, standardized_data)
-    compare('inputs: standardized', golowich_bound, network, standardized_data)
+    show(
+        'inputs: standardized', value(our_bound, network, standardized_data) / value(our_bound, network, raw_data), 'our_bound'
+    )
+    golowich = [value(golowich_bound, network, inputs) for inputs in (standardized_data, raw_data)]
+    show('inputs: standardized', golowich[0] / golowich[1], 'golowich_bound')
     for bound in (our_bound, golowich_bound, sedghi_bound):
         compare('m: 50,000', bound, network, changed(data, m=50000))
     log_here = network.D * np.log(2) + np.log(network.deg[:-1]).sum() + np.log(network.c[-1])
     log_there = network.D * np.log(2 * network.deg[:-1].max()) + np.log(network.c[-1])
-    show('log factor: D log(2 max deg)', (1 + (2 * log_there) ** 0.5) / (1 + (2 * log_here) ** 0.5), 'our_bound')
+    log_factor = (1 + (2 * log_there) ** 0.5) / (1 + (2 * log_here) ** 0.5)
+    show('log factor: D log(2 max deg)', log_factor, 'our_bound')
 
     weights = [layer.module.weight.detach().double().flatten(1) for layer in trace_layers(net, raw.input_shape)]
     reshaped = np.array([torch.linalg.matrix_norm(weight, 2).item() for weight in weights])
@@ -67,6 +75,12 @@ def main(path):
         show(f'Graf: {what}', there * log_2W / value(graf_bound, network, data), 'graf_bound, nearly')
     level = np.log2(value(graf_bound, network, data))
     print(f'graf_bound: 2^{level:.2f}, with the classifier cut 2^{np.log2(value(graf_bound, cut, data)):.2f}')
+    ours = value(our_bound, network, changed(raw_data, m=m)) * log_factor
+    golowich, sedghi = (
+        value(bound, table, changed(standardized_data, m=m))
+        for bound, table in ((golowich_bound, network), (sedghi_bound, four))
+    )
+    print(f'as released: ours 2^{np.log2(ours):.1f}, Golowich et al. 2^{np.log2(golowich):.1f}, Sedghi 2^{np.log2(sedghi):.1f}')
 
 
 if __name__ == '__main__':
