@@ -1,0 +1,108 @@
+"""Sparse networks at equal fit: their gaps, and which bounds and measures see them (docs/ranking.md).
+
+    python train.py --settings conf/equal_fit.py --results-path results/7
+    python train.py --settings conf/equal_fit.py --initial-mask none --density 1 --prune-rounds 3 --prune-fraction 0.5 \
+        --results-path results/8
+    python docs/equal_fit.py results/7 results/8   prints two tables and draws docs/equal_fit.png, in seconds
+"""
+
+import csv
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from harness.ranking import CONTROLS, gap, measures_of, pair_weights, reached, sign_errors
+from harness.records import folder_settings
+
+DENSITIES = 1.0, 0.5, 0.25, 0.125
+COLORS = {'random': '#0072B2', 'erk': '#E69F00', 'tickets': '#009E73'}
+SAME = 'depth', 'train_samples', 'seed'
+
+
+def read(folders):
+    """[(way, density, the knobs in SAME, gap)] and {measure: values} of the networks in summary.csv, those of all rounds.
+
+    A ticket's first round is the dense network, of which masks at random are compared with each density too.
+    """
+    networks, about = [], []
+    for folder in folders:
+        of = {settings.name: settings for settings in folder_settings(folder)[1]}
+        with open(Path(folder, 'summary.csv'), newline='') as file:
+            for cells in csv.DictReader(file):
+                settings = of[cells['name']]
+                row = {column: float(cell or 'nan') for column, cell in cells.items() if column not in ('name', 'initial_mask')}
+                assert reached(settings, row), f'{settings.name} did not reach target_loss'
+                density = min(DENSITIES, key=lambda value: abs(value - row['density']))
+                ways = [settings.initial_mask] if settings.initial_mask != 'none' else ['tickets']
+                for way in ways if density < 1 else COLORS:
+                    networks.append((settings, row))
+                    about.append((way, density, tuple(getattr(settings, knob) for knob in SAME), gap(settings, row)))
+    return about, measures_of(networks)
+
+
+def pairs(about, way):
+    """(i, j) of the networks that differ in their density alone: of one way to a mask, one seed, one training set."""
+    mine = [place for place, (of, *_) in enumerate(about) if of == way]
+    both = [(i, j) for i in mine for j in mine if about[i][2] == about[j][2] and about[i][1] < about[j][1]]
+    return np.array(both).T
+
+
+def main(folders):
+    import matplotlib.figure
+
+    about, measures = read(folders)
+    gaps, excess, errors = np.array([entry[3] for entry in about]), {}, {}
+    dense = {(way, same): value for way, density, same, value in about if density == 1}
+    for way, density, same, value in about:
+        excess.setdefault((way, density), []).append(value - dense[way, same])
+    print('| mask | density | gap, less that of the dense network: median (range) | larger |\n| --- | --- | --- | --- |')
+    for (way, density), values in sorted(excess.items(), key=lambda entry: (list(COLORS).index(entry[0][0]), -entry[0][1])):
+        if density < 1:
+            cell = f'{np.median(values):+.4f} ({min(values):+.4f} to {max(values):+.4f})'
+            print(f'| {way} | {density:g} | {cell} | {sum(value > 0 for value in values)} of {len(values)} |')
+    for way in COLORS:
+        i, j = pairs(about, way)
+        weights = pair_weights(gaps[i] - gaps[j], 10000)
+        print(f'{way}: {len(i)} pairs, {(weights > 0).sum()} with weight')
+        for name, values in measures.items():
+            wrong = sign_errors(values, gaps, i, j)
+            known = ~np.isnan(wrong)
+            total = weights[known].sum()
+            errors[name, way] = (weights[known] * wrong[known]).sum() / total if total else math.nan
+    names = sorted(measures, key=lambda name: np.nanmean([errors[name, way] for way in COLORS]))
+    print(f'| sign error along density | {" | ".join(COLORS)} |\n| --- |{" --- |" * len(COLORS)}')
+    for name in names:
+        print(f'| {name} | {" | ".join(f"{errors[name, way]:.2f}" for way in COLORS)} |')
+
+    figure = matplotlib.figure.Figure(figsize=(9.5, 0.2 * len(names) + 1.2), layout='constrained')
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1.3))
+    for way, color in COLORS.items():
+        values = [excess[way, density] for density in DENSITIES]
+        left.plot(DENSITIES, [np.median(group) for group in values], marker='o', color=color, label=way)
+        left.fill_between(DENSITIES, *([f(group) for group in values] for f in (min, max)), color=color, alpha=0.15)
+    left.axhline(0, color='0.6', linewidth=0.8)
+    left.set_xscale('log', base=2)
+    left.set_xticks(DENSITIES, labels=[f'{density:g}' for density in DENSITIES])
+    left.set(xlabel='density', ylabel="generalization gap, less the dense network's")
+    left.legend(frameon=False)
+    table = np.array([[errors[name, way] for way in COLORS] for name in names])
+    right.imshow(table, cmap='RdBu_r', vmin=0, vmax=1, aspect='auto')
+    for (place, column), error in np.ndenumerate(table):
+        color = 'white' if abs(error - 0.5) > 0.35 else 'black'
+        right.text(column, place, f'{error:.2f}', ha='center', va='center', fontsize='x-small', color=color)
+    right.set_xticks(range(len(COLORS)), labels=COLORS)
+    right.set_yticks(range(len(names)), labels=names, fontsize='small')
+    for tick, name in zip(right.get_yticklabels(), names):
+        tick.set(color='0.5' if name in CONTROLS else 'black', weight='bold' if name.endswith('_bound') else 'normal')
+    right.xaxis.tick_top()
+    right.tick_params(left=False, top=False)
+    right.set_title('weighted sign error', fontsize='medium')
+    figure.savefig(Path(__file__).with_suffix('.png'), dpi=130)
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])
