@@ -7,6 +7,7 @@
 """
 
 import csv
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from harness.records import folder_settings
 DENSITIES = 1.0, 0.5, 0.25, 0.125
 COLORS = {'random': '#0072B2', 'erk': '#E69F00', 'tickets': '#009E73'}
 SAME = 'depth', 'train_samples', 'seed'
+PICTURE = Path(__file__).with_suffix('.png')
 
 
 def read(folders):
@@ -44,11 +46,19 @@ def read(folders):
     return about, measures_of(networks)
 
 
-def pairs(about, way):
-    """(i, j) of the networks that differ in their density alone: of one way to a mask, one seed, one training set."""
-    mine = [place for place, (of, *_) in enumerate(about) if of == way]
-    both = [(i, j) for i in mine for j in mine if about[i][2] == about[j][2] and about[i][1] < about[j][1]]
-    return np.array(both).T
+def pairs(about, kind):
+    """(i, j) of networks of one depth, training set and seed that differ in one thing alone.
+
+    That is their density, where `kind` is a way to a mask; or, for 'mask', the way to a mask of the same density.
+    """
+
+    def differ(one, other):
+        if kind == 'mask':
+            return one[0] < other[0] and one[1] == other[1] < 1
+        return one[0] == other[0] == kind and one[1] < other[1]
+
+    every = itertools.product(range(len(about)), repeat=2)
+    return np.array([(i, j) for i, j in every if about[i][2] == about[j][2] and differ(about[i], about[j])]).T
 
 
 def main(folders):
@@ -64,19 +74,20 @@ def main(folders):
         if density < 1:
             cell = f'{np.median(values):+.4f} ({min(values):+.4f} to {max(values):+.4f})'
             print(f'| {way} | {density:g} | {cell} | {sum(value > 0 for value in values)} of {len(values)} |')
-    for way in COLORS:
-        i, j = pairs(about, way)
+    kinds = []
+    for kind in (*COLORS, 'mask'):
+        i, j = pairs(about, kind)
         weights = pair_weights(gaps[i] - gaps[j], 10000)
-        print(f'{way}: {len(i)} pairs, {(weights > 0).sum()} with weight')
+        print(f'{kind}: {len(i)} pairs, {(weights > 0).sum()} with weight')
+        kinds += [kind] * bool(weights.any())
         for name, values in measures.items():
             wrong = sign_errors(values, gaps, i, j)
-            known = ~np.isnan(wrong)
-            total = weights[known].sum()
-            errors[name, way] = (weights[known] * wrong[known]).sum() / total if total else math.nan
-    names = sorted(measures, key=lambda name: np.nanmean([errors[name, way] for way in COLORS]))
-    print(f'| sign error along density | {" | ".join(COLORS)} |\n| --- |{" --- |" * len(COLORS)}')
+            w = np.where(np.isnan(wrong), 0, weights)
+            errors[name, kind] = w @ np.nan_to_num(wrong) / w.sum() if w.any() else math.nan
+    names = sorted(measures, key=lambda name: np.mean([errors[name, kind] for kind in kinds]))
+    print(f'| sign error along | {" | ".join(kinds)} |\n| --- |{" --- |" * len(kinds)}')
     for name in names:
-        print(f'| {name} | {" | ".join(f"{errors[name, way]:.2f}" for way in COLORS)} |')
+        print(f'| {name} | {" | ".join(f"{errors[name, kind]:.2f}" for kind in kinds)} |')
 
     figure = matplotlib.figure.Figure(figsize=(9.5, 0.2 * len(names) + 1.2), layout='constrained')
     left, right = figure.subplots(1, 2, width_ratios=(3, 1.3))
@@ -89,19 +100,21 @@ def main(folders):
     left.set_xticks(DENSITIES, labels=[f'{density:g}' for density in DENSITIES])
     left.set(xlabel='density', ylabel="generalization gap, less the dense network's")
     left.legend(frameon=False)
-    table = np.array([[errors[name, way] for way in COLORS] for name in names])
+    table = np.array([[errors[name, kind] for kind in kinds] for name in names])
     right.imshow(table, cmap='RdBu_r', vmin=0, vmax=1, aspect='auto')
     for (place, column), error in np.ndenumerate(table):
         color = 'white' if abs(error - 0.5) > 0.35 else 'black'
         right.text(column, place, f'{error:.2f}', ha='center', va='center', fontsize='x-small', color=color)
-    right.set_xticks(range(len(COLORS)), labels=COLORS)
+    right.set_xticks(
+        range(len(kinds)), labels=[f'density,\n{kind}' if kind in COLORS else 'way to\nthe mask' for kind in kinds]
+    )
     right.set_yticks(range(len(names)), labels=names, fontsize='small')
     for tick, name in zip(right.get_yticklabels(), names):
         tick.set(color='0.5' if name in CONTROLS else 'black', weight='bold' if name.endswith('_bound') else 'normal')
     right.xaxis.tick_top()
     right.tick_params(left=False, top=False)
     right.set_title('weighted sign error', fontsize='medium')
-    figure.savefig(Path(__file__).with_suffix('.png'), dpi=130)
+    figure.savefig(PICTURE, dpi=130)
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ from conftest import ROOT, settings_of, train_small
 from torch import nn
 
 from conf import BadInput, load_settings, settings_text
+from docs import equal_fit
 from evaluation import COLUMNS, initial_network
 from harness import ranking, read_metrics
 from harness.records import load_weights
@@ -215,6 +216,30 @@ def test_the_shipped_ranking_is_redrawn_and_the_page_quotes_it(tmp_path):
         ('epochs', 'mean', 'the number of epochs to the target, a control, {}'),
     ):
         assert words.format(f'{float(shipped[name][column]):.2f}') in page, words
+
+
+def test_the_page_quotes_the_sparse_networks_at_equal_fit(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(equal_fit, 'PICTURE', tmp_path / 'equal_fit.png')
+    equal_fit.main([ROOT / 'results' / 'equal-fit' / name for name in ('masks', 'tickets')])
+    printed = capsys.readouterr().out
+    page = ' '.join((ROOT / 'docs' / 'ranking.md').read_text().split())
+    cells = [[cell.strip() for cell in line.split('|')[1:-1]] for line in printed.splitlines() if line.startswith('|')]
+    gaps = {}
+    for row in cells[2:11]:
+        gaps.setdefault(row[0], []).append(row[2].split()[0])
+        assert row[0] == 'tickets' or row[3] == '12 of 12'  # "in all 72 comparisons"
+    assert list(gaps) == ['random', 'erk', 'tickets']
+    for mask, row in gaps.items():
+        assert f'| {mask} | {" | ".join(row)} |' in page
+    errors = {row[0]: row[1:] for row in cells[13:]}
+    for words, bound in (
+        ('is {} along the density of random masks, {} of ERK masks, and {} where', 'our_bound'),
+        ('`corrected_bound` has {}, {} and {}.', 'corrected_bound'),
+        ('wrong almost everywhere ({}, {} and {})', 'path_bound'),
+    ):
+        assert words.format(*errors[bound]) in page
+    assert errors['epochs'] == ['0.00'] * 3 and 'tickets: 72 pairs, 0 with weight' in printed
+    assert (tmp_path / 'equal_fit.png').stat().st_size > 10000
 
 
 def test_networks_above_the_target_are_left_out_and_named(tmp_path, capsys):
