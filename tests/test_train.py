@@ -203,7 +203,6 @@ def test_a_training_ends_at_its_target_loss(tmp_path):
     assert 'finished already' in resume(tmp_path / 'run', '--epochs', '20')
     assert (tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv').read_bytes() == before
     assert 'training loss at most' in succeeds('--results-path', tmp_path / 'run', '--status')
-    refused(*SMALL, '--target-loss', '0.01', '--prune-rounds', '1', '--results-path', tmp_path / 'rounds')
 
 
 @pytest.mark.parametrize('flags', [('--loss', 'CE'), ('--loss', 'L1'), ('--normalize', 'True'), ('--precision', 'bf16')])
