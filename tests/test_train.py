@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, main, numbers, refused, resume, rows, run, same, settings_of, succeeds, train_small
+from conftest import ROOT, SMALL, main, numbers, resume, rows, run, same, settings_of, succeeds, train_small
 from torch import nn
 
 import evaluation
