@@ -1,5 +1,5 @@
-"""The paper's smallest width on a CPU: CONV-3-200 on MNIST in bfloat16, about three hours of two cores (docs/figure1.md)."""
+"""The paper's smallest width on a CPU: CONV-3-200 on MNIST in bfloat16, an hour of one core (docs/figure1.md)."""
 
-epochs = 20
+epochs = 4
 precision = 'bf16'
 eval_every = 4

@@ -22,7 +22,8 @@ from measures.paths import path_norm
 from measures.representations import effective_depth
 
 RESULTS = ROOT / 'results'
-FOLDERS = ['digits', 'mnist-width', 'mnist-depth', 'depth', 'certificate', 'sparse-certificate', 'tickets-digits', 'tickets']
+FOLDERS = ['digits', 'mnist-200', 'mnist-width', 'mnist-depth', 'released', 'depth', 'certificate', 'sparse-certificate']
+FOLDERS += ['tickets-digits', 'tickets']
 COLUMN_OF = {
     'Ledent et al. 2021': 'ledent_bound',
     'Graf et al. 2022': 'graf_bound',
@@ -65,14 +66,17 @@ def test_figure_is_redrawn_from_the_shipped_files(tmp_path, name):
 
 @pytest.mark.parametrize('name', ['mnist-width', 'mnist-depth'])
 def test_the_page_of_figure_1_quotes_the_shipped_levels(name):
-    """Each table of levels has a row per curve and a column per network of the sweep."""
-    networks = [settings.name for settings in folder_settings(RESULTS / name)[1]]
+    """Each table of levels has a row per curve and a column per network of the sweep; that by width has two more."""
+    networks = {settings.name: (name, settings.name) for settings in folder_settings(RESULTS / name)[1]}
+    if name == 'mnist-width':
+        networks |= {'CONV-3-200': ('mnist-200', 'CONV-3-200')}
+        networks |= {'CONV-3-32, released recipe': ('released', 'CONV-3-32')}
     (table,) = (table for table in tables('figure1.md', 'curve') if all(network in table[0] for network in networks))
     assert {row['curve'] for row in table} == set(COLUMN_OF)
     for row in table:
-        for network in networks:
-            value = metrics(name, network)[COLUMN_OF[row['curve']]][-1]
-            assert row[network] == f'2^{math.log2(abs(value)):.1f}', (network, row['curve'])
+        for column, network in networks.items():
+            value = metrics(*network)[COLUMN_OF[row['curve']]][-1]
+            assert row[column] == f'2^{math.log2(abs(value)):.1f}', (column, row['curve'])
 
 
 def test_the_page_of_figure_1_quotes_the_shipped_certificates():
@@ -232,9 +236,38 @@ def test_the_words_of_figure_1_are_those_of_the_files():
     shares = [f'{100 * share:.0f}' for share in last('mnist-depth', 'train_margin_error')]
     assert f'a margin error of {shares[0]} % (column `train_margin_error`; {shares[1]}, {shares[2]} and {shares[3]} %' in text
     assert 'The gaps are {:+.4f}, {:+.4f}, {:+.4f} and {:+.4f}'.format(*last('mnist-depth', 'generalization_gap')) in text
-    for folder in ('mnist-width', 'mnist-depth'):
+    for folder in ('mnist-width', 'mnist-depth', 'mnist-200'):
         for settings in folder_settings(RESULTS / folder)[1]:
             assert (metrics(folder, settings.name)['certified_error'] == 1).all()
+
+
+def power(value):
+    return f'2^{math.log2(value):.1f}'
+
+
+def test_the_words_of_the_released_recipe_are_those_of_the_files():
+    text, (without, table) = words('docs/figure1.md'), (metrics(name, 'CONV-3-32') for name in ('released', 'mnist-width'))
+    errors = [log[column][-1] for log in (without, table) for column in ('test_error', 'train_error')]
+    assert '{:.4f} (test) and {:.4f} (training), {} and {}.'.format(*errors[:2], *map(power, errors[:2])) in text
+    assert "The table's recipe leaves {:.4f} and {:.4f}.".format(*errors[2:]) in text
+    assert f'`rho` is {without["rho"][-1]:.2f} against {table["rho"][-1]:.2f}' in text
+    golowich = [power(log['golowich_bound'][-1]) for log in (without, table)]
+    assert "Golowich et al.'s ({} against {})".format(*golowich) in text
+    ours = without['our_bound'][[-3, -1]]
+    assert 0 < math.log2(ours[0] / ours[1]) < 0.1 and f'leaves ours at {power(ours[1])}' in text
+    wide = metrics('mnist-200', 'CONV-3-200')
+    assert f'ours is {power(wide["our_bound"][-1])} for CONV-3-200' in text
+    assert f'trained for {wide["epoch"][-1]:.0f} of' in text and f'seed 0, {wide["epoch"][-1]:.0f} epochs in bfloat16' in text
+
+
+def test_the_levels_as_the_released_code_plots_them(mnist):
+    pages = words('docs/figure1.md') + words('docs/released_code.md')
+    for network, sentences in (
+        ('mnist-width/CONV-3-32', ('that is {} for ours and {} for Golowich',)),
+        ('released/CONV-3-32', ('gives {} and {} instead', "ours is {} and Golowich et al.'s {}, where the paper")),
+    ):
+        levels = released_code(network)[-1].replace(',', '').split()
+        assert all(sentence.format(levels[3], levels[7]) in pages for sentence in sentences), levels
 
 
 def test_the_words_of_the_bounds_are_those_of_the_files():
@@ -271,10 +304,14 @@ def test_the_examples_of_the_pages_print_what_they_say(capsys):
     assert printed == pytest.approx({column: last[column] for column in printed}, rel=1e-6)
 
 
+def released_code(network):
+    """The lines of tests/released_code.py."""
+    script = [sys.executable, ROOT / 'tests' / 'released_code.py', RESULTS / network]
+    return subprocess.run(script, capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines()
+
+
 def test_the_page_of_the_released_code_quotes_its_factors(mnist):
-    script = [sys.executable, ROOT / 'tests' / 'released_code.py', RESULTS / 'mnist-width' / 'CONV-3-8']
-    lines = subprocess.run(script, capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines()
-    factors = [float(line[60:].split()[0]) for line in lines if ' times ' in line]
+    factors = [float(line[60:].split()[0]) for line in released_code('mnist-width/CONV-3-8') if ' times ' in line]
     page = words('docs/released_code.md')
     quoted = ['2.75', '2.99', '1.20', '1.20', '1.10', '1.06', '0.60', '0.205', '1.82', '3.39', '6.83', '1.36', '6.87']
     for factor, number in zip(factors, quoted, strict=True):
