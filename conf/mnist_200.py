@@ -1,5 +1,5 @@
 """The paper's smallest width on a CPU: CONV-3-200 on MNIST in bfloat16, an hour of one core (docs/figure1.md)."""
 
-epochs = 4
+epochs = 8
 precision = 'bf16'
 eval_every = 4

@@ -257,6 +257,7 @@ def test_the_words_of_the_released_recipe_are_those_of_the_files():
     assert 0 < math.log2(ours[0] / ours[1]) < 0.1 and f'leaves ours at {power(ours[1])}' in text
     wide = metrics('mnist-200', 'CONV-3-200')
     assert f'ours is {power(wide["our_bound"][-1])} for CONV-3-200' in text
+    assert f'{power(wide["our_bound"][-1])} for CONV-3-200, and' in words('README.md')
     assert f'trained for {wide["epoch"][-1]:.0f} of' in text and f'seed 0, {wide["epoch"][-1]:.0f} epochs in bfloat16' in text
 
 
