@@ -70,7 +70,7 @@ def test_the_page_of_figure_1_quotes_the_shipped_levels(name):
     networks = {settings.name: (name, settings.name) for settings in folder_settings(RESULTS / name)[1]}
     if name == 'mnist-width':
         networks |= {'CONV-3-200': ('mnist-200', 'CONV-3-200')}
-        networks |= {'CONV-3-32, released recipe': ('released', 'CONV-3-32')}
+        networks |= {'CONV-3-32, released recipe': ('released', 'CONV-3-32-biasFalse')}
     (table,) = (table for table in tables('figure1.md', 'curve') if all(network in table[0] for network in networks))
     assert {row['curve'] for row in table} == set(COLUMN_OF)
     for row in table:
@@ -246,10 +246,12 @@ def power(value):
 
 
 def test_the_words_of_the_released_recipe_are_those_of_the_files():
-    text, (without, table) = words('docs/figure1.md'), (metrics(name, 'CONV-3-32') for name in ('released', 'mnist-width'))
-    errors = [log[column][-1] for log in (without, table) for column in ('test_error', 'train_error')]
-    assert '{:.4f} (test) and {:.4f} (training), {} and {}.'.format(*errors[:2], *map(power, errors[:2])) in text
-    assert "The table's recipe leaves {:.4f} and {:.4f}.".format(*errors[2:]) in text
+    text, (without, biases) = words('docs/figure1.md'), (metrics('released', f'CONV-3-32-bias{bias}') for bias in (False, True))
+    table = metrics('mnist-width', 'CONV-3-32')
+    errors = [log[column][-1] for log in (without, biases, table) for column in ('test_error', 'train_error')]
+    assert '{:.4f} (test) and {:.4f} (training), {} and {};'.format(*errors[:2], *map(power, errors[:2])) in text
+    assert 'with biases, as released, {:.4f} and {:.4f}.'.format(*errors[2:4]) in text
+    assert "The table's recipe leaves {:.4f} and {:.4f}.".format(*errors[4:]) in text
     assert f'`rho` is {without["rho"][-1]:.2f} against {table["rho"][-1]:.2f}' in text
     golowich = [power(log['golowich_bound'][-1]) for log in (without, table)]
     assert "Golowich et al.'s ({} against {})".format(*golowich) in text
@@ -265,7 +267,8 @@ def test_the_levels_as_the_released_code_plots_them(mnist):
     pages = words('docs/figure1.md') + words('docs/released_code.md')
     for network, sentences in (
         ('mnist-width/CONV-3-32', ('that is {} for ours and {} for Golowich',)),
-        ('released/CONV-3-32', ('gives {} and {} instead', "ours is {} and Golowich et al.'s {}, where the paper")),
+        ('released/CONV-3-32-biasFalse', ('gives {} and {} instead', "ours is {} and Golowich et al.'s {}, where the paper")),
+        ('released/CONV-3-32-biasTrue', ("ours is {} and Golowich et al.'s {} with the biases left out",)),
     ):
         levels = released_code(network)[-1].replace(',', '').split()
         assert all(sentence.format(levels[3], levels[7]) in pages for sentence in sentences), levels
@@ -369,8 +372,8 @@ WEIGHTS = sorted(path.parent.relative_to(RESULTS) for path in RESULTS.glob('*/*/
 def test_shipped_weights_are_those_of_the_last_row(path):
     net, settings = load_network(RESULTS / path)
     last = ends_of_rounds(*path.parts)[-1]
-    table = measure_network(net, DATASETS[settings.dataset_name][1])
-    assert table.rho == pytest.approx(last['rho'], rel=1e-6)
+    if not settings.bias:
+        assert measure_network(net, DATASETS[settings.dataset_name][1]).rho == pytest.approx(last['rho'], rel=1e-6)
     assert path_norm(net, DATASETS[settings.dataset_name][1]) == pytest.approx(last['path_norm'], rel=1e-6)
 
 

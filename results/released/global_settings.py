@@ -3,6 +3,7 @@
 # versions: Python 3.11.7, torch 2.13.0+cpu
 # device: cpu, 1 threads
 # commit: d18de912479606cee42c46206b5e587c9a76f046
+# bounds that do not cover CONV stay empty: Sequential: 0 (ParametrizedConv2d) has a bias; the theorems are about bias-free networks
 
 dataset_name = 'MNIST'  # MNIST, FashionMNIST, SVHN, CIFAR10, CIFAR100 or digits
 data_dir = 'data'  # where the dataset is looked for and downloaded to; the environment variable DATA_DIR wins
@@ -18,7 +19,7 @@ kernel_size = 2  # of every convolution of CONV
 stride = 1  # of every convolution of CONV
 padding = 0  # of every convolution of CONV
 normalization = 'weight'  # of every layer but the classifier: weight, batch or none; CONVBN and CONVRES want batch
-bias = False  # True: a bias in every layer; the bounds that do not cover biases then stay empty
+bias = [False, True]  # True: a bias in every layer; the bounds that do not cover biases then stay empty
 loss = 'MSE'  # MSE or L1 (means over samples and one-hot outputs) or CE
 epochs = 100  # passes over the training set
 batch_size = 32  # the last, smaller batch of an epoch is used too
