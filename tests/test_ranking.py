@@ -203,17 +203,23 @@ def test_the_shipped_ranking_is_redrawn_and_the_page_quotes_it(tmp_path):
         assert now == pytest.approx(before, nan_ok=True)
     page = ' '.join((ROOT / 'docs' / 'ranking.md').read_text().split())
     for name, column, words in (
-        ('our_bound', 'error_train_samples', '{} for `our_bound` and `path_bound`'),
-        ('path_bound', 'error_train_samples', '{} for `our_bound` and `path_bound`'),
-        ('corrected_bound', 'error_train_samples', '{} for `corrected_bound`'),
+        ('graf_params_bound', 'mean', '{} for `graf_params_bound`, the best'),
+        ('our_bound', 'mean', '{} for `our_bound`, '),
+        ('corrected_bound', 'mean', '{} for `corrected_bound` and'),
+        ('path_bound', 'mean', '{} for `path_bound`; random'),
+        ('our_bound', 'error_train_samples', 'weighted sign error is {} for `our_bound`'),
+        ('path_bound', 'error_train_samples', '{} for `path_bound`, '),
+        ('corrected_bound', 'error_train_samples', '{} for `corrected_bound`, '),
         ('bartlett_bound', 'error_train_samples', '{} for `bartlett_bound`'),
         ('ledent_bound', 'error_train_samples', '{} for `ledent_bound`'),
-        ('graf_params_bound', 'error_train_samples', '{} for `graf_params_bound`'),
-        ('sedghi_bound', 'error_train_samples', '{} for `sedghi_bound`'),
-        ('distance / √m', 'mean', '`distance / √m` has a mean over knobs of {}'),
+        ('graf_params_bound', 'error_train_samples', '({} for `graf_params_bound`'),
+        ('sedghi_bound', 'error_train_samples', '{} for `sedghi_bound`)'),
+        ('path_bound', 'error_density', '(errors of {} and'),
+        ('our_bound', 'error_density', '`our_bound` has {}, the l2'),
+        ('input_gradient', 'mean', '`input_gradient` has a mean over knobs of {}'),
         ('distance / (sharpness √m)', 'mean', '`distance / (sharpness √m)` of {}'),
-        ('our_bound', 'mean', '`our_bound` and `golowich_bound`, have {}'),
-        ('epochs', 'mean', 'the number of epochs to the target, a control, {}'),
+        ('distance / √m', 'mean', '`distance / √m` of {}'),
+        ('epochs', 'mean', 'to the target, a control, has {}'),
     ):
         assert words.format(f'{float(shipped[name][column]):.2f}') in page, words
 

@@ -1,36 +1,37 @@
 # The settings of this launch; python train.py --settings with this file repeats it.
-# date: 2026-11-21T14:54:58+00:00
+# date: 2026-11-21T19:52:17+00:00
 # versions: Python 3.11.7, torch 2.13.0+cpu
 # device: cpu, 1 threads
-# commit: unknown
+# commit: a33f2f49c1003c4f2be4fbda31d283da70d686ed
 
 dataset_name = 'MNIST'  # MNIST, FashionMNIST, SVHN, CIFAR10, CIFAR100 or digits
 data_dir = 'data'  # where the dataset is looked for and downloaded to; the environment variable DATA_DIR wins
 normalize = False  # False: pixels in [0, 1]; True: standardized with the training set's mean and std per channel
-train_samples = [250, 1000]  # train on the first so many of a permutation that data_seed draws; 0: on all, in the file's order
-label_noise = [0.0, 0.2]  # share of the training labels made wrong, each by another class
+train_samples = [200, 800]  # train on the first so many of a permutation that data_seed draws; 0: on all, in the file's order
+label_noise = [0.0, 0.1]  # share of the training labels made wrong, each by another class
 clean_samples = 0  # so many first training samples keep their labels; label_noise is then a share of the others
 data_seed = 0  # of the choice of training samples and of the wrong labels
+augment = 'none'  # crop: images that are trained on are shifted by up to 4 pixels and mirrored, by chance
 network = 'CONV'  # CONV (the paper's CONV-L-H), MLP, CONVBN or CONVRES: an entry of models/__init__.py
-depth = 1  # L, the number of hidden convolutions
-width = [16, 64]  # H, the channels of each of them
+depth = [1, 2, 3]  # L, the number of hidden convolutions
+width = [24, 64]  # H, the channels of each of them
 kernel_size = 3  # of every convolution of CONV
 stride = 2  # of every convolution of CONV
 padding = 1  # of every convolution of CONV
 normalization = 'none'  # of every layer but the classifier: weight, batch or none; CONVBN and CONVRES want batch
 bias = False  # True: a bias in every layer; the bounds that do not cover biases then stay empty
 loss = 'CE'  # MSE or L1 (means over samples and one-hot outputs) or CE
-epochs = 400  # passes over the training set
-batch_size = 16  # the last, smaller batch of an epoch is used too
+epochs = 300  # passes over the training set
+batch_size = [16, 128]  # the last, smaller batch of an epoch is used too
 lr = 0.05  # learning rate of the first epochs
 milestones = []  # epochs after which the learning rate is multiplied by lr_decay
 lr_decay = 0.1  # factor of each learning-rate decay
 momentum = 0.9  # of SGD
 weight_decay = 0.0  # on every parameter, the scalars of weight normalization too
-target_loss = 0.01  # stop at this training loss, as evaluated over the whole training set; 0: never
+target_loss = 0.01  # end a training, or each round, at this training loss, as evaluated over the whole training set; 0: never
 early_stop_epoch = 0  # from this epoch on, stop a run that does not learn; 0: never
 early_stop_accuracy = 0.5  # ... when the training accuracy was below this at the last three evaluations
-seed = [0, 1]  # of the initialization and of the shuffles
+seed = [0, 1, 2]  # of the initialization and of the shuffles
 density = [0.3, 1.0]  # share of the weights that live from the start; below 1 wants an initial_mask
 initial_mask = 'erk'  # how they are chosen: none, random, erk, snip or synflow
 prune_rounds = 0  # so many times after a training: prune, rewind what is left, and train again
@@ -44,6 +45,7 @@ regrow = 'none'  # dynamic sparsity: random (SET) or gradient (RigL) regrowth of
 regrow_every = 100  # steps between updates of the masks
 regrow_fraction = 0.3  # share of a layer's living weights that the first update drops; it falls as a cosine
 regrow_until = 0.75  # share of the training's steps after which the masks stay
+channel_sparsity = 0.0  # with regrow: share of the hidden channels that die by regrow_until (Chase)
 device = 'auto'  # auto (CUDA, then CPU), cpu, cuda or cuda:1
 precision = 'auto'  # of training: float32, tf32 or bf16; auto is tf32 on CUDA and float32 on CPU
 threads = 1  # of the CPU; 0: torch's choice, which the launch writes down, since the last digits depend on it
