@@ -6,7 +6,6 @@
     python docs/equal_fit.py results/7 results/8   prints two tables and draws docs/equal_fit.png, in seconds
 """
 
-import csv
 import itertools
 import math
 import sys
@@ -16,8 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from harness.ranking import CONTROLS, gap, measures_of, pair_weights, reached, sign_errors
-from harness.records import folder_settings
+from harness.ranking import gap, map_errors, measures_of, name_measures, pair_weights, reached, read_rows, sign_errors
 
 DENSITIES = 1.0, 0.5, 0.25, 0.125
 COLORS = {'random': '#0072B2', 'erk': '#E69F00', 'tickets': '#009E73'}
@@ -32,17 +30,13 @@ def read(folders):
     """
     networks, about = [], []
     for folder in folders:
-        of = {settings.name: settings for settings in folder_settings(folder)[1]}
-        with open(Path(folder, 'summary.csv'), newline='') as file:
-            for cells in csv.DictReader(file):
-                settings = of[cells['name']]
-                row = {column: float(cell or 'nan') for column, cell in cells.items() if column not in ('name', 'initial_mask')}
-                assert reached(settings, row), f'{settings.name} did not reach target_loss'
-                density = min(DENSITIES, key=lambda value: abs(value - row['density']))
-                ways = [settings.initial_mask] if settings.initial_mask != 'none' else ['tickets']
-                for way in ways if density < 1 else COLORS:
-                    networks.append((settings, row))
-                    about.append((way, density, tuple(getattr(settings, knob) for knob in SAME), gap(settings, row)))
+        for settings, row in read_rows(folder):
+            assert reached(settings, row), f'{settings.name} did not reach target_loss'
+            density = min(DENSITIES, key=lambda value: abs(value - row['density']))
+            ways = [settings.initial_mask] if settings.initial_mask != 'none' else ['tickets']
+            for way in ways if density < 1 else COLORS:
+                networks.append((settings, row))
+                about.append((way, density, tuple(getattr(settings, knob) for knob in SAME), gap(settings, row)))
     return about, measures_of(networks)
 
 
@@ -100,19 +94,11 @@ def main(folders):
     left.set_xticks(DENSITIES, labels=[f'{density:g}' for density in DENSITIES])
     left.set(xlabel='density', ylabel="generalization gap, less the dense network's")
     left.legend(frameon=False)
-    table = np.array([[errors[name, kind] for kind in kinds] for name in names])
-    right.imshow(table, cmap='RdBu_r', vmin=0, vmax=1, aspect='auto')
-    for (place, column), error in np.ndenumerate(table):
-        color = 'white' if abs(error - 0.5) > 0.35 else 'black'
-        right.text(column, place, f'{error:.2f}', ha='center', va='center', fontsize='x-small', color=color)
+    map_errors(right, np.array([[errors[name, kind] for kind in kinds] for name in names]))
+    name_measures(right, names)
     right.set_xticks(
         range(len(kinds)), labels=[f'density,\n{kind}' if kind in COLORS else 'way to\nthe mask' for kind in kinds]
     )
-    right.set_yticks(range(len(names)), labels=names, fontsize='small')
-    for tick, name in zip(right.get_yticklabels(), names):
-        tick.set(color='0.5' if name in CONTROLS else 'black', weight='bold' if name.endswith('_bound') else 'normal')
-    right.xaxis.tick_top()
-    right.tick_params(left=False, top=False)
     right.set_title('weighted sign error', fontsize='medium')
     figure.savefig(PICTURE, dpi=130)
 

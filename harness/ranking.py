@@ -60,14 +60,19 @@ CONTROLS = {
 # ------------------------------------------------------------------------------------------------------------
 
 
-def read_networks(folder):
-    """(settings, row) of each finished network: its last row in summary.csv, nan where a cell is empty."""
-    rows = {}
+def read_rows(folder):
+    """(settings, row) of each row of summary.csv, one a network and round; nan where a cell is empty or no number."""
+    runs = {settings.name: settings for settings in folder_settings(folder)[1]}
     with open(Path(folder, 'summary.csv'), newline='') as file:
         for row in csv.DictReader(file):
-            rows[row['name']] = {column: _number(cell) for column, cell in row.items() if column != 'name'}
-    networks = [(settings, rows[settings.name]) for settings in folder_settings(folder)[1] if settings.name in rows]
-    return [(settings, row) for settings, row in networks if finished(settings, [row])]
+            if row['name'] in runs:
+                yield runs[row['name']], {column: _number(cell) for column, cell in row.items() if column != 'name'}
+
+
+def read_networks(folder):
+    """(settings, row) of each finished network: its last row in summary.csv."""
+    last = {settings.name: (settings, row) for settings, row in read_rows(folder)}
+    return [(settings, row) for settings, row in last.values() if finished(settings, [row])]
 
 
 def _number(cell):
@@ -279,12 +284,7 @@ def picture(table, knobs, chance):
     left.hlines(places, 0, [row['p90'] for row in rows], color='#88BBDD', linewidth=4, label='90 % of environments')
     left.plot([row['mean'] for row in rows], places, 'o', color='black', markersize=4, label='mean over knobs')
     left.plot([row['worst'] for row in rows], places, 'x', color='#BB0022', markersize=5, label='worst knob')
-    left.set_yticks(places, labels=names, fontsize='small')
-    for tick, name in zip(left.get_yticklabels(), names):
-        tick.set(
-            color='0.5' if name in CONTROLS else 'black',
-            weight='bold' if name.endswith('_bound') else 'normal',
-        )
+    name_measures(left, names)
     left.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5), xlabel='weighted sign error')
     left.set_title(f'{rows[0]["networks"]} networks, {rows[0]["pairs"]} pairs', fontsize='medium')
     left.legend(
@@ -294,13 +294,24 @@ def picture(table, knobs, chance):
         frameon=False,
         ncols=2,
     )
-    errors = np.array([[row[f'error_{knob}'] for knob in knobs] for row in rows])
-    right.imshow(errors, cmap='RdBu_r', vmin=0, vmax=1, aspect='auto')
+    map_errors(right, np.array([[row[f'error_{knob}'] for knob in knobs] for row in rows]))
+    right.set_xticks(range(len(knobs)), labels=knobs, rotation=40, ha='left', rotation_mode='anchor', fontsize='small')
+    return figure
+
+
+def name_measures(panel, names):
+    """Writes the measures at the left, a row each: bounds in bold, controls grey."""
+    panel.set_yticks(range(len(names)), labels=names, fontsize='small')
+    for tick, name in zip(panel.get_yticklabels(), names):
+        tick.set(color='0.5' if name in CONTROLS else 'black', weight='bold' if name.endswith('_bound') else 'normal')
+
+
+def map_errors(panel, errors):
+    """Sign errors (measures, columns) as colours, blue where right, and as numbers; what is nan stays white."""
+    panel.imshow(errors, cmap='RdBu_r', vmin=0, vmax=1, aspect='auto')
     for (place, column), error in np.ndenumerate(errors):
         if error == error:
             color = 'white' if abs(error - 0.5) > 0.35 else 'black'
-            right.text(column, place, f'{error:.2f}', ha='center', va='center', fontsize='x-small', color=color)
-    right.set_xticks(range(len(knobs)), labels=knobs, rotation=40, ha='left', rotation_mode='anchor', fontsize='small')
-    right.xaxis.tick_top()
-    right.tick_params(left=False, top=False)
-    return figure
+            panel.text(column, place, f'{error:.2f}', ha='center', va='center', fontsize='x-small', color=color)
+    panel.xaxis.tick_top()
+    panel.tick_params(left=False, top=False)

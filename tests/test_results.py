@@ -47,6 +47,10 @@ def tables(page, first):
     return found
 
 
+def power(value):
+    return f'2^{math.log2(value):.1f}'
+
+
 def metrics(name, network):
     return read_metrics(RESULTS / name / network / 'metrics.csv')
 
@@ -76,7 +80,7 @@ def test_the_page_of_figure_1_quotes_the_shipped_levels(name):
     for row in table:
         for column, network in networks.items():
             value = metrics(*network)[COLUMN_OF[row['curve']]][-1]
-            assert row[column] == f'2^{math.log2(abs(value)):.1f}', (column, row['curve'])
+            assert row[column] == power(abs(value)), (column, row['curve'])
 
 
 def test_the_page_of_figure_1_quotes_the_shipped_certificates():
@@ -230,7 +234,7 @@ def test_the_words_of_figure_1_are_those_of_the_files():
     assert '({:.2f}, {:.2f}, {:.2f} and {:.2f})'.format(*last('mnist-depth', 'rho')) in text
     bounds = [last('mnist-depth', column) for column in ('our_bound', 'golowich_bound')]
     factors = ((deepest / first) ** (1 / 3) for first, *_, deepest in bounds)
-    growth = (f'{factor:.1f} = 2^{math.log2(factor):.1f}' for factor in factors)
+    growth = (f'{factor:.1f} = {power(factor)}' for factor in factors)
     assert "multiplies ours by {} and Golowich et al.'s by {}, on average".format(*growth) in text
     assert f'that ends below 1, at {bounds[0][0]:.2f}' in text
     shares = [f'{100 * share:.0f}' for share in last('mnist-depth', 'train_margin_error')]
@@ -239,10 +243,6 @@ def test_the_words_of_figure_1_are_those_of_the_files():
     for folder in ('mnist-width', 'mnist-depth', 'mnist-200'):
         for settings in folder_settings(RESULTS / folder)[1]:
             assert (metrics(folder, settings.name)['certified_error'] == 1).all()
-
-
-def power(value):
-    return f'2^{math.log2(value):.1f}'
 
 
 def test_the_words_of_the_released_recipe_are_those_of_the_files():
