@@ -42,12 +42,15 @@ def test_what_older_folders_stand_for():
         assert load_settings(flags={name: value})[0][name] == value
 
 
-@pytest.mark.parametrize('name, decays', [('depth_cifar10', (60, 100, 200)), ('released', (60, 100, 300))])
-def test_schedulers_that_are_stepped_before_an_epoch(name, decays):
-    """The released codes step theirs before an epoch, so that a decay at 60 acts in epoch 60 already, counted from 1."""
+@pytest.mark.parametrize(
+    'name, factor, first',
+    [('depth_cifar10', 0.1, (61, 121, 161)), ('depth_cifar10_small', 0.2, (13, 21, 41)), ('released', 0.2, (60, 100, 300))],
+)
+def test_the_rates_of_the_papers_recipes(name, factor, first):
+    """The first epochs at a lower rate, counted from 1; the paper's released code steps its scheduler before an epoch."""
     settings = load_settings(ROOT / 'conf' / f'{name}.py')[1][0]
     for epoch in range(1, settings.epochs + 1):
-        expected = settings.lr * 0.2 ** sum(epoch >= decay for decay in decays)
+        expected = settings.lr * factor ** sum(epoch >= one for one in first)
         assert evaluation.learning_rate(settings, epoch) == pytest.approx(expected, rel=1e-12)
 
 
