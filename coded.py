@@ -49,7 +49,7 @@ def code_run(folder, seconds, sweeps):
             if bound < least:
                 least = bound
                 write_file(path, encode(best))
-            bar.set_postfix_str(f' proven error about {bound:.4f}', refresh=False)
+            bar.set_postfix_str(f' proven error about {rounded_up(bound):.4f}', refresh=False)
             bar.update(min(100, 100 * share) - bar.n)
     print(f'{path}: {read(path, lambda message: coded_line(message, dataset, settings.delta))}')
 

@@ -1,5 +1,8 @@
 """What is measured at an evaluation, and when: the schedule of a run, losses and errors, a row of each table, its columns."""
 
+import contextlib
+import hashlib
+import inspect
 import math
 import time
 
@@ -34,15 +37,26 @@ LAYER_COLUMNS = (
     'test_probe_loss, nc1, nc2, nc3, nc4'
 ).split(', ')
 PROBES = [column for column in LAYER_COLUMNS if 'probe' in column]
+# What summary.csv, compress.csv and pictures have beside the columns of metrics.csv and the knobs.
+_OTHERS = 'name absolute_gap place deviation lam layer channels weights bytes speed_up residual gap'.split()
 
 
 def check_bounds():
-    """Raises BadInput where a name in BOUNDS cannot be a column beside those of metrics.csv and summary.csv."""
+    """Raises BadInput where a name in BOUNDS cannot be a column beside those that the tables have."""
     for name in BOUNDS:
         if not (isinstance(name, str) and name.isidentifier()):
             raise BadInput(f'BOUNDS of utils.py: {name!r} cannot be a column; name it by letters, digits and _')
-        if name in (*_FIRST, *_LAST, *RULES):  # knobs are columns of summary.csv
+        if name in (*_FIRST, *_LAST, *_OTHERS, *RULES) or name.endswith('_setting'):  # summary.csv has knobs, renamed at need
             raise BadInput(f'BOUNDS of utils.py: {name!r} is the name of another column; rename the bound')
+
+
+def bound_sources():
+    """{bound: hash of its function's source, '' if there is none}: a resumed run sees by it that a bound has changed."""
+    sources = {}
+    for name, bound in BOUNDS.items():
+        with contextlib.suppress(OSError, TypeError):
+            sources[name] = hashlib.sha256(inspect.getsource(bound).encode()).hexdigest()
+    return dict.fromkeys(BOUNDS, '') | sources
 
 
 class Diverged(Exception):

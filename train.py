@@ -32,6 +32,7 @@ from evaluation import (
     LAYER_COLUMNS,
     LOSSES,
     at_target,
+    bound_sources,
     certifies,
     due,
     evaluate,
@@ -127,7 +128,7 @@ class Run:
         self.steps = launch.steps_of(settings, dataset)
         self.state = {'round': 0, 'epoch': 0, 'step': 0, 'train_loss': math.inf, 'train_seconds': 0.0}
         self.state |= {'columns': COLUMNS, 'lines': [], 'layer_columns': LAYER_COLUMNS, 'layer_lines': []}
-        self.state |= {'certificates': {}}
+        self.state |= {'certificates': {}, 'sources': bound_sources()}
         # Of all that is drawn in a step, as by dropout: set anew in each, so that a resumed run draws the same.
         self.generator = torch.cuda.default_generators[device.index] if device.type == 'cuda' else torch.default_generator
         self.rewind_to = None  # the network's state after rewind_epoch
@@ -153,11 +154,17 @@ class Run:
         for index, weight in enumerate(self.net.parameters()):
             if index in checkpoint['momentum']:
                 self.optimizer.state[weight] = checkpoint['momentum'][index]
+        sources = self.state['sources']
         self.state |= {name: checkpoint['state'][name] for name in self.state}
+        self.state['sources'], before = sources, self.state['sources']
+        changed = [name for name in before if name in sources and before[name] != sources[name]]
         self.rewind_to, self.place = checkpoint.get('rewind_to'), checkpoint.get('place')
         place = f'epoch {self.state["epoch"]} after {self.state["step"]} of its {self.steps} steps'
         place = f'round {self.state["round"]}, {place}' if self.settings.prune_rounds else place
         print(f'{self.settings.name}: {"finished already" if self.finished() else f"goes on in {place}"}', flush=True)
+        if changed and not self.finished():
+            mend = '--evaluate measures anew those whose weights there are'
+            print(f'{self.settings.name}: {", ".join(changed)}: not the function that the rows so far are of; {mend}')
 
     def tables(self):
         """(file, columns, lines) of the two tables of the log."""

@@ -29,7 +29,6 @@ from harness.machine import (
     keep_freed_memory,
 )
 from harness.records import (
-    BOUNDS_ALONE,
     FREE,
     csv_line,
     folder_settings,
@@ -125,7 +124,7 @@ def locked_run(folder):
 def check_options(options, flags):
     """Raises BadInput where the options do not fit together or the folder does not fit them."""
     folder, reads = options.folder, [name for name in ('plot', 'status', 'evaluate') if getattr(options, name)]
-    allowed = FREE if options.resume else BOUNDS_ALONE if options.evaluate else ()
+    allowed = FREE if options.resume else ('delta', 'gamma') if options.evaluate else ()  # what the bounds alone depend on
     option = f'--{reads[0]}' if reads else '--resume'
     if options.prepare and options.run is not None:
         raise BadInput('--prepare makes the folder of a whole sweep; leave --run out')
@@ -143,6 +142,8 @@ def check_options(options, flags):
         raise BadInput(f'{option} needs the folder: --results-path DIR')
     if options.settings is not None:
         raise BadInput(f"{option} takes the folder's own settings; leave --settings out")
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.stat(folder / 'global_settings.py')  # what else is wrong with it, as links that lead in a circle, says so itself
     if not (folder / 'global_settings.py').is_file():
         mend = f'name {folder.parent}' if (folder.parent / 'global_settings.py').is_file() else f'launch without {option}'
         raise BadInput(f'{folder}: not a results folder, it has no global_settings.py; {mend}')
@@ -169,8 +170,6 @@ def check_resume(folder, flags, runs):
     sweep, before = folder_settings(folder)
     if isinstance(sweep['epochs'], list) and 'epochs' in flags:
         raise BadInput('--resume keeps the runs of the sweep, which varies epochs; leave --epochs out')
-    if [run.name for run in runs] != [run.name for run in before]:
-        raise BadInput(f'--resume keeps the runs of the sweep; give one value of {", ".join(flags)}')
     if any(run.epochs < own.epochs for run, own in zip(runs, before)):
         raise BadInput(f'epochs = {runs[0].epochs}: a resumed run can only be made longer than {before[0].epochs}')
     for run in runs:
@@ -187,10 +186,18 @@ def steps_of(settings, dataset):
     return -(-len(dataset.train_images) // settings.batch_size)
 
 
+def check_name(option, path):
+    """Raises BadInput where a folder's name could not be given to another command, as by the line that says how to go on."""
+    if re.search(r'^-|[\r\n]', path):
+        raise BadInput(f'{option} {path!r}: must have no dash in front and be a single line')
+
+
 def make_folder(options, flags, sweep, missing, device):
     """Makes the results folder, or brings the settings of one that is resumed up to date; what it was made by stays on top."""
     if options.folder is None:
-        options.folder = Path(os.path.relpath(new_results_folder(ROOT / sweep['results_dir'])))
+        where = os.path.relpath(ROOT / sweep['results_dir'])
+        check_name('results_dir', where)
+        options.folder = new_results_folder(where)
     elif not options.resume:
         options.folder.mkdir(parents=True, exist_ok=options.is_there)  # else another launch has made it since
     path = options.folder / 'global_settings.py'
@@ -243,14 +250,13 @@ def draw(folder):
         print(f'no figure was drawn: {type(error).__name__}: {error}')
 
 
-def evaluate_all(runs, folder):
+def evaluate_all(runs, folder, flags):
     """Measures the snapshots and the last checkpoint of each network anew, with today's BOUNDS, into its evaluation.csv.
 
-    Rows of places whose weights are gone stay. The knobs on which the bounds alone depend, delta and gamma, may be others than
-    those of the training; the table says which they were.
+    Rows of places whose weights are gone stay. The flags may name what the bounds alone depend on, delta and gamma, to be
+    others than those of the training; the table says which they were.
     """
     keep_freed_memory()
-    columns = [*COLUMNS, 'delta', 'gamma']
     for settings in runs:
         path = folder / settings.name
         files = [*path.glob('snapshots/*.pt'), *path.glob('model.pt'), *path.glob('weights.pt')]
@@ -260,10 +266,11 @@ def evaluate_all(runs, folder):
         device, dataset = get_inputs(settings)
         net = get_network(settings, dataset.input_shape, dataset.num_classes).to(device, memory_format=torch.channels_last)
         data, table = measure_data(net, dataset.train_images, skip_uncovered=True), path / 'evaluation.csv'
-        before = rows_of(read_metrics(table)) if table.exists() else []
-        rows, measured = {(int(row['round']), int(row['epoch'])): row for row in before}, set()
+        before = read_metrics(table) if table.exists() else {}
+        columns = list(dict.fromkeys([*COLUMNS, 'delta', 'gamma', *before]))  # a bound that went since stays in its rows
+        rows, measured = {(int(row['round']), int(row['epoch'])): row for row in rows_of(before)}, set()
         for file in tqdm(files, desc=settings.name, disable=not sys.stdout.isatty()):
-            place = load_weights(net, file, settings, fingerprint(dataset))
+            place = load_weights(net, file, settings, fingerprint(dataset), (*FREE, *flags))
             if place is not None and place not in measured:
                 measured.add(place)
                 rows[place] = evaluate(net, settings, dataset, data, *place)
@@ -305,6 +312,9 @@ def run(options, flags, train):
         return 0
     if options.resume or options.evaluate:
         sweep, runs = folder_settings(options.folder, flags)
+        if [run.name for run in runs] != [run.name for run in folder_settings(options.folder)[1]]:
+            option = '--resume' if options.resume else '--evaluate'
+            raise BadInput(f'{option} keeps the runs of the sweep; give one value of {", ".join(flags)}')
     else:
         sweep, runs = load_settings(GLOBAL_SETTINGS if options.settings is None else options.settings, flags)
     torch.set_default_dtype(torch.float32)  # a settings file is a program, and may have changed either
@@ -315,7 +325,7 @@ def run(options, flags, train):
     chosen = [runs[number - 1] for number in numbers]
     missing = list(dict.fromkeys(line for settings in chosen for line in check(settings)))
     if options.evaluate:
-        evaluate_all(runs, options.folder)
+        evaluate_all(runs, options.folder, flags)
         return 0
     if not (options.resume or options.prepare):  # a task of Slurm has its own number of threads
         if sweep['threads'] > os.cpu_count():
@@ -356,9 +366,10 @@ def main(train, argv=None):
     def program():
         nonlocal options
         options, flags = parse_command_line(argv)
-        if re.search(r'^-|[\r\n]', options.results_path or ''):
-            raise BadInput(f'--results-path {options.results_path!r}: must have no dash in front and be a single line')
-        options.folder = None if options.results_path is None else Path(options.results_path)
+        options.folder = None
+        if options.results_path is not None:
+            check_name('--results-path', options.results_path)
+            options.folder = Path(options.results_path)
         return run(options, flags, train)
 
     def how_to_go_on():

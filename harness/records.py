@@ -29,7 +29,6 @@ OLDER_LAYER_COLUMNS = LAYER_COLUMNS[: LAYER_COLUMNS.index(PROBES[0])]  # of chec
 
 # What may change when a run is resumed, since the numbers do not depend on it.
 FREE = ('epochs', 'device', 'data_dir', 'results_dir', 'checkpoint_every', 'snapshot_every', 'jobs')
-BOUNDS_ALONE = ('delta', 'gamma')  # what may change when weights are measured anew
 
 
 def new_results_folder(results_dir):
@@ -234,7 +233,7 @@ def load_run(path, settings, net, data, steps):
         raise BadInput(f'{path}: was trained with epochs = {before["epochs"]}; {changed}')
     try:
         state = {'round': 0, 'layer_columns': OLDER_LAYER_COLUMNS, 'layer_lines': [], 'train_loss': math.inf}
-        state |= {'certificates': {}} | checkpoint['state']
+        state |= {'certificates': {}, 'sources': {}} | checkpoint['state']
         shapes = [weight.shape for weight in net.parameters()]
         momentum = [entry['momentum_buffer'].shape for _, entry in sorted(checkpoint['momentum'].items())]
         trained = settings.momentum > 0 and (state['epoch'] > 1 or state['step'] > 0 or state['round'] > 0)
@@ -249,6 +248,7 @@ def load_run(path, settings, net, data, steps):
             type(state['step']) is int and 0 <= state['step'] <= steps,
             type(state['train_seconds']) is float and type(state['train_loss']) is float,
             all(name in CERTIFICATES and 0 <= value <= 1 for name, value in state['certificates'].items()),
+            isinstance(state['sources'], dict),
             len(state['lines']) > 0 or state['epoch'] == 0,
             all(parse_line(line, state['columns']) for line in state['lines']),
             all(parse_line(line, state['layer_columns']) for line in state['layer_lines']),
@@ -344,18 +344,18 @@ def load_network(path):
     return net.eval(), settings
 
 
-def load_weights(net, path, settings=None, data=None):
+def load_weights(net, path, settings=None, data=None, free=FREE):
     """Puts the weights of a checkpoint or a snapshot into a network.
 
     Args:
-        settings, data: where given, the file must be of these settings, but for delta and gamma, and of the data with this
+        settings, data: where given, the file must be of these settings, but for the knobs `free`, and of the data with this
             fingerprint; a file that does not say is taken as it is.
     Returns:
         (round, epoch) after which they are, or None where they are of the middle of an epoch.
     """
     checkpoint = load_checkpoint(path, next(net.parameters()).device)
     if settings is not None and isinstance(checkpoint.get('settings'), dict):
-        check_origin(path, checkpoint, settings, data, (*FREE, *BOUNDS_ALONE))
+        check_origin(path, checkpoint, settings, data, free)
     try:
         net.load_state_dict(checkpoint['network'])
         state = checkpoint.get('state', {})

@@ -18,7 +18,8 @@ TIMINGS = ('train_seconds', 'eval_seconds')
 def read_runs(folder, networks):
     """(settings, table) of each network that has metrics; where evaluation.csv has a cell too, that stands.
 
-    Prints a line for each network of which the two differ.
+    Rows of evaluation.csv with another delta or gamma than the training's are left out: a curve is of one. Prints a line for
+    each network of which rows are left out, or of which the two tables differ.
     """
     runs = []
     for settings in networks:
@@ -27,7 +28,13 @@ def read_runs(folder, networks):
             continue
         table, differing = read_metrics(logged), []
         if measured.exists():
-            table, differing = overlaid(table, read_metrics(measured))
+            rows = read_metrics(measured)
+            same = np.ones(len(rows['epoch']), dtype=bool)
+            for knob in ('delta', 'gamma'):
+                same &= rows.get(knob, getattr(settings, knob)) == getattr(settings, knob)  # older tables do not say
+            if not same.all():
+                print(f'{measured}: rows with another delta or gamma than that of the training are not shown')
+            table, differing = overlaid(table, {column: cells[same] for column, cells in rows.items()})
         if differing:
             print(f'{measured}: differs from metrics.csv, and is what is shown, in {", ".join(differing)}')
         if len(table['epoch']):

@@ -624,7 +624,8 @@ def test_a_network_is_traced_once_per_evaluation(digits, monkeypatch):
     assert 'GELU' in geometry.not_covered(net, digits.input_shape)
 
 
-@pytest.mark.parametrize('name', ['round', 'density', 'rho', 'pac_bayes_error', 'width', 'my, bound', 'my bound', ''])
+@pytest.mark.parametrize('name', ['round', 'density', 'rho', 'pac_bayes_error', 'width', 'name', 'absolute_gap', 'place',
+                                  'channels', 'seed_setting', 'my, bound', 'my bound', ''])  # fmt: skip
 def test_a_bounds_name_is_a_column_of_its_own(tmp_path, monkeypatch, name):
     monkeypatch.setitem(utils.BOUNDS, name, lambda network, *_: 1.0)
     assert f'BOUNDS of utils.py: {name!r}' in refused(*SMALL, '--results-path', tmp_path / 'run')

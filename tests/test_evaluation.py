@@ -97,6 +97,8 @@ def test_errors_are_those_of_ieee_float32(monkeypatch):
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = 'tf32'
     try:
+        evaluation.training_loss(net, settings, dataset)
+        assert seen == {'ieee'}
         evaluation.evaluate(net, settings, dataset, measure_data(net, dataset.train_images), 0, 0)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before

@@ -30,7 +30,8 @@ from test_datasets import make_idx
 from conf import load_settings
 from evaluation import COLUMNS
 from harness import launch
-from harness.records import load_checkpoint, locked, read_metrics, save_checkpoint
+from harness.records import folder_settings, load_checkpoint, locked, read_metrics, save_checkpoint
+from harness.summary import read_runs
 from utils import BOUNDS
 
 
@@ -268,7 +269,7 @@ def test_a_new_bound_on_finished_runs(tmp_path, monkeypatch):
 
 
 def test_evaluate_keeps_rows_whose_weights_are_gone_and_may_change_gamma(tmp_path):
-    """What was measured last is drawn, with a line that names the columns that differ; the table says with which gamma."""
+    """The table says with which gamma, and a curve is of that of the training alone."""
     folder = tmp_path / 'run'
     train_small(folder, '--snapshot-every', '3')
     table = folder / 'CONV-3-4' / 'evaluation.csv'
@@ -280,7 +281,10 @@ def test_evaluate_keeps_rows_whose_weights_are_gone_and_may_change_gamma(tmp_pat
     assert measured['delta'].tolist() == [0.001] * 3
     logged = read_metrics(folder / 'CONV-3-4' / 'metrics.csv')
     assert measured['our_bound'][1] == logged['our_bound'][3] and measured['our_bound'][2] < logged['our_bound'][6]
-    assert 'our_bound' in stdout and 'train_error' not in stdout.partition('our_bound')[2].partition('\n')[0]
+    assert f'{table}: rows with another delta or gamma' in stdout and 'differs' not in stdout
+    ((_, shown),) = read_runs(folder, folder_settings(folder)[1])
+    assert np.array_equal(shown['our_bound'], logged['our_bound'])
+    assert 'give one value of gamma' in refused('--results-path', folder, '--evaluate', '--gamma', '1', '2')
 
 
 @pytest.mark.parametrize('knob, value', [('label_noise', '0.1'), ('gamma', '2.0')])
@@ -291,15 +295,23 @@ def test_evaluate_refuses_what_a_resume_refuses(tmp_path, knob, value):
     path = folder / 'global_settings.py'
     path.write_text(re.sub(rf'^{knob} = \S+', f'{knob} = {value}', path.read_text(), flags=re.M))
     before = contents(folder)
-    if knob == 'gamma':
-        assert f'was trained with {knob} = ' in refused('--results-path', folder, '--resume')
-        return
     for option in ('--resume', '--evaluate'):
         assert f'was trained with {knob} = ' in refused('--results-path', folder, option)
     (folder / 'CONV-3-4' / 'model.pt').rename(tmp_path / 'model.pt')  # snapshots say it too
     assert f'was trained with {knob} = ' in refused('--results-path', folder, '--evaluate')
     (tmp_path / 'model.pt').rename(folder / 'CONV-3-4' / 'model.pt')
     assert contents(folder) == before
+
+
+def test_folders_whose_names_no_command_could_take_and_links_in_a_circle(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for option in ('--results-dir=-x', '--results-path=-x/1'):
+        assert 'must have no dash in front' in refused(*SMALL, option)
+    (tmp_path / 'a').symlink_to('b')
+    (tmp_path / 'b').symlink_to('a')
+    status, _, stderr = run('--results-path', 'a', '--plot', cwd=tmp_path)
+    assert status == 1 and "'a/global_settings.py'; mend its links, which lead in a circle\n" in stderr
+    assert {path.name for path in tmp_path.iterdir()} == {'a', 'b'}
 
 
 def test_weights_with_nan_are_refused_by_evaluate(tmp_path):

@@ -61,6 +61,10 @@ def test_a_bound(program):
     metrics = goes_on(folder, run)
     evaluated = read_metrics(folder / 'results/1/CONV-3-4/evaluation.csv')
     assert metrics['my_bound'][-1] == evaluated['my_bound'][0] == 42
+    edit(folder / 'utils.py', 'return 42.0', 'return 7.0')
+    stdout = run('--results-path', 'results/1', '--resume', '--epochs', '5')
+    assert 'CONV-3-4: my_bound: not the function that the rows so far are of; --evaluate measures anew' in stdout
+    assert 'not the function' not in run('--results-path', 'results/1', '--resume', '--epochs', '6')
 
 
 def test_a_network(program):

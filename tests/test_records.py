@@ -308,6 +308,7 @@ def test_full_disk(tmp_path, uninterrupted):
                 file.write(bytes(1024))
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == 1 and stderr.count('\n') == 1 and 'No space left on device' in stderr
+        assert f"'{folder}/" in stderr and '; make room on that disk; go on with: ' in stderr
         assert load_checkpoint(folder / 'CONV-3-4' / 'model.pt', 'cpu')['state']['epoch'] >= 1
         assert not list(folder.rglob('*.tmp'))
         filler.unlink()
