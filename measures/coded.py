@@ -1,7 +1,8 @@
 """A network as a message of a few hundred bytes, and the true error that it proves; docs/coded.md has statement and proof.
 
 A message decodes to a network of integers: convolutions of integer kernels with ReLUs, and a classifier that reads low
-frequencies of the last maps. Everything that the theorem rests on, `decode` and `prove`, computes with integers.
+frequencies of the last maps, directly and through hidden units. Everything that the theorem rests on, `decode` and
+`prove`, computes with integers.
 """
 
 import bisect
@@ -15,12 +16,14 @@ from torch import nn
 from conf import BadInput
 from measures.pac_bayes import CHOICES
 
-# kernels: list of (out, in, k, k) int64 tensors; geometry: (stride, padding) of each; head: (C, channels, q, q) int64;
-# gain: which of GAINS powers of the frequency its integers are multiplied by.
-Code = namedtuple('Code', 'kernels geometry head gain')
+# kernels: list of (out, in, k, k) int64 tensors; geometry: (stride, padding) of each; gain: which of GAINS powers of the
+# frequency the features are multiplied by. The classifier, int64: hidden (H, channels, q, q), the units that read the
+# features; head (C, H), what the classes make of these units; direct (C, channels, q, q), what they make of the features.
+Code = namedtuple('Code', 'kernels geometry gain hidden head direct')
 Proof = namedtuple('Proof', 'bound errors code')
 
-DEPTHS, WIDTHS, SIZES, STRIDES, PADDINGS, FREQUENCIES, GAINS = 8, 64, 8, 4, 4, 8, 4  # so many choices of each
+DEPTHS, WIDTHS, SIZES, STRIDES, PADDINGS, FREQUENCIES, GAINS, UNITS = 8, 64, 8, 4, 4, 8, 4, 64  # so many choices of each
+DIRECT = 3  # what the direct part of a score is multiplied by: a hidden unit is about so many times as large as a feature
 LEVELS = 0, 1, 2, 3, 4, 8, 16, 32, 64, 128  # magnitudes from one of these to below the next share a symbol
 URN = 64, 64, 32, 16, 8, 4, 2, 1, 1  # what an urn of these symbols starts with
 DRAWN = 64  # what is added of a symbol that was drawn
@@ -95,7 +98,7 @@ def _tensor(coder, shape, tensor=None):
     """A tensor of integers, all from one urn, whose counts learn from those that were drawn before."""
     urn = list(URN)
     values = [None] * math.prod(shape) if tensor is None else tensor.flatten().tolist()
-    return torch.tensor([_integer(coder, urn, value) for value in values]).view(shape)
+    return torch.tensor([_integer(coder, urn, value) for value in values], dtype=torch.int64).view(shape)
 
 
 def _transcribe(coder, channels, classes, code=None):
@@ -115,18 +118,21 @@ def _transcribe(coder, channels, classes, code=None):
         kernels.append(_tensor(coder, shape, kernel))
         geometry.append((stride, padding))
         channels = width
-    q = _uniform(coder, FREQUENCIES, code and code.head.shape[2] - 1) + 1
+    q = _uniform(coder, FREQUENCIES, code and code.direct.shape[2] - 1) + 1
     gain = _uniform(coder, GAINS, code and code.gain)
-    head = _tensor(coder, (classes, channels, q, q), code and code.head)
-    return Code(kernels, geometry, head, gain)
+    units = _uniform(coder, UNITS, code and len(code.hidden))
+    hidden = _tensor(coder, (units, channels, q, q), code and code.hidden)
+    head = _tensor(coder, (classes, units), code and code.head)
+    direct = _tensor(coder, (classes, channels, q, q), code and code.direct)
+    return Code(kernels, geometry, gain, hidden, head, direct)
 
 
 def encode(code):
     """The message of a code, as bytes. Raises BadInput where it has no message: more layers, larger integers, ..."""
     coder = _Writer()
-    channels = (code.kernels[0] if code.kernels else code.head).shape[1]
+    channels = (code.kernels[0] if code.kernels else code.direct).shape[1]
     try:
-        _transcribe(coder, channels, len(code.head), code)
+        _transcribe(coder, channels, len(code.direct), code)
     except IndexError:
         raise BadInput('a network that is too large for a message') from None
     message = coder.message()
@@ -199,31 +205,37 @@ def scores(code, images):
     for kernel, (stride, padding) in zip(code.kernels, code.geometry):
         size = [(n + 2 * padding - kernel.shape[2]) // stride + 1 for n in size]
         largest *= kernel.flatten(1).abs().sum(1).max().item()
-    q = code.head.shape[2]
+    q, hidden, direct = code.direct.shape[2], code.hidden.flatten(1), DIRECT * code.direct.flatten(1)
     if min(size) < q:
         raise BadInput(f'a network whose last maps are {size[0]}x{size[1]}, which have no {q}x{q} frequencies')
     largest *= 256 * math.prod(size) * _gains(q, code.gain).max().item()
-    if largest * code.head.flatten(1).abs().sum(1).max().item() >= EXACT:
+    if largest * (direct.abs().sum(1) + code.head.abs() @ hidden.abs().sum(1)).max().item() >= EXACT:
         raise BadInput('a network whose scores could exceed 2^53')
-    weights = code.head.flatten(1).T
     parts = (_features(code.kernels, code.geometry, q, code.gain, part.long()) for part in pixels(images).split(200))
-    return torch.cat([part.flatten(1) @ weights for part in parts])
+    parts = (part.flatten(1) for part in parts)
+    return torch.cat([part @ direct.T + (part @ hidden.T).relu() @ code.head.T for part in parts])
 
 
 def coded_network(code, input_shape):
-    """The network of a code as an nn.Sequential in float64, to be fed 255 x; its outputs are the same integers."""
-    modules, (channels, *size) = [], input_shape
+    """The network of a code as an nn.Sequential in float64, to be fed 255 x; its outputs are the same integers.
+
+    The direct part of the scores passes the last ReLU in two halves, as direct = relu(direct) - relu(-direct).
+    """
+    modules, size = [], input_shape[1:]
     for kernel, (stride, padding) in zip(code.kernels, code.geometry):
         module = nn.Conv2d(*kernel.shape[1::-1], kernel.shape[2], stride, padding, bias=False)
         module.weight = nn.Parameter(kernel.double())
         modules += [module, nn.ReLU()]
-        channels, size = len(kernel), [(n + 2 * padding - kernel.shape[2]) // stride + 1 for n in size]
-    q = code.head.shape[2]
+        size = [(n + 2 * padding - kernel.shape[2]) // stride + 1 for n in size]
+    q, classes = code.direct.shape[2], torch.eye(len(code.direct), dtype=torch.int64)
     vertical, horizontal = (_cosines(n, q) for n in size)
-    weight = torch.einsum('rcuv,ui,vj->rcij', code.head * _gains(q, code.gain), vertical, horizontal)
-    classifier = nn.Linear(channels * math.prod(size), len(code.head), bias=False)
-    classifier.weight = nn.Parameter(weight.flatten(1).double())
-    return nn.Sequential(*modules, nn.Flatten(), classifier)
+    units = torch.cat([code.hidden, code.direct, -code.direct]) * _gains(q, code.gain)
+    first = torch.einsum('rcuv,ui,vj->rcij', units, vertical, horizontal).flatten(1)
+    modules.append(nn.Flatten())
+    for weight in (first, torch.cat([code.head, DIRECT * classes, -DIRECT * classes], 1)):
+        modules += [nn.Linear(*weight.T.shape, bias=False), nn.ReLU()]
+        modules[-2].weight = nn.Parameter(weight.double())
+    return nn.Sequential(*modules[:-1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -274,8 +286,8 @@ def prove(message, images, labels, classes, delta=0.001):
 def count_errors(code, images, labels):
     """The number of images whose label (N,) has not the largest score alone, in integers."""
     fits = labels.shape == images.shape[:1] and labels.dtype == torch.int64
-    if not (fits and 0 <= labels.min() and labels.max() < len(code.head)):
-        raise BadInput(f'labels of shape {tuple(labels.shape)}: must be int64, from 0 to {len(code.head) - 1}, one an image')
+    if not (fits and 0 <= labels.min() and labels.max() < len(code.direct)):
+        raise BadInput(f'labels of shape {tuple(labels.shape)}: must be int64, from 0 to {len(code.direct) - 1}, one an image')
     outputs = scores(code, images)
     own = outputs.gather(1, labels[:, None])
     return int((outputs.scatter(1, labels[:, None], -EXACT).amax(1, keepdim=True) >= own).sum())
