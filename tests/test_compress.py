@@ -25,8 +25,8 @@ import models
 from compress import balance, compress, compress_layer, compress_run, drop_dead, load, load_source, save
 from compress import main as compress_main
 from conf import BadInput
-from docs.width_theorem import exact_lasso, vertex, width_bound
-from harness import load_network
+from docs.width_theorem import FIGURES, arguments, draw_problem, exact_lasso, main, vertex, width_bound
+from harness import launch, load_network
 from measures import linear
 from measures import narrow as room
 from measures.geometry import trace_layers
@@ -696,6 +696,49 @@ def test_solutions_within_the_sharper_width_bound(K, N, D, rank):
         assert max(counts) == 5  # attained; rank times rank would be 6
 
 
+@pytest.mark.parametrize('figure, place, counts', [(4, 0, (2, 2)), (4, 1, (None, 8))], ids=['r = 2', 'r = 5'])
+def test_problems_of_the_figures_need_as_many_neurons_as_ever(figure, place, counts):
+    """The quicker ones of docs/width_theorem.py, with seeds 0 and 1."""
+    for seed, count in enumerate(counts):
+        if count:
+            features, targets = draw_problem(np.random.default_rng(seed), **FIGURES[figure][place])
+            t, dual, _ = exact_lasso(features, targets)
+            assert np.count_nonzero(vertex(t, dual, features)) == count
+
+
+@pytest.mark.parametrize(
+    'problem', [*FIGURES[3], *FIGURES[4], {'K': 9, 'N': 4, 'D': 3, 'rY': 2}, {'K': 2, 'N': 3, 'D': 2, 'rX': 1}]
+)
+def test_problems_have_the_sizes_and_ranks_that_are_asked_for_and_solutions(problem):
+    features, targets = draw_problem(np.random.default_rng(0), **problem)
+    assert (features.shape, targets.shape) == ((problem['K'], problem['N']), (problem['D'], problem['N']))
+    r = problem.get('rX', min(features.shape))
+    assert np.linalg.matrix_rank(features) == r
+    assert np.linalg.matrix_rank(targets) == min(problem['D'], r, problem.get('rY', r))
+    assert np.linalg.matrix_rank(np.concatenate([features, targets])) == r  # V features = targets has a solution
+
+
+def test_arguments_of_the_width_theorem(capsys, tmp_path, monkeypatch):
+    """The pictures of the page are drawn by the commands of the page alone; what makes no sense is one line."""
+    monkeypatch.chdir(tmp_path)
+    docs, defaults = ROOT / 'docs', [{'K': K, 'N': 3, 'D': 2, 'rX': 0, 'rY': 0} for K in range(7, 12)]
+    assert arguments([]) == (defaults, 100, docs / 'width_theorem.png')
+    assert arguments(['--figure', '3']) == (FIGURES[3], 10, docs / 'width_theorem_3.png')
+    assert arguments(['--figure', '4', '--draws', '2']) == (FIGURES[4], 2, Path('my_width_theorem_4.png'))
+    assert arguments(['--K', '2', '--rY', '1'])[0] == [{'K': 2, 'N': 3, 'D': 2, 'rX': 0, 'rY': 1}]
+    for words, said in (
+        ('--K 9 2', '--K 2: fewer neurons than the 3 samples'),
+        ('--figure 4 --draws 0', '--draws 0'),
+        ('--draws 0', '--draws 0'),
+        ('--K 2 --rY 3', '--rY must lie between 0 and 2'),
+    ):
+        with pytest.raises(SystemExit):
+            arguments(words.split())
+        assert f'error: {said}' in capsys.readouterr().err.splitlines()[-1]
+    main(*arguments(['--K', '2', '--rY', '1', '--draws', '2']))
+    assert capsys.readouterr().out.endswith('2 to 2 neurons, median 2\n') and (tmp_path / 'my_width_theorem.png').exists()
+
+
 # Files and the command
 
 
@@ -788,7 +831,21 @@ def small_alexnet(settings, input_shape, num_classes):
 def test_layers_of_an_alexnet_of_the_users_own(tmp_path, digits, monkeypatch, capsys):
     """Pooling, dropout and batch normalization stay as they are, in the file too."""
     monkeypatch.setitem(models.NETWORKS, 'ALEX', small_alexnet)
-    flags = '--network', 'ALEX', '--normalization', 'none', '--bias', 'True', '--width', 6, '--epochs', 2, '--results-dir', tmp_path
+    monkeypatch.setattr(launch, 'draw', lambda folder: None)
+    flags = (
+        '--network',
+        'ALEX',
+        '--normalization',
+        'none',
+        '--bias',
+        'True',
+        '--width',
+        6,
+        '--epochs',
+        2,
+        '--results-dir',
+        tmp_path,
+    )
     train_small(tmp_path / '1', *flags)
     (name,) = (path.name for path in (tmp_path / '1').iterdir() if path.is_dir())
     layers = '--layer', '14', '--layer', '9', '--layer', '12'
@@ -810,7 +867,7 @@ def test_layers_of_an_alexnet_of_the_users_own(tmp_path, digits, monkeypatch, ca
     )
     assert sum(weight.numel() for weight in narrow.parameters()) == int(rows[1]['weights']) < int(rows[0]['weights'])
     assert (outputs.argmax(1) != digits.test_labels).double().mean().item() == float(rows[1]['test_error'])
-    assert float(rows[1]['path_norm']) > 0 and (tmp_path / '2' / 'compress.png').exists()
+    assert float(rows[1]['path_norm']) > 0
     monkeypatch.delitem(models.NETWORKS, 'ALEX')
     with pytest.raises(BadInput, match="network = 'ALEX'"):
         load(tmp_path / '2' / name / 'lam-0.05.pt')
