@@ -2,7 +2,7 @@
 
 python compress.py results/7                           without the dead channels: the same function
 python compress.py results/7 --lam 1e-4 1e-3 1e-2      by the multi-task lasso, once per lam
-python compress.py results/7 --layer 7 --lam 1e-3      one linear layer alone
+python compress.py results/7 --layer 7 --lam 1e-3      one linear layer of any network; --layer 4 --layer 7: two
 """
 
 import argparse
@@ -12,12 +12,14 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from conf import ROOT, BadInput, Parser, settings_text
-from datasets import fingerprint
+from conf import BEFORE, ROOT, BadInput, Parser, settings_text
+from datasets import DATASETS, fingerprint
 from evaluation import evaluate
 from harness import launch
 from harness.machine import choose_precision, guarded, keep_freed_memory
@@ -33,11 +35,13 @@ from harness.records import (
     write_table,
 )
 from measures.chains import Plain, plain, plain_layers, sequential
-from measures.geometry import trace_layers
+from measures.geometry import plain_copy, trace_layers, weight_layers
+from measures.linear import compress_layer, linear_layer, set_tensors
 from measures.masks import drop_dead
-from measures.narrow import balance, compress, compress_layer, linear_layer
+from measures.narrow import balance, compress
 from measures.norms import measure_data
 from measures.pac_bayes import COLUMNS as CERTIFICATES
+from models import get_network
 from utils import BOUNDS
 
 COLUMNS = (
@@ -50,10 +54,20 @@ COLUMNS = (
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def save(path, net, input_shape):
-    """Saves a network, as `plain_layers` takes it, by its layers' weights, biases and geometry."""
+def save(path, net, input_shape, settings=None):
+    """Saves a narrower network.
+
+    Args:
+        settings: those by which `get_network` makes the network that it was narrowed from, any one; without them it must be
+            a chain, as `plain_layers` takes it.
+    """
+    saved = {'input_shape': list(input_shape)}
+    if settings:
+        state = {name: tensor.to('cpu') for name, tensor in plain_copy(net).state_dict().items()}
+        save_checkpoint(path, saved | {'settings': vars(settings), 'network': state})
+        return
     layers, dtype = plain_layers(net), next(net.parameters()).dtype
-    saved = {'input_shape': list(input_shape), 'weights': [layer.weight.to('cpu', dtype) for layer in layers]}
+    saved['weights'] = [layer.weight.to('cpu', dtype) for layer in layers]
     saved['biases'] = [None if layer.bias is None else layer.bias.to('cpu', dtype) for layer in layers]
     saved |= {
         'rectified': [layer.rectified for layer in layers],
@@ -63,24 +77,45 @@ def save(path, net, input_shape):
 
 
 def load(path):
-    """The narrower network of a file, an nn.Sequential on the CPU: load('results/8/CONV-3-200/dead.pt').
+    """The narrower network of a file, on the CPU: load('results/8/CONV-3-200/dead.pt').
+
+    It is an nn.Sequential, or, where linear layers alone were fitted, a network of the class that it was made from.
 
     Raises:
-        BadInput: there is no such file, or it holds no narrower network.
+        BadInput: there is no such file, or it holds no narrower network, or one of a family that models has not.
     """
     path = Path(path)
     if not path.exists():
         raise BadInput(f'{path}: no such file')
     saved = load_checkpoint(path, 'cpu')
     try:
-        weights, geometry = saved['weights'], saved['geometry']
-        biases = saved.get('biases', [None] * len(weights))  # older files are of bias-free chains
-        rectified = saved.get('rectified', [True] * (len(weights) - 1) + [False])
-        geometry = [how if weight.ndim == 4 else {} for how, weight in zip(geometry, weights, strict=True)]
-        net = sequential(Plain(*layer) for layer in zip(weights, biases, rectified, geometry, strict=True))
-        net(torch.zeros(1, *saved['input_shape'], dtype=weights[0].dtype))
+        shape, make = saved['input_shape'], _of_family if 'network' in saved else _chain
+        net = make(saved)
+        net(torch.zeros(1, *shape, dtype=next(net.parameters()).dtype))
+    except BadInput:
+        raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError):
         raise BadInput(f'{path}: does not hold a narrower network') from None
+    return net
+
+
+def _chain(saved):
+    weights, geometry = saved['weights'], saved['geometry']
+    biases = saved.get('biases', [None] * len(weights))  # older files are of bias-free chains
+    rectified = saved.get('rectified', [True] * (len(weights) - 1) + [False])
+    geometry = [how if weight.ndim == 4 else {} for how, weight in zip(geometry, weights, strict=True)]
+    return sequential(Plain(*layer) for layer in zip(weights, biases, rectified, geometry, strict=True))
+
+
+def _of_family(saved):
+    """The network of the settings, in evaluation mode, its layers of the sizes of the saved tensors."""
+    settings, state = SimpleNamespace(**BEFORE | saved['settings']), saved['network']
+    net = plain_copy(get_network(settings, *DATASETS[settings.dataset_name][1:3])).eval()
+    for name, module in net.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)):
+            fields = ('weight', 'bias', 'running_mean', 'running_var')
+            set_tensors(module, **{field: tensor for field in fields if (tensor := state.get(f'{name}.{field}')) is not None})
+    net.load_state_dict(state)
     return net
 
 
@@ -109,18 +144,18 @@ def load_source(folder):
 
 
 def narrower(net, images, lam, options):
-    """The network of a row, as a chain of plain layers, and the reports of its fits.
+    """The network of a row, and the reports of its fits: a chain of plain layers, or, of single layers, one like net.
 
     lam is 0 for the whole network, and None for the one without its dead channels.
     """
     if lam is None:
         return drop_dead(net), []
-    if options.lam and not options.layer:
-        return compress(net, images, lam, options.refit) if lam else (balance(net, tuple(images.shape[1:])), [])
-    if not lam:
+    if options.layer:
+        net, reports = compress_layer(net, images, options.layer, lam, options.refit) if lam else (net, {})
+        return plain_copy(net), [reports[name] for name in options.layer if lam]
+    if not options.lam:
         return plain(net), []
-    net, report = compress_layer(net, images, options.layer, lam, options.refit)
-    return plain(net), [report]
+    return compress(net, images, lam, options.refit) if lam else (balance(net, tuple(images.shape[1:])), [])
 
 
 @torch.no_grad()
@@ -164,9 +199,9 @@ def compress_run(net, settings, place, options, folder):
                 continue
             path = folder / ('dead.pt' if lam is None else f'lam-{lam}.pt')
             folder.mkdir(exist_ok=True)
-            save(path, narrow, dataset.input_shape)
+            save(path, narrow, dataset.input_shape, settings if options.layer else None)
             row = evaluate(narrow, settings, dataset, data, *place, delta)
-            row |= {'lam': math.nan if lam is None else lam, 'layer': options.layer or ''}
+            row |= {'lam': math.nan if lam is None else lam, 'layer': '|'.join(options.layer or [])}
             row |= {'channels': '|'.join(map(str, widths(narrow))), 'bytes': path.stat().st_size}
             row |= {'weights': sum(weight.numel() for weight in narrow.parameters())}
             row |= {'speed_up': speed_up(whole, narrow, dataset.test_images[:32]) if lam != 0 else 1.0}
@@ -184,7 +219,7 @@ def compress_run(net, settings, place, options, folder):
 
 def widths(net):
     """The channels of each hidden layer."""
-    return [len(layer.weight) for layer in plain_layers(net)[:-1]]
+    return [len(layer.weight) for layer in [*weight_layers(net).values()][:-1]]
 
 
 def parse_arguments(argv):
@@ -201,7 +236,8 @@ def parse_arguments(argv):
     add('source', type=Path, metavar='DIR', help='results folder of the trained networks')
     lam_help = 'penalties, as shares of the one from which on nothing is left; between 0 and 1'
     add('--lam', type=float, nargs='+', default=[], metavar='X', help=lam_help)
-    add('--layer', metavar='NAME', help='fit this linear layer alone, as net.named_modules() calls it')
+    layer_help = 'fit this linear layer alone, as net.named_modules() calls it; repeat it for several'
+    add('--layer', metavar='NAME', action='append', default=[], help=layer_help)
     refit_help = 'fit the kept channels once more with a small ridge penalty (default), or keep the shrunk weights'
     add('--refit', choices=('none', 'ridge'), default='ridge', help=refit_help)
     add('--run', type=int, metavar='K', help='only the K-th network of the folder, counted from 1')
@@ -210,7 +246,7 @@ def parse_arguments(argv):
     if bad := [lam for lam in options.lam if not 0 < lam < 1]:
         raise BadInput(f'--lam {bad[0]:g}: must be a share of lam_max, between 0 and 1')
     if options.layer and not options.lam:
-        raise BadInput(f'--layer {options.layer}: is fitted with a penalty; give one with --lam')
+        raise BadInput(f'--layer {options.layer[0]}: is fitted with a penalty; give one with --lam')
     return options
 
 
@@ -227,9 +263,10 @@ def run(options):
     for settings in runs if options.run is None else [runs[options.run - 1]]:
         net, settings, place, said = load_source(options.source / settings.name)
         device, dataset = launch.get_inputs(settings)
-        if options.layer:
-            linear_layer(net, options.layer)
-        plain_layers(net) if options.layer or not options.lam else trace_layers(net, dataset.input_shape)
+        for name in options.layer:
+            linear_layer(net, name)
+        if not options.layer:
+            trace_layers(net, dataset.input_shape) if options.lam else plain_layers(net)
         notes += said
         sources.append((net, settings, place))
     for note in notes:
@@ -237,7 +274,7 @@ def run(options):
 
     folder = Path(os.path.relpath(new_results_folder(ROOT / sweep['results_dir'])))
     what = f'python compress.py {options.source}'
-    what += f' --layer {options.layer}' * bool(options.layer)
+    what += ''.join(f' --layer {name}' for name in options.layer)
     what += f' --lam {" ".join(map(str, options.lam))} --refit {options.refit}' * bool(options.lam)
     what += f' --run {options.run}' * (options.run is not None)
     header = [f'Networks made narrower by {what}; the settings are those that they were trained with.']

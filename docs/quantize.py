@@ -1,11 +1,14 @@
 """Quantized and pruned networks against the path-metric: how far outputs move, which classes provably stay.
 
-    OMP_NUM_THREADS=1 python docs/quantize.py results/mnist-width/CONV-3-16
+    OMP_NUM_THREADS=1 python docs/quantize.py                     in minutes
+    OMP_NUM_THREADS=1 python docs/quantize.py results/7/CONV-3-200 --images 500
 
-prints a row per level and draws docs/quantize.png; minutes. The theorem is in docs/bounds.md.
+prints a row per level and writes quantize.csv and quantize.png: into docs/ without arguments, into the current
+directory as my_quantize.csv and my_quantize.png with any. The theorem is in docs/bounds.md.
 """
 
 import argparse
+import csv
 import sys
 from pathlib import Path
 
@@ -13,10 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from conf import BadInput
+from conf import ROOT, BadInput
 from harness import load_network
 from harness.launch import get_inputs
 from measures.paths import path_metric, path_norm, rescale_neurons
+from measures.steps import forward_steps
 
 
 def fixed_point(tensor, bits, rounding):
@@ -84,7 +88,7 @@ def measure(net, images, labels, changes=CHANGES):
     """
     net, images = rescale_neurons(net, torch.ones).double().eval(), images.double()
     sizes = images.flatten(1).abs().amax(1)
-    if any(name.endswith('bias') for name, _ in net.named_parameters()):
+    if any(step.bias is not None for step in forward_steps(net)):  # batch normalization has them without parameters too
         sizes = sizes.clamp(min=1)
     before = outputs(net, images)
     top = before.argmax(1)
@@ -143,23 +147,33 @@ def draw(table, norm, path):
     figure.savefig(path, dpi=110)
 
 
-def main(run, images):
+def main(run, images, path):
+    """Prints the rows of a run's network on so many test images, and writes them and their picture beside `path`."""
+    if images < 1:
+        raise BadInput(f'--images {images}: must be at least 1')
     net, settings = load_network(run)
     _, dataset = get_inputs(settings)
-    table = {}
+    table, lines = {}, []
     for words, level, row in measure(net, dataset.test_images[:images], dataset.test_labels[:images]):
         if not table:
             print('', 'change', 'level', *row, '', sep=' | ')
         print('', words, level, *(f'{value:.3g}' for value in row.values()), '', sep=' | ', flush=True)
         table.setdefault(words, {})[level] = row
-    draw(table, path_norm(net, dataset.input_shape), Path(__file__).with_suffix('.png'))
+        lines.append({'change': words, 'level': level} | row)
+    with path.with_suffix('.csv').open('w', newline='') as file:
+        writer = csv.DictWriter(file, lines[0], lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(lines)
+    draw(table, path_norm(net, dataset.input_shape), path.with_suffix('.png'))
 
 
 if __name__ == '__main__':
+    shipped = Path(__file__).with_suffix('') if len(sys.argv) == 1 else Path('my_quantize')
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('run', type=Path, help='folder of a trained network, as results/mnist-width/CONV-3-16')
+    run = ROOT / 'results' / 'mnist-width' / 'CONV-3-16'
+    parser.add_argument('run', type=Path, nargs='?', default=run, help='folder of a trained network (CONV-3-16 on MNIST)')
     parser.add_argument('--images', type=int, default=2000, help='so many first test images (2000)')
     try:
-        main(**vars(parser.parse_args()))
+        main(**vars(parser.parse_args()), path=shipped)
     except (BadInput, OSError) as error:
         sys.exit(f'error: {error}')

@@ -1,8 +1,8 @@
 """How many neurons the exact multi-task lasso needs: solutions on random problems against the width bounds (docs/compress.md).
 
     python docs/width_theorem.py                           draws docs/width_theorem.png, in a minute
-    python docs/width_theorem.py --N 4 --D 3 --K 9 --rY 2  the same for other problems
-    python docs/width_theorem.py --figure 3 --draws 10     draws docs/width_theorem_3.png, in minutes; or 4
+    python docs/width_theorem.py --figure 3                draws docs/width_theorem_3.png, in minutes; or 4
+    python docs/width_theorem.py --N 4 --D 3 --K 9 --rY 2  other problems: into the current directory, my_width_theorem.png
 
 They are Figures 5, 3 and 4 of Shenouda et al. (arXiv 2305.16534).
 """
@@ -119,31 +119,36 @@ def main(problems, draws, path):
     figure.savefig(path, dpi=110)
 
 
-def arguments():
+def arguments(words=None):
     """What the command line asks for, as the arguments of `main`."""
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('--K', type=int, nargs='+', default=range(7, 12), help='neurons, a panel each (7 8 9 10 11)')
+    parser.add_argument('--K', type=int, nargs='+', default=[7, 8, 9, 10, 11], help='neurons, a panel each (7 8 9 10 11)')
     parser.add_argument('--N', type=int, default=3, help='samples (3)')
     parser.add_argument('--D', type=int, default=2, help='outputs (2)')
     parser.add_argument('--rX', type=int, default=0, help='rank of the features (0: full)')
     parser.add_argument('--rY', type=int, default=0, help='rank of the targets (0: full)')
-    parser.add_argument('--draws', type=int, default=100, help='problems in a panel (100)')
+    parser.add_argument('--draws', type=int, help='problems in a panel (100, or 10 with --figure)')
     parser.add_argument('--figure', type=int, choices=FIGURES, help='its problems, in place of --K, --N, --D, --rX, --rY')
-    given = parser.parse_args()
+    given = parser.parse_args(words)
+    shipped = parser.parse_args([] if given.figure is None else ['--figure', str(given.figure)])
+    folder, prefix = (Path(__file__).parent, '') if given == shipped else (Path(), 'my_')
+    draws = given.draws if given.draws is not None else 10 if given.figure else 100
+    if draws < 1:
+        parser.error(f'--draws {draws}: must be at least 1')
     if given.figure:
-        return (
-            FIGURES[given.figure],
-            given.draws,
-            Path(__file__).with_name(f'width_theorem_{given.figure}.png'),
-        )
+        return FIGURES[given.figure], draws, folder / f'{prefix}width_theorem_{given.figure}.png'
     for K in given.K:
         rank = given.rX or min(K, given.N)
-        if min(K, given.N, given.D, given.draws) < 1 or not 0 <= given.rX <= min(K, given.N):
-            parser.error('--K, --N, --D and --draws must be positive, and --rX between 0 and the least of K and N')
+        if min(K, given.N, given.D) < 1 or not 0 <= given.rX <= min(K, given.N):
+            parser.error('--K, --N and --D must be positive, and --rX between 0 and the least of K and N')
+        if K < given.N and not (given.rX or given.rY):
+            parser.error(
+                f'--K {K}: fewer neurons than the {given.N} samples fit no Gaussian targets; give a rank, --rX or --rY'
+            )
         if not 0 <= given.rY <= min(given.D, rank):
             parser.error(f'--rY must lie between 0 and {min(given.D, rank)}, which D and the features allow')
     problems = [{'K': K, 'N': given.N, 'D': given.D, 'rX': given.rX, 'rY': given.rY} for K in given.K]
-    return problems, given.draws, Path(__file__).with_suffix('.png')
+    return problems, draws, folder / f'{prefix}width_theorem.png'
 
 
 if __name__ == '__main__':

@@ -19,6 +19,7 @@ WEIGHT_LAYERS = (nn.Conv2d, nn.Linear)
 _LAYERS = (*WEIGHT_LAYERS, nn.ConvTranspose2d)
 RELUS = (torch.relu, F.relu, 'relu', 'relu_')
 FLATTENS = (torch.flatten, 'flatten')
+MEANS = (torch.mean, 'mean')
 SIZES = ('size', 'shape', getattr, operator.getitem)  # what a traced x.size(0) or x.shape[0] consists of
 
 _traced = contextvars.ContextVar('traced', default=None)  # {network: its trace} inside of `traced_once`
@@ -87,13 +88,18 @@ def plain_copy(net):
     """A copy of a network whose parametrized weights, weight-normalized or masked, are plain ones of the same values."""
     net = copy.deepcopy(net)
     for module in [*net.modules()]:
-        if parametrize.is_parametrized(module):  # remove_parametrizations would change the class, which a copy shares
-            plain = {name: nn.Parameter(getattr(module, name).detach().clone()) for name in module.parametrizations}
-            module.__class__ = parametrize.type_before_parametrizations(module)
-            del module.parametrizations
-            for name, value in plain.items():
-                module.register_parameter(name, value)
+        make_plain(module)
     return net
+
+
+def make_plain(module):
+    """Makes the parametrized weights of a module plain ones of the same values, in place."""
+    if parametrize.is_parametrized(module):  # remove_parametrizations would change the class, which a copy shares
+        plain = {name: nn.Parameter(getattr(module, name).detach().clone()) for name in module.parametrizations}
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module.parametrizations
+        for name, value in plain.items():
+            module.register_parameter(name, value)
 
 
 @contextlib.contextmanager
@@ -123,7 +129,8 @@ def traced_once():
 def trace(net):
     """The forward pass of a network as a list of (fx.Node, module or None, what it is in words), the output's node last.
 
-    A view or reshape to (N, -1) is traced as a flattening. The third entry names the node in a message of a refusal.
+    A view or reshape to (N, -1) is traced as a flattening, and so is one to (N, a number), with meta['fixed']. The third entry
+    names the node in a refusal.
 
     Raises:
         BadInput: it cannot be traced, or what a module computes is not what its type says; it is named.
@@ -165,8 +172,9 @@ def _trace(net):
         reason = str(error).partition('\n')[0]
         raise BadInput(f'{kind}: its forward pass cannot be traced ({reason})') from None
     for node in reversed(graph.nodes):  # each after its users
-        if node.target in ('view', 'reshape', torch.reshape) and _is_batch_by_rest(*node.args[1:]):
+        if _is_batch_by_rest(shape := viewed_as(node)):
             node.op, node.target, node.args = 'call_method', 'flatten', (node.args[0], 1)
+            node.meta['fixed'] = shape[1] != -1
         elif node.op != 'call_module' and node.target in SIZES and not node.users:
             graph.erase_node(node)
     traced = []
@@ -177,10 +185,17 @@ def _trace(net):
     return traced
 
 
-def _is_batch_by_rest(*shape):
-    """Whether a traced shape is (number of samples, -1)."""
-    shape = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-    if len(shape) != 2 or shape[1] != -1 or not isinstance(shape[0], fx.Node):
+def viewed_as(node):
+    """The shape to which a traced node views or reshapes, () where it does something else."""
+    if node.op == 'call_module' or node.target not in ('view', 'reshape', torch.reshape):
+        return ()
+    shape = node.args[1:]
+    return tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+
+
+def _is_batch_by_rest(shape):
+    """Whether a traced shape is (number of samples, -1), or has a number, which can be no other, in the place of -1."""
+    if len(shape) != 2 or not isinstance(shape[1], int) or not isinstance(shape[0], fx.Node):
         return False
     size = shape[0]
     if size.target is operator.getitem and size.args[1] == 0:
@@ -194,6 +209,12 @@ def flattens(node, module):
     if isinstance(module, nn.Flatten):
         return module.start_dim, module.end_dim
     return _flatten_dims(*node.args, **node.kwargs) if node.op != 'call_module' and node.target in FLATTENS else None
+
+
+def spatial_mean(node):
+    """Whether a traced node is the mean over all positions of maps, the dimensions 2 and 3."""
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get('dim')
+    return node.op != 'call_module' and node.target in MEANS and dims in ([2, 3], (2, 3), [-2, -1], (-2, -1))
 
 
 def rectifies(node, module):

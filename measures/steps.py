@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from conf import BadInput
-from measures.geometry import SIZES, flattens, rectifies, trace
+from measures.geometry import MEANS, SIZES, flattens, rectifies, spatial_mean, trace
 
 # A step of the forward pass: the module's name; what it does, as a tuple that two networks of the same
 # structure share; the indices of the steps that it reads (the first step is the input); its weights, folded;
@@ -44,7 +44,6 @@ _FUNCTIONS = {
 }
 _ADDITIONS = (operator.add, operator.iadd, torch.add, 'add', 'add_')
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
-_MEANS = (torch.mean, 'mean')
 _PASSED = (nn.Identity, nn.Dropout, nn.Dropout2d)
 
 
@@ -183,8 +182,8 @@ def _ops(node, module, what):
             return [('add',)]
         if node.target in _CONCATENATIONS and {*node.kwargs} <= {'tensors', 'dim'}:
             return [('cat', _argument(node, 1, 'dim', 0))]
-        if node.target in _MEANS and {*node.kwargs} <= {'dim', 'keepdim'}:
-            if _argument(node, 1, 'dim', None) not in ([2, 3], (2, 3), [-2, -1], (-2, -1)):
+        if node.target in MEANS and {*node.kwargs} <= {'dim', 'keepdim'}:
+            if not spatial_mean(node):
                 raise BadInput(f'{what}: only a mean over all positions, the dimensions 2 and 3, is covered')
             flat = [] if _argument(node, 2, 'keepdim', False) else [('flatten', 1, -1)]
             return [('mean', F.adaptive_avg_pool2d, 1), *flat]

@@ -1,5 +1,6 @@
 """Narrower networks: the multi-task lasso, its solver, balancing, the width theorem, and the command."""
 
+import copy
 import csv
 import itertools
 import math
@@ -20,10 +21,13 @@ from conftest import DIGITS, ROOT, refused, run, settings_of, train_small
 from torch import nn
 
 import evaluation
+import models
 from compress import balance, compress, compress_layer, compress_run, drop_dead, load, load_source, save
+from compress import main as compress_main
 from conf import BadInput
-from docs.width_theorem import exact_lasso, vertex, width_bound
-from harness import load_network
+from docs.width_theorem import FIGURES, arguments, draw_problem, exact_lasso, main, vertex, width_bound
+from harness import launch, load_network
+from measures import linear
 from measures import narrow as room
 from measures.geometry import trace_layers
 from measures.lasso import group_lasso, norms, ridge, scaled
@@ -446,6 +450,145 @@ def test_columns_stay_as_zeros_where_the_channels_cannot_be_cut():
     assert torch.equal(narrow.stem.weight, net.stem.weight)
 
 
+def test_what_is_made_shares_nothing_with_the_network_that_it_is_made_from():
+    net = alexnet()
+    before = copy.deepcopy(net.state_dict())
+    for name in ('13', ['10', '16']):
+        narrow, _ = compress_layer(net, PICTURES, name, 0.03, tolerance=1e-2)
+        with torch.no_grad():
+            for tensor in narrow.state_dict().values():
+                tensor.add_(100)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_several_layers_are_fitted_from_the_input_on():
+    """Each to the original pre-activations, from the features of what is narrower in front of it; in any order of names."""
+    net = alexnet()
+    narrow, reports = compress_layer(net, PICTURES, ['16', '13', '10'], 0.02, tolerance=1e-4)
+    assert list(reports) == ['10', '13', '16'] and all(report['removed'] for report in reports.values())
+    for (name, report), widths in zip(reports.items(), (9, 1, 1)):
+        assert narrow.get_submodule(name).in_features == report['channels'] * widths
+    first, alone = compress_layer(net, PICTURES, '10', 0.02, tolerance=1e-4)
+    assert torch.equal(reports['10']['kept'], alone['kept']) and torch.equal(first[3].weight, narrow[3].weight)
+    with torch.no_grad():  # the residual of the last layer is that of the outputs, less what is held
+        held = net[16](net[15].bias - net[15].running_mean * net[15].weight / (net[15].running_var + net[15].eps).sqrt())
+        lost = (narrow(PICTURES) - net(PICTURES)).norm() / (net(PICTURES) - held).norm()
+    assert reports['16']['residual'] == pytest.approx(lost.item(), rel=1e-6)
+    second, _ = compress_layer(first, PICTURES, '13', 0.02, tolerance=1e-4)
+    blind, _ = compress_layer(second, PICTURES, '16', 0.02, tolerance=1e-4)
+    assert lost < (blind(PICTURES) - net(PICTURES)).norm() / (net(PICTURES) - held).norm()
+
+
+def test_costs_of_one_and_zeros_that_stay():
+    net = alexnet()
+    with torch.no_grad():
+        net[10].weight[1] *= 100  # a loud channel, which is cheap where all cost one
+        net[10].bias[1] *= 100
+        net[13].weight[:, 1] /= 100
+    narrow, report = compress_layer(net, PICTURES, '13', 0.002)
+    zeroed, same = compress_layer(net, PICTURES, '13', 0.002, remove=False)
+    assert torch.equal(report['kept'], same['kept']) and (same['removed'], same['why']) == (False, 'remove = False')
+    assert zeroed[10].weight.equal(net[10].weight) and torch.equal(zeroed[13].weight.ne(0).any(0), report['kept'])
+    assert torch.allclose(zeroed(PICTURES), narrow(PICTURES), rtol=1e-10)
+    one, other = compress_layer(net, PICTURES, '13', 0.002, cost='one')
+    assert other['channels'] < report['channels'] and other['kept'][1] and one[10].out_features == other['channels']
+
+
+def test_copies_of_a_channel_are_not_merged():
+    """Their weights add up, whatever the shares, and the objective does not tell: where one stays, all do."""
+    net = alexnet()
+    with torch.no_grad():
+        net[10].weight[:3], net[10].bias[:3] = net[10].weight[1:2].clone(), net[10].bias[1:2].clone()
+    _, report = compress_layer(net, PICTURES, '13', 0.002)
+    assert report['kept'][:3].all() and report['channels'] < 20
+
+
+class Branch(nn.Module):
+    """A convolution, what the tests put between its ReLU and the classifier, and the classifier."""
+
+    def __init__(self, between, inputs):
+        super().__init__()
+        torch.manual_seed(0)
+        self.between, self.conv, self.last = between, nn.Conv2d(3, 6, 3, 2), nn.Linear(inputs, 4)
+
+    def forward(self, x):
+        return self.last(self.between(self.conv(x)))
+
+
+class Between(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+CUT = {
+    'mean': (lambda x: F.relu(x).mean([2, 3]), 6),
+    'mean, kept': (lambda x: torch.mean(x.relu(), (-2, -1), keepdim=True).flatten(1), 6),
+    'gelu': (lambda x: F.gelu(x).flatten(1), 294),
+    'tanh': (lambda x: F.avg_pool2d(torch.tanh(x), 2).flatten(1), 54),
+    'sigmoid': (lambda x: x.sigmoid().flatten(1), 294),
+    'silu': (lambda x: F.silu(x).flatten(1), 294),
+}
+
+
+@pytest.mark.parametrize('function, inputs', CUT.values(), ids=CUT)
+def test_channels_behind_means_and_functions_are_cut(function, inputs):
+    net = Branch(Between(function), inputs).double()
+    narrow, report = compress_layer(net, PICTURES, 'last', 0.9, tolerance=1e-2)
+    assert (report['removed'], report['why']) == (True, '') and len(narrow.conv.weight) == report['channels'] < 6
+    zeroed, _ = compress_layer(net, PICTURES, 'last', 0.9, tolerance=1e-2, remove=False)
+    assert torch.allclose(zeroed(PICTURES), narrow(PICTURES), rtol=1e-9, atol=1e-12)
+
+
+FIXED = {
+    'size': (lambda x: (y := F.relu(x)).view(y.size(0), 6 * 7 * 7), 294),
+    'shape': (lambda x: (y := F.relu(x)).reshape(y.shape[0], 6 * 7 * 7), 294),
+    '-1': (lambda x: F.max_pool2d(F.relu(x), 2).view(-1, 54), 54),
+    'a tuple': (lambda x: torch.reshape(F.relu(x), (-1, 294)), 294),
+}
+
+
+@pytest.mark.parametrize('function, inputs', FIXED.values(), ids=FIXED)
+def test_channels_behind_a_view_of_a_fixed_size_are_groups_that_stay(function, inputs):
+    """Behind a flattening they would be cut, to the same function; the view takes no fewer."""
+    pool = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2) if inputs == 54 else nn.Identity(), nn.Flatten())
+    net, other = (Branch(between, inputs).double() for between in (Between(function), pool))
+    narrow, report = compress_layer(net, PICTURES, 'last', 0.5, tolerance=1e-4)
+    cut, same = compress_layer(other, PICTURES, 'last', 0.5, tolerance=1e-4)
+    assert same['removed'] and torch.equal(report['kept'], same['kept']) and len(same['kept']) == 6
+    assert 'it wants a fixed number of channels' in report['why'] and len(narrow.conv.weight) == 6
+    assert torch.allclose(narrow(PICTURES), cut(PICTURES), rtol=1e-9)
+
+
+UNCUT = {
+    'two readers': (lambda x: (x + F.relu(x)).flatten(1), 294, 'add'),
+    'rows that are no images': (lambda x: x.relu().view(-1, 49), 49, 'last: its input is not one row an image'),
+    'other axes': (lambda x: F.relu(x).transpose(1, 2).flatten(1), 294, 'transpose'),
+    'positions': (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(294), nn.ReLU()), 294, 'between.1 normalizes the positions'),
+}
+
+
+@pytest.mark.parametrize('between, inputs, why', UNCUT.values(), ids=UNCUT)
+def test_where_channels_are_not_cut_the_report_says_why(between, inputs, why):
+    net = Branch(between if isinstance(between, nn.Module) else Between(between), inputs).double().eval()
+    narrow, report = compress_layer(net, PICTURES, 'last', 0.3, tolerance=1e-2)
+    assert why in report['why'] and not report['removed'] and torch.equal(narrow.conv.weight, net.conv.weight)
+    assert torch.equal(narrow.last.weight.ne(0).any(0), report['kept']) and 0 < report['channels'] < inputs
+
+
+def test_few_images_go_through_the_network_at_once(monkeypatch):
+    sizes, net = [], alexnet()
+    one, _ = compress_layer(net, PICTURES, '13', 0.02)
+    monkeypatch.setattr(linear, 'images_per_pass', lambda net, images: 7)
+    forward = nn.AdaptiveAvgPool2d.forward
+    monkeypatch.setattr(nn.AdaptiveAvgPool2d, 'forward', lambda self, x: sizes.append(len(x)) or forward(self, x))
+    two, _ = compress_layer(net, PICTURES, '13', 0.02)
+    assert max(sizes) == 7 and sum(sizes) == 61 and torch.allclose(one[13].weight, two[13].weight, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     'name, arguments, words',
     [
@@ -454,6 +597,11 @@ def test_columns_stay_as_zeros_where_the_channels_cannot_be_cut():
         ('10', {'lam': 1.5}, 'lam'),
         ('10', {'images': PICTURES / 0}, 'images'),
         ('10', {'refit': 'exact'}, 'refit'),
+        ('10', {'cost': 'two'}, "cost = 'two'"),
+        ('10', {'images': PICTURES[:, :2]}, r'images: Sequential does not take one of shape \(1, 2, 16, 16\)'),
+        ('10', {'images': PICTURES[:, :, :2]}, 'images: Sequential does not take one'),
+        ([], {}, 'name: at least one layer'),
+        (['10', '12'], {}, '12: not a linear layer'),
     ],
 )
 def test_bad_arguments_of_a_layer_are_named(name, arguments, words):
@@ -548,6 +696,49 @@ def test_solutions_within_the_sharper_width_bound(K, N, D, rank):
         assert max(counts) == 5  # attained; rank times rank would be 6
 
 
+@pytest.mark.parametrize('figure, place, counts', [(4, 0, (2, 2)), (4, 1, (None, 8))], ids=['r = 2', 'r = 5'])
+def test_problems_of_the_figures_need_as_many_neurons_as_ever(figure, place, counts):
+    """The quicker ones of docs/width_theorem.py, with seeds 0 and 1."""
+    for seed, count in enumerate(counts):
+        if count:
+            features, targets = draw_problem(np.random.default_rng(seed), **FIGURES[figure][place])
+            t, dual, _ = exact_lasso(features, targets)
+            assert np.count_nonzero(vertex(t, dual, features)) == count
+
+
+@pytest.mark.parametrize(
+    'problem', [*FIGURES[3], *FIGURES[4], {'K': 9, 'N': 4, 'D': 3, 'rY': 2}, {'K': 2, 'N': 3, 'D': 2, 'rX': 1}]
+)
+def test_problems_have_the_sizes_and_ranks_that_are_asked_for_and_solutions(problem):
+    features, targets = draw_problem(np.random.default_rng(0), **problem)
+    assert (features.shape, targets.shape) == ((problem['K'], problem['N']), (problem['D'], problem['N']))
+    r = problem.get('rX', min(features.shape))
+    assert np.linalg.matrix_rank(features) == r
+    assert np.linalg.matrix_rank(targets) == min(problem['D'], r, problem.get('rY', r))
+    assert np.linalg.matrix_rank(np.concatenate([features, targets])) == r  # V features = targets has a solution
+
+
+def test_arguments_of_the_width_theorem(capsys, tmp_path, monkeypatch):
+    """The pictures of the page are drawn by the commands of the page alone; what makes no sense is one line."""
+    monkeypatch.chdir(tmp_path)
+    docs, defaults = ROOT / 'docs', [{'K': K, 'N': 3, 'D': 2, 'rX': 0, 'rY': 0} for K in range(7, 12)]
+    assert arguments([]) == (defaults, 100, docs / 'width_theorem.png')
+    assert arguments(['--figure', '3']) == (FIGURES[3], 10, docs / 'width_theorem_3.png')
+    assert arguments(['--figure', '4', '--draws', '2']) == (FIGURES[4], 2, Path('my_width_theorem_4.png'))
+    assert arguments(['--K', '2', '--rY', '1'])[0] == [{'K': 2, 'N': 3, 'D': 2, 'rX': 0, 'rY': 1}]
+    for words, said in (
+        ('--K 9 2', '--K 2: fewer neurons than the 3 samples'),
+        ('--figure 4 --draws 0', '--draws 0'),
+        ('--draws 0', '--draws 0'),
+        ('--K 2 --rY 3', '--rY must lie between 0 and 2'),
+    ):
+        with pytest.raises(SystemExit):
+            arguments(words.split())
+        assert f'error: {said}' in capsys.readouterr().err.splitlines()[-1]
+    main(*arguments(['--K', '2', '--rY', '1', '--draws', '2']))
+    assert capsys.readouterr().out.endswith('2 to 2 neurons, median 2\n') and (tmp_path / 'my_width_theorem.png').exists()
+
+
 # Files and the command
 
 
@@ -626,6 +817,60 @@ def test_certificates_hold_for_all_narrower_networks_at_once(digits, monkeypatch
     (tmp_path / 'run').mkdir()
     compress_run(net, settings, (0, 1), options, tmp_path / 'run')
     assert deltas == [settings.delta / 16] * 2
+
+
+def small_alexnet(settings, input_shape, num_classes):
+    """A family of a user's own: batch normalization, max and adaptive pooling, dropout and three linear layers."""
+    width = settings.width
+    features = nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)
+    first = nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.1)
+    linear = nn.Linear(8 * width, 32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, 24), nn.ReLU()
+    return nn.Sequential(*features, *first, *linear, nn.Linear(24, num_classes))
+
+
+def test_layers_of_an_alexnet_of_the_users_own(tmp_path, digits, monkeypatch, capsys):
+    """Pooling, dropout and batch normalization stay as they are, in the file too."""
+    monkeypatch.setitem(models.NETWORKS, 'ALEX', small_alexnet)
+    monkeypatch.setattr(launch, 'draw', lambda folder: None)
+    flags = (
+        '--network',
+        'ALEX',
+        '--normalization',
+        'none',
+        '--bias',
+        'True',
+        '--width',
+        6,
+        '--epochs',
+        2,
+        '--results-dir',
+        tmp_path,
+    )
+    train_small(tmp_path / '1', *flags)
+    (name,) = (path.name for path in (tmp_path / '1').iterdir() if path.is_dir())
+    layers = '--layer', '14', '--layer', '9', '--layer', '12'
+    assert compress_main([str(tmp_path / '1'), *layers, '--lam', '0.05']) == 0, capsys.readouterr().err
+    net, _ = load_network(tmp_path / '1' / name)
+    rows = list(csv.DictReader((tmp_path / '2' / name / 'compress.csv').open()))
+    assert [row['layer'] for row in rows] == ['14|9|12'] * 2 and rows[0]['channels'] == '6|12|32|24'
+    whole, narrow = (load(tmp_path / '2' / name / f'lam-{row["lam"]}.pt') for row in rows)
+    made, reports = compress_layer(net, digits.train_images, ['9', '12', '14'], 0.05)
+    with torch.no_grad():
+        assert torch.equal(whole(digits.test_images), net(digits.test_images))
+        outputs = narrow(digits.test_images)
+        assert torch.allclose(outputs, made(digits.test_images), atol=1e-4)
+    assert isinstance(narrow[1], nn.BatchNorm2d) and isinstance(narrow[7], nn.Flatten) and not narrow.training
+    widths = [reports[layer]['channels'] for layer in ('9', '12', '14')]
+    assert rows[1]['channels'] == '|'.join(map(str, (6, *widths))) and widths != [12, 32, 24]
+    assert [float(cell) for cell in rows[1]['residual'].split('|')] == pytest.approx(
+        [reports[layer]['residual'] for layer in ('14', '9', '12')], rel=2e-2
+    )
+    assert sum(weight.numel() for weight in narrow.parameters()) == int(rows[1]['weights']) < int(rows[0]['weights'])
+    assert (outputs.argmax(1) != digits.test_labels).double().mean().item() == float(rows[1]['test_error'])
+    assert float(rows[1]['path_norm']) > 0
+    monkeypatch.delitem(models.NETWORKS, 'ALEX')
+    with pytest.raises(BadInput, match="network = 'ALEX'"):
+        load(tmp_path / '2' / name / 'lam-0.05.pt')
 
 
 def test_one_layer_of_a_trained_network(trained, digits):

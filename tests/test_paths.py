@@ -3,11 +3,13 @@
 import copy
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import settings_of
+from conftest import ROOT, settings_of
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -827,7 +829,10 @@ def test_a_quantized_or_pruned_network_moves_by_less_than_the_path_metric(digits
     biased = nn.Sequential(conv(1, 3, 2, bias=True), nn.LeakyReLU(0.1), nn.MaxPool2d(2, ceil_mode=True),
                            nn.Flatten(), nn.Linear(48, 10))  # fmt: skip
     bias_free = get_network(settings_of(depth=2, width=4), digits.input_shape, 10)
-    for net, images in ((bias_free, digits.test_images), (biased, 3 * digits.test_images)):
+    plain = nn.BatchNorm2d(3, affine=False)  # no parameters, and biases all the same, of its running means
+    plain.running_mean.fill_(-3)
+    folded = nn.Sequential(nn.Conv2d(1, 3, 2, bias=False), plain, nn.ReLU(), nn.Flatten(), nn.Linear(147, 10, bias=False))
+    for net, images in ((bias_free, digits.test_images), (biased, 3 * digits.test_images), (folded, digits.test_images / 50)):
         rows = list(quantize.measure(net, images, digits.test_labels))
         assert [(words, level) for words, level, _ in rows] == [
             (words, level) for words, (_, levels, _) in quantize.CHANGES.items() for level in levels
@@ -837,6 +842,24 @@ def test_a_quantized_or_pruned_network_moves_by_less_than_the_path_metric(digits
             assert row['stays_by_sum'] <= row['stays'] <= 1 - row['changed']
         last = {words: row for words, _, row in rows}
         assert last['fixed point, to nearest']['stays'] > 0.9 > last['magnitude pruning']['stays']
+
+
+def test_quantize_refuses_to_measure_no_images(tmp_path):
+    words = [sys.executable, ROOT / 'docs' / 'quantize.py', '--images', '0']
+    process = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert process.returncode == 1 and process.stderr == 'error: --images 0: must be at least 1\n'
+
+
+def test_quantize_writes_a_table_and_a_picture(tmp_path, monkeypatch, digits, capsys):
+    net = get_network(settings_of(depth=1, width=2), digits.input_shape, 10)
+    monkeypatch.setattr(quantize, 'load_network', lambda run: (net, None))
+    monkeypatch.setattr(quantize, 'get_inputs', lambda settings: (None, digits))
+    quantize.main('any', 20, tmp_path / 'my_quantize')
+    lines = (tmp_path / 'my_quantize.csv').read_text().splitlines()
+    assert (
+        len(lines) == 35 and lines[0].startswith('change,level,metric,pair,worst') and (tmp_path / 'my_quantize.png').exists()
+    )
+    assert len(capsys.readouterr().out.splitlines()) == 35
 
 
 def test_levels_of_quantization():

@@ -215,6 +215,37 @@ def test_the_page_of_narrower_networks_quotes_the_shipped_ones(name, network):
         assert sum(weight.numel() for weight in net.parameters()) == int(row['weights'])
 
 
+def test_the_page_of_narrower_networks_quotes_the_shipped_layer():
+    (table,) = (table for table in tables('compress.md', 'lam') if 'residual' in table[0])
+    rows = compressed('compress-layer', 'CONV-2-16')
+    assert {row['layer'] for row in rows} == {'5'}
+    for cells, row in zip(table, rows, strict=True):
+        assert cells.pop('lam') == ('the source' if row['lam'] == '0' else row['lam'])
+        assert cells.pop('channels') == row['channels'].replace('|', ', ')
+        residual = f'{float(row["residual"]):.3g}' if row['residual'] else ''
+        assert cells == {'weights': row['weights'], 'residual': residual} | {
+            column: f'{float(row[column.replace(" ", "_")]):.4f}'
+            for column in ('train loss', 'train error', 'test loss', 'test error')
+        }
+
+
+def test_the_page_of_bounds_quotes_the_shipped_levels_of_quantization():
+    """docs/quantize.csv, which docs/quantize.py writes beside its picture."""
+    rows = {}
+    for change, level, *cells in csv.reader((ROOT / 'docs' / 'quantize.csv').open()):
+        rows[change, level] = [float(cell) for cell in cells if level != 'level']
+    (table,) = tables('bounds.md', 'change')
+    change = ''
+    for row in table:
+        kind, level, *cells = row.values()
+        change = kind or change
+        found = [f'{value:.3g}' for value in rows[change, level.split()[0]]]
+        assert cells == found, (change, level)
+    assert len(table) == 12 and len(rows) == 35
+    norm = metrics('mnist-width', 'CONV-3-16')['path_norm'][-1]
+    assert f'its path-norm (dotted) is {norm:.1f}.' in words('docs/bounds.md')
+
+
 def words(page):
     return ' '.join((ROOT / page).read_text().split())
 
