@@ -1,6 +1,7 @@
 """What a mask's topology says of the network's error: seven ways to a mask of equal density (docs/sparse.md).
 
-python docs/topology.py   prints the tables and draws docs/topology.png, in a few minutes of one core
+python docs/topology.py          in a few minutes of one core: results/topology.csv, the tables, docs/topology.png
+python docs/topology.py --draw   the tables and the picture, from the file
 
 CONV-3-32 of stride 2 on 2,000 images of MNIST, a fifth of the weights alive. The coordinates are those that
 Hoang et al. (NeurIPS 2023, "Don't just prune by magnitude!") name: means over layers of the ramanujan_gap,
@@ -9,6 +10,8 @@ the Euclidean one to the coordinates of the dense network at initialization.
 """
 
 import copy
+import csv
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -27,6 +30,8 @@ from measures.norms import measure_network
 from measures.paths import path_norm
 from models import get_network
 
+PICTURE = Path(__file__).with_suffix('.png')
+MEASURED = Path(__file__).resolve().parent.parent / 'results' / 'topology.csv'
 DENSITY, EPOCHS, SEEDS = 0.2, 6, range(3)
 WAYS = {
     'magnitude': {'prune_rounds': 1, 'prune_fraction': 1 - DENSITY},  # after a dense training, rewound
@@ -118,30 +123,48 @@ def spearman(first, second):
     return np.corrcoef(*ranks)[0, 1] if min(map(np.ptp, ranks)) > 0 else np.nan
 
 
+def measure_all():
+    """Writes the file: a row for each network."""
+    torch.set_num_threads(1)
+    dataset, rows = load_dataset('MNIST', os.environ.get('DATA_DIR', 'data'), train_samples=2000), []
+    for seed, way in itertools.product(SEEDS, WAYS):
+        rows.append({'way': way, 'seed': seed} | measure(way, seed, dataset))
+        print(f'{way}, seed {seed}: test error {rows[-1]["test error"]:.4f}', flush=True)
+    with MEASURED.open('w', newline='') as file:
+        table = csv.DictWriter(file, rows[0], lineterminator='\n')
+        table.writeheader()
+        table.writerows(rows)
+
+
+def read():
+    """{measure: (ways, seeds)} of the file."""
+    rows = list(csv.DictReader(MEASURED.open()))
+    names = [name for name in rows[0] if name not in ('way', 'seed')]
+    return {name: np.array([[float(row[name]) for row in rows if row['way'] == way] for way in WAYS]) for name in names}
+
+
+def correlations(values, errors):
+    """Spearman's, over all networks, over the means of the ways, and over what is left when these are subtracted."""
+    within = [part - part.mean(1, keepdims=True) for part in (values, errors)]
+    pairs = (values, errors), (values.mean(1), errors.mean(1)), within
+    return [f'{spearman(*map(np.ravel, pair)):+.2f}' for pair in pairs]
+
+
 def main():
     import matplotlib.figure
 
-    torch.set_num_threads(1)
-    dataset = load_dataset('MNIST', os.environ.get('DATA_DIR', 'data'), train_samples=2000)
-    runs = {way: [] for way in WAYS}
-    for way, seed in ((way, seed) for seed in SEEDS for way in WAYS):
-        runs[way].append(measure(way, seed, dataset))
-        print(f'{way}, seed {seed}: test error {runs[way][-1]["test error"]:.4f}', flush=True)
-    tables = {name: np.array([[run[name] for run in runs[way]] for way in WAYS]) for name in runs['ERK'][0]}
+    tables = read()
     errors = tables.pop('test error')
-    print('\n| way | test error |\n| --- | --- |')
-    for way, values in zip(WAYS, errors):
+    print('| way to the mask | test error, mean (least to most of three seeds) |\n| --- | --- |')
+    for way, values in sorted(zip(WAYS, errors), key=lambda pair: pair[1].mean()):
         print(f'| {way} | {values.mean():.3f} ({values.min():.3f} to {values.max():.3f}) |')
-    print(
-        f'\n| Spearman correlation | all {errors.size} | {len(WAYS)} means | within |',
-        '| --- | --- | --- | --- |',
-        sep='\n',
-    )
-    for name, values in tables.items():
-        within = [part - part.mean(1, keepdims=True) for part in (values, errors)]
-        pairs = (values, errors), (values.mean(1), errors.mean(1)), within
-        found = (f'{spearman(*map(np.ravel, pair)):+.2f}' for pair in pairs)
-        print(f'| {name} | {" | ".join(found)} |')
+    print(f'\n| measure | all {errors.size} | {len(WAYS)} means | within a way |', '| --- | --- | --- | --- |', sep='\n')
+    found = {name: correlations(values, errors) for name, values in tables.items()}
+    for name in (name.removesuffix(' at the start') for name in found if not name.endswith('end')):
+        times = [
+            cells for full, cells in found.items() if full.removesuffix(' at the start').removesuffix(' at the end') == name
+        ]
+        print(f'| {name} | {" | ".join(map(", ".join, zip(*times)))} |')
 
     figure = matplotlib.figure.Figure(figsize=(14, 4), layout='constrained')
     shown = 'distance at the start', 'weighted gap at the end', 'train error'
@@ -152,8 +175,10 @@ def main():
         panel.grid(alpha=0.3)
     figure.axes[0].set_ylabel('test error')
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside right center', frameon=False)
-    figure.savefig(Path(__file__).with_suffix('.png'), dpi=130)
+    figure.savefig(PICTURE, dpi=130)
 
 
 if __name__ == '__main__':
+    if '--draw' not in sys.argv:
+        measure_all()
     main()
