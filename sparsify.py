@@ -16,7 +16,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from conf import BadInput
-from measures.masks import hidden_readers, weight_layers, weight_mask
+from measures.masks import hidden_readers, reads, weight_layers, weight_mask
 from measures.paths import path_magnitude, rescale_neurons
 from models.weight_norm import free_weight, set_mask
 
@@ -162,16 +162,17 @@ def regrow(net, optimizer, settings, step, steps, batch_loss):
             momentum.mul_(weight_mask(layer))
 
 
-def living_channels(layers, channel_sparsity, done):
+def living_channels(readers, channel_sparsity, done):
     """Which channels of hidden layers live on when the share `done` of the steps until regrow_until is over.
 
-    With s = channel_sparsity, s (1 - (1 - done)^3) of the channels of all layers are dead: those of least
-    mean |W|, dead entries included. A layer keeps at least CHANNEL_FLOOR (1 - s) of its channels, and one.
+    With s = channel_sparsity, s (1 - (1 - done)^3) of the channels of all layers are dead: those of least mean |W|, dead
+    entries included, or 0 where nothing is read. A layer keeps at least CHANNEL_FLOOR (1 - s) of its channels, and one.
 
     Returns:
-        A boolean tensor (channels,) for each layer.
+        A boolean tensor (channels,) for each layer of `readers`, as `hidden_readers` gives it.
     """
-    scores = [layer.weight.detach().double().abs().flatten(1).mean(1) for layer in layers]
+    scores = [layer.weight.detach().double().abs().flatten(1).mean(1) for layer in readers]
+    scores = [score * reads(reader, len(score)) for score, reader in zip(scores, readers.values())]
     alive = [torch.ones_like(score, dtype=torch.bool) for score in scores]
     if not channel_sparsity:
         return alive

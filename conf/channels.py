@@ -15,5 +15,5 @@ regrow_every = 20
 channel_sparsity = [0.0, 0.3, 0.5, 0.7]
 seed = [0, 1, 2]
 eval_every = 40
-layers_every = 40
+layers_every = 2
 certify_every = 0

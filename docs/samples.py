@@ -13,6 +13,7 @@ import numpy as np
 from harness.figures import last_rows
 from harness.records import folder_settings, read_metrics
 
+PICTURE = Path(__file__).with_suffix('.png')
 ERROR = 0.08
 
 
@@ -39,7 +40,7 @@ def main(folders):
         rounds = [runs[:, number] for runs in errors.values()]
         means, low, high = ([f(runs) for runs in rounds] for f in (np.mean, np.min, np.max))
         reached = [samples for samples, mean in zip(errors, means) if mean <= ERROR]
-        cells = [*(f'{mean:.3f}' for mean in means), str(reached[0]) if reached else 'more']
+        cells = [*(f'{mean:.3f}' for mean in means), str(reached[0]) if reached else f'more than {max(errors)}']
         print(f'| {density:.3g} |', ' | '.join(cells), '|')
         panel.plot(list(errors), means, marker='o', color=f'C{number}', label=f'density {density:.3g}')
         panel.fill_between(list(errors), low, high, color=f'C{number}', alpha=0.2)
@@ -49,7 +50,7 @@ def main(folders):
     panel.set_xticks(list(errors), labels=[str(samples) for samples in errors])
     panel.grid(alpha=0.3)
     panel.legend(frameon=False)
-    figure.savefig(Path(__file__).with_suffix('.png'), dpi=130)
+    figure.savefig(PICTURE, dpi=130)
 
 
 if __name__ == '__main__':

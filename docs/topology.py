@@ -1,6 +1,7 @@
 """What a mask's topology says of the network's error: seven ways to a mask of equal density (docs/sparse.md).
 
-python docs/topology.py   prints the tables and draws docs/topology.png, in a few minutes of one core
+python docs/topology.py            in a few minutes of one core: results/topology, docs/topology.png and the tables
+python docs/topology.py --tables   the tables, from results/topology
 
 CONV-3-32 of stride 2 on 2,000 images of MNIST, a fifth of the weights alive. The coordinates are those that
 Hoang et al. (NeurIPS 2023, "Don't just prune by magnitude!") name: means over layers of the ramanujan_gap,
@@ -9,6 +10,7 @@ the Euclidean one to the coordinates of the dense network at initialization.
 """
 
 import copy
+import csv
 import os
 import sys
 from pathlib import Path
@@ -27,6 +29,8 @@ from measures.norms import measure_network
 from measures.paths import path_norm
 from models import get_network
 
+PICTURE = Path(__file__).with_suffix('.png')
+MEASURED = Path(__file__).resolve().parent.parent / 'results' / 'topology'
 DENSITY, EPOCHS, SEEDS = 0.2, 6, range(3)
 WAYS = {
     'magnitude': {'prune_rounds': 1, 'prune_fraction': 1 - DENSITY},  # after a dense training, rewound
@@ -118,42 +122,68 @@ def spearman(first, second):
     return np.corrcoef(*ranks)[0, 1] if min(map(np.ptp, ranks)) > 0 else np.nan
 
 
-def main():
-    import matplotlib.figure
-
+def measure_all():
+    """{measure: (ways, seeds)}."""
     torch.set_num_threads(1)
     dataset = load_dataset('MNIST', os.environ.get('DATA_DIR', 'data'), train_samples=2000)
-    runs = {way: [] for way in WAYS}
-    for way, seed in ((way, seed) for seed in SEEDS for way in WAYS):
-        runs[way].append(measure(way, seed, dataset))
-        print(f'{way}, seed {seed}: test error {runs[way][-1]["test error"]:.4f}', flush=True)
-    tables = {name: np.array([[run[name] for run in runs[way]] for way in WAYS]) for name in runs['ERK'][0]}
-    errors = tables.pop('test error')
-    print('\n| way | test error |\n| --- | --- |')
-    for way, values in zip(WAYS, errors):
-        print(f'| {way} | {values.mean():.3f} ({values.min():.3f} to {values.max():.3f}) |')
-    print(
-        f'\n| Spearman correlation | all {errors.size} | {len(WAYS)} means | within |',
-        '| --- | --- | --- | --- |',
-        sep='\n',
-    )
-    for name, values in tables.items():
-        within = [part - part.mean(1, keepdims=True) for part in (values, errors)]
-        pairs = (values, errors), (values.mean(1), errors.mean(1)), within
-        found = (f'{spearman(*map(np.ravel, pair)):+.2f}' for pair in pairs)
-        print(f'| {name} | {" | ".join(found)} |')
+    runs = [[measure(way, seed, dataset) for seed in SEEDS] for way in WAYS]
+    return {name: np.array([[run[name] for run in way] for way in runs]) for name in runs[0][0]}
+
+
+def correlations(values, errors):
+    """Spearman's, over all networks, over the means of the ways, and over what is left when these are subtracted."""
+    within = [part - part.mean(1, keepdims=True) for part in (values, errors)]
+    pairs = (values, errors), (values.mean(1), errors.mean(1)), within
+    return [f'{spearman(*map(np.ravel, pair)):+.2f}' for pair in pairs]
+
+
+def write(tables):
+    """The test error of each network, and the correlations of the other measures with it."""
+    errors = tables['test error']
+    rows = [(way, seed, f'{error:.4f}') for way, line in zip(WAYS, errors) for seed, error in zip(SEEDS, line)]
+    found = [(name, *correlations(values, errors)) for name, values in tables.items() if name != 'test error']
+    for name, content in (
+        ('errors.csv', [('way', 'seed', 'test_error'), *rows]),
+        ('correlations.csv', [('measure', 'all', 'means', 'within'), *found]),
+    ):
+        with (MEASURED / name).open('w', newline='') as file:
+            csv.writer(file, lineterminator='\n').writerows(content)
+
+
+def show():
+    """Prints the tables from the files; a measure's correlation at the start comes before that at the end."""
+    errors, found = {}, {}
+    for row in csv.DictReader((MEASURED / 'errors.csv').open()):
+        errors.setdefault(row['way'], []).append(float(row['test_error']))
+    for row in csv.DictReader((MEASURED / 'correlations.csv').open()):
+        name = row['measure'].removesuffix(' at the start').removesuffix(' at the end')
+        found.setdefault(name, []).append([row['all'], row['means'], row['within']])
+    print('| way to the mask | test error, mean (least to most of three seeds) |\n| --- | --- |')
+    for way, values in sorted(errors.items(), key=lambda item: np.mean(item[1])):
+        print(f'| {way} | {np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f}) |')
+    print(f'\n| measure | all {sum(map(len, errors.values()))} | {len(errors)} means | within a way |\n|{" --- |" * 4}')
+    for name, cells in found.items():
+        print(f'| {name} | {" | ".join(map(", ".join, zip(*cells)))} |')
+
+
+def draw(tables):
+    import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(14, 4), layout='constrained')
     shown = 'distance at the start', 'weighted gap at the end', 'train error'
     for panel, name in zip(figure.subplots(1, 3, sharey=True), shown):
-        for way, x, y in zip(WAYS, tables[name], errors):
+        for way, x, y in zip(WAYS, tables[name], tables['test error']):
             panel.scatter(x, y, label=way)
         panel.set_xlabel(name)
         panel.grid(alpha=0.3)
     figure.axes[0].set_ylabel('test error')
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside right center', frameon=False)
-    figure.savefig(Path(__file__).with_suffix('.png'), dpi=130)
+    figure.savefig(PICTURE, dpi=130)
 
 
 if __name__ == '__main__':
-    main()
+    if '--tables' not in sys.argv:
+        tables = measure_all()
+        write(tables)
+        draw(tables)
+    show()

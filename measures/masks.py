@@ -105,7 +105,7 @@ def measure_masks(net):
         living, weight = _living(layer), layer.weight
         dead = weight.eq(0).flatten(1).all(1)
         if readers and None not in readers[name]:
-            dead |= ~torch.stack([_reads(layers[reader], len(dead)) for reader in readers[name]]).any(0)
+            dead |= ~torch.stack([reads(layers[reader], len(dead)) for reader in readers[name]]).any(0)
         dead_channels = int(dead.sum()) if readers else math.nan
         measured[name] = {'density': living / weight.numel(), 'dead_channels': dead_channels} | topology(weight)
     return measured
@@ -146,8 +146,8 @@ def _readers(net):
     return readers if all(readers.values()) else None
 
 
-def _reads(layer, channels):
-    """(channels,) whether the layer has a weight on each channel of its input, a flattened map's channels as well."""
+def reads(layer, channels):
+    """(channels,) whether the layer has a weight that is not 0 on each channel of its input, a flattened map's too."""
     weight = layer.weight.flatten(2) if layer.weight.ndim == 4 else layer.weight[..., None]
     by_group = weight.ne(0).reshape(getattr(layer, 'groups', 1), -1, *weight.shape[1:])
     return by_group.any(1).reshape(channels, -1).any(1)

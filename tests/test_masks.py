@@ -1,5 +1,6 @@
 """What is said of a network's zeros: density, dead channels, spectral gaps and neuron sharing."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,9 +9,11 @@ import torch
 from conftest import settings_of
 from torch import nn
 
+from compress import load, save
 from conf import BadInput
 from measures.masks import (
     density,
+    drop_dead,
     hidden_readers,
     masked_density,
     measure_masks,
@@ -223,3 +226,42 @@ def test_sharing_refuses_what_it_does_not_cover(digits):
     fires = (net[0](digits.train_images) > 0).any(3).any(2).any(0)
     assert sharing(net, digits.train_images)[0]['dead'] == (~fires).sum()
     assert not net[0]._forward_hooks
+
+
+def widths(net):
+    return [len(module.weight) for module in net if hasattr(module, 'weight')]
+
+
+def test_channels_that_only_a_dropped_channel_reads_go_too():
+    """Nothing reads channel 1 of the third layer; it alone reads channels 2 and 3 of the second, these 0 and 4 of the first."""
+    torch.manual_seed(0)
+    sizes = (3, 5, 4, 3, 2)
+    layers = [nn.Linear(*pair, bias=False) for pair in itertools.pairwise(sizes)]
+    net = nn.Sequential(nn.Flatten(), *(module for layer in layers for module in (layer, nn.ReLU())))[:-1].double()
+    with torch.no_grad():
+        layers[3].weight[:, 1] = 0
+        layers[2].weight[[[0], [2]], [2, 3]] = 0
+        layers[1].weight[:2, [0, 4]] = 0
+        small, images = drop_dead(net), torch.rand(20, 1, 1, 3, dtype=torch.double)
+        assert widths(small) == [3, 2, 2, 2] and small[1].weight.equal(layers[0].weight[1:4])
+        assert torch.allclose(small(images), net(images), rtol=0, atol=1e-14)
+
+
+def test_a_smaller_network_with_biases_and_padding_is_saved_and_loaded(tmp_path):
+    torch.manual_seed(0)
+    net = get_network(settings_of(network='CONVBN', depth=3, width=8, normalization='batch'), (1, 16, 16), 10).eval()
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight[::2] = 0
+            elif isinstance(module, nn.BatchNorm2d):
+                for tensor in (module.weight, module.bias, module.running_mean):
+                    tensor.normal_()
+                module.running_var.uniform_(0.5, 2)
+        small, images = drop_dead(net), torch.rand(50, 1, 16, 16)
+        save(tmp_path / 'dead.pt', small, (1, 16, 16))
+        loaded = load(tmp_path / 'dead.pt')
+        assert torch.equal(loaded(images), small(images)) and torch.allclose(loaded(images), net(images), atol=1e-5)
+    assert widths(loaded) == widths(small) and 4 <= min(widths(loaded)[:-1]) < max(widths(loaded)[:-1])
+    convolutions = [module for module in loaded if isinstance(module, nn.Conv2d)]
+    assert all(module.bias is not None for module in convolutions) and {module.padding for module in convolutions} > {(0, 0)}

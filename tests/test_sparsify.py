@@ -496,11 +496,11 @@ def test_channels_with_a_bias_may_come_back(digits):
 
 
 def layers_of(*magnitudes):
-    """Linear layers whose filters have these mean magnitudes."""
+    """{linear layer whose filters have these mean magnitudes: one that reads all of them}."""
     layers = [nn.Linear(3, len(values)) for values in magnitudes]
     for layer, values in zip(layers, magnitudes):
         layer.weight.data = torch.tensor(values)[:, None] * torch.tensor([1.0, -2.0, 0.0])
-    return layers
+    return {layer: nn.Linear(len(layer.weight), 2) for layer in layers}
 
 
 def test_channels_die_on_schedule():
@@ -514,6 +514,32 @@ def test_channels_die_on_schedule():
     floors = sparsify.living_channels(layers_of([1.0] * 20, [50.0] * 20), 0.6, 1)
     assert [int(alive.sum()) for alive in floors] == [4, 12] and floors[0].nonzero().flatten().tolist() == [0, 1, 2, 3]
     assert [int(alive.sum()) for alive in sparsify.living_channels(layers_of([1.0], [50.0]), 0.9, 1)] == [1, 1]
+
+
+def test_channels_die_by_their_mean_magnitude_over_all_entries():
+    """Two layers of unequal fan-ins; by sums, squares, or means over living entries other channels would stay."""
+    first, second = nn.Linear(2, 4), nn.Linear(8, 4)
+    first.weight.data = torch.tensor([[6.0, -6.0], [4.5, 4.5], [0.0, 1.0], [0.0, 1.0]])
+    second.weight.data = torch.tensor([5.0, 0.0, -4.0, 1.0])[:, None].repeat(1, 8)
+    second.weight.data[1, 0] = 24.0  # a mean of 3
+    readers = {first: nn.Linear(4, 2), second: nn.Linear(4, 2)}
+
+    def best(count):
+        return [alive.nonzero().flatten().tolist() for alive in sparsify.living_channels(readers, 1 - count / 8, 1)]
+
+    assert best(3) == [[0, 1], [0]]  # by sums it would be [[0], [0, 2]], by squares or over living entries [[0], [0, 1]]
+    assert best(4) == [[0, 1], [0, 2]]  # with signs [[0, 1], [0, 1]]
+
+
+def test_channels_that_nothing_reads_die_first():
+    first, second = layers_of([9.0, 1.0, 2.0, 3.0], [5.0, 6.0, 7.0, 8.0])
+    last = nn.Linear(8, 2)  # reads each of the four channels at two positions
+    second.weight = nn.Parameter(torch.ones(4, 4) * torch.tensor([5.0, 6.0, 7.0, 8.0])[:, None])
+    second.weight.data[:, 0] = 0
+    last.weight.data[:, 6:] = 0
+    last.weight.data[0, 4] = 0  # at one position and in one output of several
+    found = sparsify.living_channels({first: second, second: last}, 0.5, 1)
+    assert [alive.tolist() for alive in found] == [[False, False, False, True], [True, True, True, False]]
 
 
 @pytest.mark.parametrize('flags', ({}, {'prune_layers': 'conv'}, {'network': 'MLP'}, {'normalization': 'batch'}), ids=str)

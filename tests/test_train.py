@@ -254,6 +254,7 @@ def test_threads_are_written_down_and_kept(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------------
 
 TINY = ('--train-samples', '320', '--epochs', '3')  # 10 steps an epoch
+CHANNELS = '--density 0.3 --initial-mask erk --regrow random --regrow-every 3 --channel-sparsity 0.5'
 KINDS = {
     'dense': (*TINY, '--layers-every', '2', '--eval-every', '2', '--snapshot-every', '1', '--checkpoint-every', '2'),
     'target rounds': (*TINY[:2], *'--epochs 5 --target-loss 0.1002 --eval-every 9 --prune-rounds 2'.split()),
@@ -263,7 +264,8 @@ KINDS = {
     'fine-tuning': (*TINY, '--prune-rounds', '1', '--prune-fraction', '0.8', '--rewind-epoch', '-1', '--checkpoint-every', '5'),
     'gradient': (*TINY, *'--density 0.2 --initial-mask erk --regrow gradient --regrow-every 4 --snapshot-every 1'.split()),
     'a step an epoch': (*TINY, '--density', '0.2', '--initial-mask', 'erk', '--regrow', 'gradient', '--batch-size', '9999'),
-    'channels': (*TINY, *'--density 0.3 --initial-mask erk --regrow random --regrow-every 3 --channel-sparsity 0.5'.split()),
+    'channels': (*TINY, *CHANNELS.split()),
+    'channels, gradient': (*TINY, *CHANNELS.replace('random', 'gradient').split()),
     'random': (*TINY, '--density', '0.2', '--initial-mask', 'random', '--regrow', 'random', '--regrow-every', '3'),
     'crop': (*TINY, '--augment', 'crop', '--layers-every', '2'),
 }
