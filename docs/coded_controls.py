@@ -18,8 +18,8 @@ sys.path.insert(0, str(ROOT))
 from datasets import load_dataset  # noqa: E402
 from evaluation import rounded_up  # noqa: E402
 from harness import read_metrics  # noqa: E402
-from measures.coded import Code, binomial_inverse, count_errors, encode, log_eta, prove  # noqa: E402
-from measures.coded_search import FREQUENCIES, GAIN, MOST_FEATURES, search  # noqa: E402
+from measures.coded import binomial_inverse, count_errors, encode, log_eta, prove  # noqa: E402
+from measures.coded_search import search, unfitted  # noqa: E402
 from measures.pac_bayes import COLUMNS as CERTIFICATES  # noqa: E402
 
 FOLDER = ROOT / 'results' / 'coded'
@@ -28,13 +28,13 @@ SEED_BYTES = 2  # a message of random kernels says only which of 2^16 seeds they
 WIDTHS = 4, 8, 16
 
 
-def control(widths, q):
-    """The code of random ternary kernels of 2x2, with a head of zeros."""
+def control(widths, q=None):
+    """The code of random ternary kernels of 2x2, with a classifier of zeros."""
     generator, kernels, before = torch.Generator().manual_seed(0), [], 1
     for width in widths:
         kernels.append(torch.randint(-1, 2, (width, before, 2, 2), generator=generator))
         before = width
-    return Code(kernels, [(1, 0)] * len(kernels), torch.zeros(10, before, q, q, dtype=torch.int64), GAIN)
+    return unfitted(kernels, [(1, 0)] * len(kernels), 1, 10, q)
 
 
 def measure(name, code, dataset, labels, seconds):
@@ -50,10 +50,9 @@ def controls(seconds):
     """The rows of all controls, into results/coded/controls.csv."""
     dataset = load_dataset('MNIST', os.environ.get('DATA_DIR', ROOT / 'data'))
     shuffled = dataset.train_labels[torch.randperm(len(dataset.train_labels), generator=torch.Generator().manual_seed(0))]
-    tried = [('linear in pixels', control((), 8), dataset.train_labels)]
+    tried = [('pixels', control((), 8), dataset.train_labels)]
     for width in WIDTHS:
-        q = max(q for q in range(1, FREQUENCIES + 1) if width * q * q <= MOST_FEATURES)
-        tried.append((f'random {width}, {width}, {width}', control((width,) * 3, q), dataset.train_labels))
+        tried.append((f'random {width}, {width}, {width}', control((width,) * 3), dataset.train_labels))
     tried.append(('random labels', control((), 8), shuffled))
     rows = []
     for name, code, labels in tried:

@@ -52,10 +52,10 @@ def rounded(net, input_shape, classes):
     return code
 
 
-def unfitted(kernels, geometry, channels, classes):
-    """The code of these kernels with a classifier of zeros, which a search fits first."""
+def unfitted(kernels, geometry, channels, classes, q=None):
+    """The code of these kernels with a classifier of zeros, which a search fits first; q is chosen by its size if not given."""
     channels = len(kernels[-1]) if kernels else channels
-    q = max(q for q in range(1, FREQUENCIES + 1) if q == 1 or channels * q * q <= MOST_FEATURES)
+    q = q or max(q for q in range(1, FREQUENCIES + 1) if q == 1 or channels * q * q <= MOST_FEATURES)
     hidden, head, direct = ((UNITS, channels, q, q), (classes, UNITS), (classes, channels, q, q))
     return Code(kernels, geometry, GAIN, *(torch.zeros(shape, dtype=torch.int64) for shape in (hidden, head, direct)))
 
