@@ -113,9 +113,10 @@ def main():
 
     half_of = []
     for r in EVERY:
-        shares = {n: share for (_, size, n, distance), share in found.items() if (size, distance) == (r, 0.5)}
-        points = needed.scatter([r] * len(shares), shares, c=shares.values(), cmap='viridis', vmin=0, vmax=1, s=60)
-        half_of.append(half(list(shares), list(shares.values())))
+        tried = [(n, share) for (_, size, n, distance), share in found.items() if (size, distance) == (r, 0.5)]
+        samples, shares = zip(*tried)
+        points = needed.scatter([r] * len(samples), samples, c=shares, cmap='viridis', vmin=0, vmax=1, s=60)
+        half_of.append(half(samples, shares))
     slope, offset = np.polyfit(EVERY, half_of, 1)
     power = np.polyfit(np.log(EVERY), np.log(half_of), 1)[0]
     print(f'N50 = {slope:.2f} r {offset:+.1f}, as a power r^{power:.2f}\n')
