@@ -129,6 +129,8 @@ def _transcribe(coder, channels, classes, code=None):
 
 def encode(code):
     """The message of a code, as bytes. Raises BadInput where it has no message: more layers, larger integers, ..."""
+    if any(not (1 <= stride <= STRIDES and 0 <= padding < PADDINGS) for stride, padding in code.geometry):
+        raise BadInput(f'a network whose strides are not 1 to {STRIDES}, or its paddings not 0 to {PADDINGS - 1}')
     coder = _Writer()
     channels = (code.kernels[0] if code.kernels else code.direct).shape[1]
     try:
@@ -205,6 +207,8 @@ def scores(code, images):
     for kernel, (stride, padding) in zip(code.kernels, code.geometry):
         size = [(n + 2 * padding - kernel.shape[2]) // stride + 1 for n in size]
         largest *= kernel.flatten(1).abs().sum(1).max().item()
+        if min(size) < 1:
+            raise BadInput(f'a network with a kernel of {tuple(kernel.shape[2:])}, which is larger than its maps')
     q, hidden, direct = code.direct.shape[2], code.hidden.flatten(1), DIRECT * code.direct.flatten(1)
     if min(size) < q:
         raise BadInput(f'a network whose last maps are {size[0]}x{size[1]}, which have no {q}x{q} frequencies')

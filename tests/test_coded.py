@@ -130,6 +130,8 @@ def test_too_large_a_network_has_no_message():
     units = direct[:1].expand(UNITS, -1, -1, -1), direct.new_ones(2, UNITS)
     for code in (
         Code([kernel], [(1, 0)], 0, *classifier(direct)),
+        Code([kernel[:1]], [(1, 4)], 0, *classifier(direct[:, :1])),  # would be read as stride 2 without padding
+        Code([kernel[:1]], [(0, 0)], 0, *classifier(direct[:, :1])),
         Code([], [], 0, *classifier(direct[:, :1] * LEVELS[-1])),
         Code([], [], GAINS, *classifier(direct)),
         Code([], [], 0, *classifier(direct, *units)),

@@ -22,8 +22,8 @@ from measures.paths import path_norm
 from measures.representations import effective_depth
 
 RESULTS = ROOT / 'results'
-FOLDERS = ['digits', 'mnist-200', 'mnist-width', 'mnist-depth', 'released', 'depth', 'certificate', 'sparse-certificate']
-FOLDERS += ['tickets-digits', 'tickets']
+FOLDERS = ['digits', 'mnist-200', 'mnist-width', 'mnist-depth', 'released', 'depth', 'depth-cifar10', 'certificate']
+FOLDERS += ['sparse-certificate', 'tickets-digits', 'tickets']
 COLUMN_OF = {
     'Ledent et al. 2021': 'ledent_bound',
     'Graf et al. 2022': 'graf_bound',
@@ -101,6 +101,28 @@ def test_the_page_of_depth_quotes_the_shipped_depths():
             errors = layers['train_ncc_error'][layers['epoch'] == layers['epoch'].max()][1:-1]
             depths = [f'{effective_depth(errors, eps):g}' for eps in (0.05, 0.01)]
             assert cell == f'{", ".join(depths)} ({1 - metrics("depth", name)["train_error"][-1]:.4f})', name
+
+
+def test_the_page_of_depth_quotes_the_networks_of_cifar10():
+    table = next(table for table in tables('depth.md', 'network') if table[0]['network'] == 'CONVBN-3-32')
+    depths = {}
+    for row in table:
+        layers, last = (
+            read(RESULTS / 'depth-cifar10' / row['network'] / name)
+            for read, name in ((read_layers, 'layers.csv'), (read_metrics, 'metrics.csv'))
+        )
+        final = layers['epoch'] == layers['epoch'].max()
+        errors, probes = (layers[column][final][1:-1] for column in ('train_ncc_error', 'test_probe_error'))
+        assert [row[f'{part} error'] for part in ('train', 'test')] == [
+            f'{last[f"{part}_error"][-1]:.4f}' for part in ('train', 'test')
+        ]
+        assert row['NCC error of the layers on the training set'] == ', '.join(f'{error:.2f}' for error in errors)
+        depths[len(errors)] = (
+            effective_depth(errors, 0.3),
+            effective_depth(errors, 0.25),
+            f'{probes[min(4, len(probes) - 1)]:.2f}',
+        )
+    assert {depths[L][0] for L in (5, 8, 12)} == {4} and {depths[L][1:] for L in (8, 12)} == {(5, '0.23')}
 
 
 # column of a table: column of a results file, and how it is written; certificates are rounded up
@@ -215,13 +237,17 @@ def test_the_page_of_narrower_networks_quotes_the_shipped_ones(name, network):
         assert sum(weight.numel() for weight in net.parameters()) == int(row['weights'])
 
 
-def test_the_page_of_narrower_networks_quotes_the_shipped_layer():
-    (table,) = (table for table in tables('compress.md', 'lam') if 'residual' in table[0])
-    rows = compressed('compress-layer', 'CONV-2-16')
-    assert {row['layer'] for row in rows} == {'5'}
+@pytest.mark.parametrize(
+    'number, folder, network, layer', [(0, 'compress-layer', 'CONV-2-16', '5'), (1, 'compress-cifar10', 'CONVBN-5-32', '17')]
+)
+def test_the_page_of_narrower_networks_quotes_the_shipped_layers(number, folder, network, layer):
+    table = [table for table in tables('compress.md', 'lam') if 'residual' in table[0]][number]
+    rows = compressed(folder, network)
+    assert {row['layer'] for row in rows} == {layer}
     for cells, row in zip(table, rows, strict=True):
         assert cells.pop('lam') == ('the source' if row['lam'] == '0' else row['lam'])
-        assert cells.pop('channels') == row['channels'].replace('|', ', ')
+        channels, last = cells.pop('channels', None), cells.pop('channels of the last layer', None)
+        assert row['channels'].replace('|', ', ') == channels or row['channels'].split('|')[-1] == last
         residual = f'{float(row["residual"]):.3g}' if row['residual'] else ''
         assert cells == {'weights': row['weights'], 'residual': residual} | {
             column: f'{float(row[column.replace(" ", "_")]):.4f}'
