@@ -196,6 +196,26 @@ def pixels(images):
     return (255 * images).round()
 
 
+def largest_score(code, input_shape):
+    """An upper bound, a float, of all scores and of their partial sums on images of this shape: absolute weights, white image.
+
+    Raises:
+        BadInput: a kernel, or the frequencies, are larger than the maps.
+    """
+    maps = torch.full((1, *input_shape), 255.0, dtype=torch.float64)
+    for kernel, (stride, padding) in zip(code.kernels, code.geometry):
+        if min(maps.shape[2:]) + 2 * padding < kernel.shape[2]:
+            raise BadInput(f'a network with a kernel of {tuple(kernel.shape[2:])}, which is larger than its maps')
+        maps = _convolve(maps, kernel.abs(), stride, padding)
+    size, q = maps.shape[2:], code.direct.shape[2]
+    if min(size) < q:
+        raise BadInput(f'a network whose last maps are {size[0]}x{size[1]}, which have no {q}x{q} frequencies')
+    vertical, horizontal = (_cosines(n, q).abs().double() for n in size)
+    features = (((maps @ horizontal.T).mT @ vertical.T).mT * _gains(q, code.gain)).flatten()
+    hidden, head, direct = (part.abs().double().flatten(1) for part in code[-3:])
+    return (DIRECT * direct @ features + head @ (hidden @ features)).max().item() * (1 + 1e-9)  # its own rounding
+
+
 @torch.no_grad()
 def scores(code, images):
     """(N, C) int64: what the network of a code makes of images (N, C, H, W) with pixels between 0 and 1, in integers.
@@ -203,18 +223,9 @@ def scores(code, images):
     Raises:
         BadInput: the images do not fit the code, or a score could exceed 2^53.
     """
-    size, largest = images.shape[2:], 255
-    for kernel, (stride, padding) in zip(code.kernels, code.geometry):
-        size = [(n + 2 * padding - kernel.shape[2]) // stride + 1 for n in size]
-        largest *= kernel.flatten(1).abs().sum(1).max().item()
-        if min(size) < 1:
-            raise BadInput(f'a network with a kernel of {tuple(kernel.shape[2:])}, which is larger than its maps')
-    q, hidden, direct = code.direct.shape[2], code.hidden.flatten(1), DIRECT * code.direct.flatten(1)
-    if min(size) < q:
-        raise BadInput(f'a network whose last maps are {size[0]}x{size[1]}, which have no {q}x{q} frequencies')
-    largest *= 256 * math.prod(size) * _gains(q, code.gain).max().item()
-    if largest * (direct.abs().sum(1) + code.head.abs() @ hidden.abs().sum(1)).max().item() >= EXACT:
+    if largest_score(code, images.shape[1:]) >= EXACT:
         raise BadInput('a network whose scores could exceed 2^53')
+    q, hidden, direct = code.direct.shape[2], code.hidden.flatten(1), DIRECT * code.direct.flatten(1)
     parts = (_features(code.kernels, code.geometry, q, code.gain, part.long()) for part in pixels(images).split(200))
     parts = (part.flatten(1) for part in parts)
     return torch.cat([part @ direct.T + (part @ hidden.T).relu() @ code.head.T for part in parts])
