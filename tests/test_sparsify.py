@@ -630,8 +630,9 @@ def test_channels_left_are_read_from_a_sweep(tmp_path):
     train_small(tmp_path / 'run', *flags.split())
     found = channels.read(tmp_path / 'run')
     assert set(found) == {('random', 0.5), ('gradient', 0.5)}
-    for ((error, share, left),) in found.values():
-        assert 0 < error <= 1 and 0 < share < 0.31 and 6 <= left.sum() <= 12 and len(left) == 3
+    for ((error, share, left, _),) in found.values():
+        assert set(left) == {0, 2} and len(left[2]) == 3
+        assert 0 < error <= 1 and 0 < share < 0.31 and 6 <= left[2].sum() <= 12
 
 
 def test_samples_are_read_from_several_sweeps(tmp_path):
