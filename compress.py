@@ -201,7 +201,7 @@ def compress_run(net, settings, place, options, folder):
             folder.mkdir(exist_ok=True)
             save(path, narrow, dataset.input_shape, settings if options.layer else None)
             row = evaluate(narrow, settings, dataset, data, *place, delta)
-            row |= {'lam': math.nan if lam is None else lam, 'layer': '|'.join(options.layer or [])}
+            row |= {'lam': math.nan if lam is None else lam, 'layer': '|'.join(options.layer)}
             row |= {'channels': '|'.join(map(str, widths(narrow))), 'bytes': path.stat().st_size}
             row |= {'weights': sum(weight.numel() for weight in narrow.parameters())}
             row |= {'speed_up': speed_up(whole, narrow, dataset.test_images[:32]) if lam != 0 else 1.0}

@@ -154,10 +154,9 @@ class Run:
         for index, weight in enumerate(self.net.parameters()):
             if index in checkpoint['momentum']:
                 self.optimizer.state[weight] = checkpoint['momentum'][index]
-        sources = self.state['sources']
-        self.state |= {name: checkpoint['state'][name] for name in self.state}
-        self.state['sources'], before = sources, self.state['sources']
-        changed = [name for name in before if name in sources and before[name] != sources[name]]
+        sources, before = self.state['sources'], checkpoint['state']['sources']
+        self.state |= {name: checkpoint['state'][name] for name in self.state} | {'sources': sources}
+        changed = [name for name in before if before[name] != sources.get(name, before[name])]
         self.rewind_to, self.place = checkpoint.get('rewind_to'), checkpoint.get('place')
         place = f'epoch {self.state["epoch"]} after {self.state["step"]} of its {self.steps} steps'
         place = f'round {self.state["round"]}, {place}' if self.settings.prune_rounds else place

@@ -162,16 +162,23 @@ def check_options(options, flags):
         raise BadInput(f'{option} keeps the setting {changed[0]}; {may}')
 
 
-def check_resume(folder, flags, runs):
-    """Raises BadInput where the flags of a resume would change which runs there are, or what they have done.
-
-    It looks at every checkpoint, so that a resume that is refused has changed nothing.
-    """
+def resumed_settings(folder, flags, option):
+    """(sweep, runs) of a folder with these flags. Raises BadInput where they change which runs there are, or shorten one."""
     sweep, before = folder_settings(folder)
+    if not flags:
+        return sweep, before
     if isinstance(sweep['epochs'], list) and 'epochs' in flags:
-        raise BadInput('--resume keeps the runs of the sweep, which varies epochs; leave --epochs out')
+        raise BadInput(f'{option} keeps the runs of the sweep, which varies epochs; leave --epochs out')
+    sweep, runs = folder_settings(folder, flags)
+    if [run.name for run in runs] != [run.name for run in before]:
+        raise BadInput(f'{option} keeps the runs of the sweep; give one value of {", ".join(flags)}')
     if any(run.epochs < own.epochs for run, own in zip(runs, before)):
         raise BadInput(f'epochs = {runs[0].epochs}: a resumed run can only be made longer than {before[0].epochs}')
+    return sweep, runs
+
+
+def check_checkpoints(folder, runs):
+    """Raises BadInput where a checkpoint does not fit, before anything is written, so that a refused resume changes nothing."""
     for run in runs:
         if (folder / run.name).is_dir():
             with locked_run(folder / run.name):
@@ -311,10 +318,7 @@ def run(options, flags, train):
         show_status(folder_settings(options.folder)[1], options.folder)
         return 0
     if options.resume or options.evaluate:
-        sweep, runs = folder_settings(options.folder, flags)
-        if [run.name for run in runs] != [run.name for run in folder_settings(options.folder)[1]]:
-            option = '--resume' if options.resume else '--evaluate'
-            raise BadInput(f'{option} keeps the runs of the sweep; give one value of {", ".join(flags)}')
+        sweep, runs = resumed_settings(options.folder, flags, '--resume' if options.resume else '--evaluate')
     else:
         sweep, runs = load_settings(GLOBAL_SETTINGS if options.settings is None else options.settings, flags)
     torch.set_default_dtype(torch.float32)  # a settings file is a program, and may have changed either
@@ -335,7 +339,7 @@ def run(options, flags, train):
             settings.threads = sweep['threads']
     try:
         if options.resume and flags:
-            check_resume(options.folder, flags, runs)
+            check_checkpoints(options.folder, runs)
         if flags or not options.resume:
             make_folder(options, flags, sweep, missing, choose_device(runs[0].device))
     except OSError as error:
