@@ -202,8 +202,9 @@ def check_name(option, path):
 def make_folder(options, flags, sweep, missing, device):
     """Makes the results folder, or brings the settings of one that is resumed up to date; what it was made by stays on top."""
     if options.folder is None:
-        where = os.path.relpath(ROOT / sweep['results_dir'])
-        check_name('results_dir', where)
+        where = ROOT / sweep['results_dir']
+        where = where.relative_to(Path.cwd()) if where.is_relative_to(Path.cwd()) else where
+        check_name('results_dir', str(where))
         options.folder = new_results_folder(where)
     elif not options.resume:
         options.folder.mkdir(parents=True, exist_ok=options.is_there)  # else another launch has made it since

@@ -127,14 +127,18 @@ def _transcribe(coder, channels, classes, code=None):
     return Code(kernels, geometry, gain, hidden, head, direct)
 
 
+def write(coder, code):
+    """Gives a coder, a function of (counts, symbol), each symbol of a code."""
+    _transcribe(coder, (code.kernels[0] if code.kernels else code.direct).shape[1], len(code.direct), code)
+
+
 def encode(code):
     """The message of a code, as bytes. Raises BadInput where it has no message: more layers, larger integers, ..."""
     if any(not (1 <= stride <= STRIDES and 0 <= padding < PADDINGS) for stride, padding in code.geometry):
         raise BadInput(f'a network whose strides are not 1 to {STRIDES}, or its paddings not 0 to {PADDINGS - 1}')
     coder = _Writer()
-    channels = (code.kernels[0] if code.kernels else code.direct).shape[1]
     try:
-        _transcribe(coder, channels, len(code.direct), code)
+        write(coder, code)
     except IndexError:
         raise BadInput('a network that is too large for a message') from None
     message = coder.message()
@@ -177,7 +181,7 @@ def _convolve(maps, kernel, stride, padding):
     windows = maps.unfold(2, size, stride).unfold(3, size, stride)
     out = maps.new_zeros(len(maps), len(kernel), *windows.shape[2:4])
     for o, i, a, b in kernel.nonzero().tolist():
-        out[:, o] += kernel[o, i, a, b] * windows[:, i, :, :, a, b]
+        out[:, o].add_(windows[:, i, :, :, a, b], alpha=int(kernel[o, i, a, b]))
     return out
 
 

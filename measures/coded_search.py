@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from conf import BadInput
-from measures.coded import DIRECT, DRAWN, EXACT, LEVELS, URN, Code, _features, _transcribe, encode, largest_score, pixels
+from measures.coded import DIRECT, DRAWN, EXACT, LEVELS, URN, Code, _features, encode, largest_score, pixels, write
 from measures.geometry import trace_layers
 from measures.pac_bayes import CHOICES, kl_inverse, live_channels
 
@@ -82,7 +82,7 @@ def _cost(code):
         costs.append(math.log(sum(counts) / counts[symbol]))
         return symbol
 
-    _transcribe(coder, (code.kernels[0] if code.kernels else code.direct).shape[1], len(code.direct), code)
+    write(coder, code)
     return math.fsum(costs)
 
 
@@ -153,7 +153,7 @@ def _scores(parts, features):
 
 
 def _errors(scores, labels):
-    """(m,) whether the label's score is not the largest alone; and (m,) by how much it is larger than the others."""
+    """How many labels (m,) have not the largest score alone, in scores (C, m); and (m,) by how much each leads the others."""
     columns, others = np.arange(len(labels)), scores.copy()
     others[labels, columns] = -np.inf
     margins = scores[labels, columns] - others.max(0)
@@ -219,10 +219,9 @@ def _visit(integers, sizes, value, limits, inputs, counts, price, heat, rng):
             counts[there] += 1
 
 
-def _sweep(parts, features, labels, price, heat, rng):
-    """Visits each hidden unit and each class once, in place."""
+def _sweep(parts, features, scores, labels, price, heat, rng):
+    """Visits each hidden unit and each class once, in place; scores (C, m) are those of the parts before."""
     hidden, head, direct = parts
-    scores, _ = _scores(parts, features)
     counts = [_counts(part) for part in parts]
     sizes = [np.abs(part[part != 0]) if part.any() else [1] for part in parts]
     for unit in rng.permutation(len(hidden)):
@@ -301,7 +300,8 @@ def search(code, images, labels, delta=0.001, seconds=120.0, sweeps=None, seed=0
     while True:
         live = parts[0].any(1) & parts[1].any(0)
         parts[0], parts[1] = parts[0][live], parts[1][:, live]
-        errors, margins = _errors(_scores(parts, features)[0], targets)
+        scores, _ = _scores(parts, features)
+        errors, margins = _errors(scores, targets)
         total = fixed + sum(map(nats, [*parts, *kernels]))
         now = bound(errors, total)
         if now < best[0]:
@@ -318,9 +318,10 @@ def search(code, images, labels, delta=0.001, seconds=120.0, sweeps=None, seed=0
         if kernels and not hold and sweep % KERNELS_EVERY == KERNELS_EVERY - 1:
             moved = _move_kernels(code, parts, images, targets, margins, price, heat, rng)
             tried = prepared(moved)
-            found, _ = _errors(_scores(parts, tried)[0], targets)
+            tried_scores, _ = _scores(parts, tried)
+            found, _ = _errors(tried_scores, targets)
             if found - errors + price * (sum(map(nats, moved)) - sum(map(nats, kernels))) <= heat * rng.exponential():
-                kernels, features = moved, tried
-        _sweep(parts, features, targets, price, heat, rng)
+                kernels, features, scores = moved, tried, tried_scores
+        _sweep(parts, features, scores, targets, price, heat, rng)
         sweep += 1
         share = sweep / sweeps if sweeps else (time.process_time() - start) / seconds

@@ -29,6 +29,12 @@ from harness import launch  # noqa: E402
 DIGITS = ('--settings', str(ROOT / 'conf' / 'digits.py'))
 SMALL = ('--settings', str(ROOT / 'tests' / 'small.py'))
 TIMINGS = ('train_seconds', 'eval_seconds')
+LONGEST = 'test_slurm.py', 'test_train.py', 'test_launch.py', 'test_records.py'
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first: where files run side by side, none of them is left for the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def start(*arguments, **options):

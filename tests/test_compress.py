@@ -813,7 +813,7 @@ def test_certificates_hold_for_all_narrower_networks_at_once(digits, monkeypatch
     monkeypatch.setattr(evaluation, 'certify', lambda net, images, labels, delta, found: deltas.append(delta) or {})
     settings = settings_of(dataset_name='digits', depth=2, width=4, certify_every=1, epochs=1)
     net = get_network(settings, digits.input_shape, 10).eval()
-    options = SimpleNamespace(lam=[], layer=None)
+    options = SimpleNamespace(lam=[], layer=[])
     (tmp_path / 'run').mkdir()
     compress_run(net, settings, (0, 1), options, tmp_path / 'run')
     assert deltas == [settings.delta / 16] * 2

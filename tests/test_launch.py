@@ -416,7 +416,7 @@ def test_jobs_that_say_nothing_end_with_their_parent_too(tmp_path):
 def test_a_job_that_is_killed_is_named(tmp_path):
     """As by the kernel for want of memory; the line that goes on with it is that of the other network, which is whole."""
     folder = tmp_path / 'run'
-    process = start(*SMALL, '--width', '4', '5', '--epochs', '300', '--jobs', '2', '--results-path', folder)
+    process = start(*SMALL, '--width', '4', '5', '--epochs', '100', '--jobs', '2', '--results-path', folder)
     wait_for(lambda: rows(folder, 'CONV-3-5') > 2 and rows(folder, 'CONV-3-4') > 2, process)
     children = Path(f'/proc/{process.pid}/task')
     pids = [int(pid) for task in children.iterdir() for pid in (task / 'children').read_text().split()]
@@ -426,7 +426,7 @@ def test_a_job_that_is_killed_is_named(tmp_path):
     assert process.returncode == 1 and stderr.count('\n') == 1
     assert 'CONV-3-5: its process was ended by SIGKILL' in stderr
     assert f'--results-path {folder} --resume --run 2' in stderr
-    assert rows(folder) == 301 and rows(folder, 'CONV-3-5') < 301
+    assert rows(folder) == 101 and rows(folder, 'CONV-3-5') < 101
 
 
 def test_a_job_that_fails_does_not_stop_the_others(tmp_path):

@@ -44,10 +44,10 @@ def test_a_certificate_on_the_screen_is_rounded_up():
 def test_resume_after_kills(tmp_path, seed):
     """SIGKILL at random moments, again and again and ever later, until a resume gets to the end."""
     chance, folder = random.Random(seed), tmp_path / 'run'
-    train_small(tmp_path / 'whole', '--epochs', '40')
+    train_small(tmp_path / 'whole', '--epochs', '25')
     for kills in range(20):
         resumed = (folder / 'global_settings.py').exists()
-        process = start(*(('--resume',) if resumed else (*SMALL, '--epochs', 40)), '--results-path', folder)
+        process = start(*(('--resume',) if resumed else (*SMALL, '--epochs', 25)), '--results-path', folder)
         try:
             _, stderr = process.communicate(timeout=chance.uniform(1, 3 + kills))
             assert (process.returncode, stderr) == (0, '')
