@@ -164,7 +164,7 @@ def initial_network(settings, dataset):
         net = get_network(settings, dataset.input_shape, dataset.num_classes)
     net = net.to(images.device, memory_format=torch.channels_last)
     targets = F.one_hot(dataset.train_labels, dataset.num_classes).float()
-    sparsify.start(net, settings, images, targets, LOSSES[settings.loss])
+    sparsify.initialize(net, settings, images, targets, LOSSES[settings.loss])
     return net.eval()
 
 

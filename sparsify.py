@@ -4,7 +4,7 @@ Every function is pure in (network, optimizer, settings, round or step): it draw
 that was interrupted anywhere goes on as if it had not been, and it changes weights, masks and momentum in place, so that a
 captured CUDA graph stays valid. The masks are buffers of the network, and so in its checkpoints.
 
-`check` is for the launch, `start` for a network just initialized, `regrow` for steps that are `regrow_due`,
+`check` is for the launch, `initialize` for a network that is new, `regrow` for steps that are `regrow_due`,
 `prune` and `rewind` for the rounds; the training is in train.py.
 """
 
@@ -51,7 +51,7 @@ def prunable(net):
     return {name: layer for name, layer in weight_layers(net).items() if weight_mask(layer) is not None}
 
 
-def start(net, settings, images, targets, loss):
+def initialize(net, settings, images, targets, loss):
     """Applies the masks of the start.
 
     Args:
@@ -80,7 +80,7 @@ def start(net, settings, images, targets, loss):
         if settings.initial_mask == 'erk':
             scores = erk_scores(scores, settings.density)
         alive = [weight_mask(layer) for layer in layers.values()]
-        masks = best(scores, alive, round(settings.density * sum(mask.numel() for mask in alive)))
+        masks = best_masks(scores, alive, round(settings.density * sum(mask.numel() for mask in alive)))
     for layer, mask in zip(layers.values(), masks):
         set_mask(layer, mask, keep_g=True)
 
@@ -96,7 +96,7 @@ def prune(net, settings, round_, input_shape):
         layers, scores = zip(*group)
         alive = [weight_mask(layer) for layer in layers]
         living = sum(int(mask.count_nonzero()) for mask in alive)
-        for layer, mask in zip(layers, best(scores, alive, living - round(settings.prune_fraction * living))):
+        for layer, mask in zip(layers, best_masks(scores, alive, living - round(settings.prune_fraction * living))):
             set_mask(layer, mask)
 
 
@@ -178,7 +178,7 @@ def living_channels(readers, channel_sparsity, done):
         return alive
     left = 1 - channel_sparsity * (1 - (1 - done) ** 3)
     floors = [max(1, int(CHANNEL_FLOOR * (1 - channel_sparsity) * len(score))) for score in scores]
-    return best(scores, alive, round(left * sum(map(len, scores))), floors)
+    return best_masks(scores, alive, round(left * sum(map(len, scores))), floors)
 
 
 def _filled(layers, channels, kept):
@@ -219,7 +219,7 @@ def dense_gradients(layers, batch_loss):
             mask.copy_(values)
 
 
-def best(scores, alive, count, floors=None):
+def best_masks(scores, alive, count, floors=None):
     """Masks that keep the `count` best-scored of the living weights of several layers, and of each layer at least the best.
 
     Args:
@@ -297,7 +297,7 @@ def synflow_masks(net, names, density, input_shape):
     size = sum(weight_mask(layer).numel() for layer in layers)
     for k in range(1, SYNFLOW_ROUNDS + 1):
         scores = synflow_scores(net, layers, input_shape)
-        masks = best(scores, [weight_mask(layer) for layer in layers], round(density ** (k / SYNFLOW_ROUNDS) * size))
+        masks = best_masks(scores, [weight_mask(layer) for layer in layers], round(density ** (k / SYNFLOW_ROUNDS) * size))
         for layer, mask in zip(layers, masks):
             set_mask(layer, mask)
     return masks

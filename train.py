@@ -140,7 +140,7 @@ class Run:
             mend = f'put it back, or move {folder} away to train this network anew'
             raise BadInput(f'{folder / "model.pt"}: is missing; {mend}')
         else:
-            sparsify.start(self.net, settings, dataset.train_images, self.targets, LOSSES[settings.loss])
+            sparsify.initialize(self.net, settings, dataset.train_images, self.targets, LOSSES[settings.loss])
         for name, columns, lines in self.tables():
             if name == 'metrics.csv' or settings.layers_every:
                 write_table(folder / name, columns, lines)

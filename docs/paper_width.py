@@ -29,7 +29,7 @@ from measures.pac_bayes import certify, live_channels
 from models import get_network
 from models.layers import hidden_layer
 from models.weight_norm import Mask, set_mask
-from sparsify import best
+from sparsify import best_masks
 
 STAGES = [  # weights of the second and of the third convolution that stay, None for all; then the learning rate of each epoch
     (None, [0.01]),
@@ -62,7 +62,7 @@ def pruned(kernels, count):
     """The kernels with so many of the largest weights of each wide convolution, without the channels that then are dead."""
     kernels = list(kernels)
     for place in range(1, len(kernels) - 1):
-        (mask,) = best([kernels[place].abs()], [kernels[place] != 0], count)
+        (mask,) = best_masks([kernels[place].abs()], [kernels[place] != 0], count)
         kernels[place] = torch.where(mask, kernels[place], 0)
     return live_channels(kernels)
 

@@ -94,7 +94,7 @@ def measure(way, seed, dataset):
     net = get_network(settings, shape, 10)
     origin = coordinates(net)
     saved = copy.deepcopy(net.state_dict())
-    sparsify.start(net, settings, dataset.train_images, targets, F.mse_loss)
+    sparsify.initialize(net, settings, dataset.train_images, targets, F.mse_loss)
     if settings.prune_rounds:
         optimizer = train(net, settings, dataset, targets)
         sparsify.prune(net, settings, 1, shape)

@@ -65,7 +65,7 @@ def get_inputs(settings):
     return device, get_dataset(settings.dataset_name, settings.data_dir, settings.normalize, device, *noise)
 
 
-def check(settings):
+def check_run(settings):
     """Raises BadInput for all that is seen to be wrong before training. Returns what will not be logged, and why, as lines."""
     check_bounds()
     device, dataset = get_inputs(settings)
@@ -328,7 +328,7 @@ def run(options, flags, train):
         raise BadInput(f'--run {options.run}: the sweep has the networks 1 to {len(runs)}')
     numbers = range(1, len(runs) + 1) if options.run is None else [options.run]
     chosen = [runs[number - 1] for number in numbers]
-    missing = list(dict.fromkeys(line for settings in chosen for line in check(settings)))
+    missing = list(dict.fromkeys(line for settings in chosen for line in check_run(settings)))
     if options.evaluate:
         evaluate_all(runs, options.folder, flags)
         return 0

@@ -317,7 +317,7 @@ def comparative_estimate(depths, noisy_depths, noise, alpha):
     if not depths or len(depths) != len(noisy_depths) or not all(map(len, [*depths, *noisy_depths])):
         raise BadInput(f'depths of {len(depths)} and {len(noisy_depths)} draws: must be as many, each of one network or more')
     a, b = [sum(draw) / len(draw) for draw in depths], [min(draw) for draw in noisy_depths]
-    share = sum(map(float.__ge__, map(float, a), map(float, b))) / len(a)
+    share = sum(depth >= noisy for depth, noisy in zip(a, b)) / len(a)
     limit = binomial_limit(round(share * len(a)), len(a))
     floor = (1 + alpha) * noise
     return {

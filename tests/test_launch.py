@@ -91,8 +91,8 @@ def test_a_folder_made_since_the_launch_began_is_left_alone(tmp_path, monkeypatc
         train_small(tmp_path / 'run', '--width', '4', '--epochs', '0')
         return []
 
-    check = launch.check
-    monkeypatch.setattr(launch, 'check', lambda settings: check(settings) if settings.width == 4 else other())
+    check = launch.check_run
+    monkeypatch.setattr(launch, 'check_run', lambda settings: check(settings) if settings.width == 4 else other())
     assert 'exists' in refused(*SMALL, '--results-path', tmp_path / 'run', '--width', '8')
     assert '\nwidth = 4 ' in (tmp_path / 'run' / 'global_settings.py').read_text()
 

@@ -32,7 +32,7 @@ class Training:
         torch.manual_seed(self.settings.seed)
         self.net = get_network(self.settings, self.shape, 10).to(memory_format=torch.channels_last)
         self.dense = copy.deepcopy(self.net.state_dict())
-        sparsify.start(self.net, self.settings, self.images, self.targets, F.mse_loss)
+        sparsify.initialize(self.net, self.settings, self.images, self.targets, F.mse_loss)
         self.saved = copy.deepcopy(self.net.state_dict())
         self.layers = {name: self.net.get_submodule(name) for name in sparsify.prunable(self.net)}
         rates = {'lr': self.settings.lr, 'momentum': 0.9, 'weight_decay': self.settings.weight_decay}
@@ -172,7 +172,7 @@ def test_erk_counts():
     sizes, sums = np.array([64, 1024, 1024, 4000]), np.array([21, 36, 36, 410])
 
     def counts(share):
-        masks = sparsify.best(sparsify.erk_scores(scores, share), alive, round(share * 6112))
+        masks = sparsify.best_masks(sparsify.erk_scores(scores, share), alive, round(share * 6112))
         for mask, score in zip(masks, scores):  # the best of each layer
             assert mask.all() or score[mask].min() > score[~mask].max()
         return np.array([int(mask.sum()) for mask in masks])
@@ -233,7 +233,7 @@ def test_synflow_masks_in_matrices():
         masks = np.zeros(400)
         masks[np.argsort(-scores)[: round(0.05 ** (k / 100) * 400)]] = 1
     settings = settings_of(density=0.05, initial_mask='synflow')
-    sparsify.start(add_masks(net, settings), settings, torch.zeros(1, 1, 2, 3), None, None)
+    sparsify.initialize(add_masks(net, settings), settings, torch.zeros(1, 1, 2, 3), None, None)
     found = np.concatenate([weight_mask(net[index]).numpy().ravel() for index in (1, 3)])
     assert (found == masks).all() and found.sum() == 20
 
@@ -262,7 +262,7 @@ def test_scores_take_batch_norm_and_biases():
     for initial_mask in MASKS:
         masked = copy.deepcopy(net)
         settings = settings_of(density=0.4, initial_mask=initial_mask)
-        sparsify.start(add_masks(masked, settings), settings, images, targets, F.mse_loss)
+        sparsify.initialize(add_masks(masked, settings), settings, images, targets, F.mse_loss)
         assert density(masked) == round(0.4 * 124) / 124
         assert all(torch.equal(a, b) for a, b in zip(masked[1].state_dict().values(), net[1].state_dict().values()))
 
@@ -272,9 +272,9 @@ def test_scores_take_batch_norm_and_biases():
 
 def test_best_breaks_ties_by_index_and_keeps_every_layer():
     alive = [torch.ones(2, 2) > 0, torch.tensor([True, False, True]), torch.ones(3) > 0]
-    masks = sparsify.best([torch.ones(2, 2), torch.full((3,), 9.0), torch.zeros(3)], alive, 5)
+    masks = sparsify.best_masks([torch.ones(2, 2), torch.full((3,), 9.0), torch.zeros(3)], alive, 5)
     assert [mask.flatten().tolist() for mask in masks] == [[1, 1, 0, 0], [1, 0, 1], [1, 0, 0]]
-    assert living(dict(enumerate(sparsify.best(alive, alive, 0)))) == [1, 1, 1]
+    assert living(dict(enumerate(sparsify.best_masks(alive, alive, 0)))) == [1, 1, 1]
 
 
 @pytest.mark.parametrize('layers', ('all', 'conv'))
@@ -360,7 +360,7 @@ def test_the_bounds_norms_of_masked_networks_are_ordered():
         torch.manual_seed(seed)
         settings = settings_of(width=8, depth=3, density=share, initial_mask='random', padding=0, kernel_size=2, seed=seed)
         net = get_network(settings, (1, 8, 8), 10)
-        sparsify.start(add_masks(net, settings), settings, torch.zeros(1, 1, 8, 8), None, None)
+        sparsify.initialize(add_masks(net, settings), settings, torch.zeros(1, 1, 8, 8), None, None)
         ordered = [path_norm(net, (1, 8, 8))] + [partitioned(net, 25, size) for size in (1, 2, 4, 8)]
         *hidden, last = weight_layers(net).values()
         frobenius = math.prod(2 * layer.weight.norm().item() for layer in hidden)  # sqrt(deg) = 2
