@@ -47,4 +47,5 @@ def test_shipped_sweeps_are_complete(folder):
         table = read_metrics(folder / settings.name / 'metrics.csv')
         assert list(table['epoch']) == [0, settings.epochs] * (settings.prune_rounds + 1)
         if settings.layers_every:
-            assert set(read_layers(folder / settings.name / 'layers.csv')['epoch']) == {0, settings.epochs}
+            epochs = range(0, settings.epochs + 1, settings.layers_every)
+            assert set(read_layers(folder / settings.name / 'layers.csv')['epoch']) == set(epochs)

@@ -1,8 +1,8 @@
 # The settings of this launch; python train.py --settings with this file repeats it.
-# date: 2026-11-21T15:53:02+00:00
+# date: 2026-11-22T01:21:49+00:00
 # versions: Python 3.11.7, torch 2.13.0+cpu
 # device: cpu, 1 threads
-# commit: 295ddc2c2d5a8c835d57524ed5238f2a4a18f9ac
+# commit: 99ab55c9ff90a0283b3318fe529759fa6e29a278 with uncommitted changes
 
 dataset_name = 'digits'  # MNIST, FashionMNIST, SVHN, CIFAR10, CIFAR100 or digits
 data_dir = 'data'  # where the dataset is looked for and downloaded to; the environment variable DATA_DIR wins
@@ -11,6 +11,7 @@ train_samples = 0  # train on the first so many of a permutation that data_seed 
 label_noise = 0.0  # share of the training labels made wrong, each by another class
 clean_samples = 0  # so many first training samples keep their labels; label_noise is then a share of the others
 data_seed = 0  # of the choice of training samples and of the wrong labels
+augment = 'none'  # crop: images that are trained on are shifted by up to 4 pixels and mirrored, by chance
 network = 'CONV'  # CONV (the paper's CONV-L-H), MLP, CONVBN or CONVRES: an entry of models/__init__.py
 depth = 3  # L, the number of hidden convolutions
 width = 32  # H, the channels of each of them
@@ -27,7 +28,7 @@ milestones = [30]  # epochs after which the learning rate is multiplied by lr_de
 lr_decay = 0.1  # factor of each learning-rate decay
 momentum = 0.9  # of SGD
 weight_decay = 0.003  # on every parameter, the scalars of weight normalization too
-target_loss = 0.0  # stop at this training loss, as evaluated over the whole training set; 0: never
+target_loss = 0.0  # end a training, or each round, at this training loss, as evaluated over the whole training set; 0: never
 early_stop_epoch = 0  # from this epoch on, stop a run that does not learn; 0: never
 early_stop_accuracy = 0.5  # ... when the training accuracy was below this at the last three evaluations
 seed = [0, 1, 2]  # of the initialization and of the shuffles
@@ -54,7 +55,7 @@ gamma = 1.0  # margin
 eval_every = 40  # epochs between evaluations; the last epoch is always evaluated
 certify_every = 0  # epochs between PAC-Bayes certificates, and at the last one; 0: never
 measures_every = 0  # epochs between sharpness, distances and the like, and at the last one; 0: never
-layers_every = 40  # epochs between rows of layers.csv, and at the last one; 0: never
+layers_every = 2  # epochs between rows of layers.csv, and at the last one; 0: never
 snapshot_every = 0  # epochs between copies of the weights that are kept, for --evaluate; 0: none
 checkpoint_every = 1  # epochs between checkpoints; an interrupt and the last epoch always leave one
 results_dir = 'results'  # each launch makes a numbered folder in here
