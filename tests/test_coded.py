@@ -12,6 +12,7 @@ from torch import nn
 
 import coded as room
 from conf import BadInput
+from harness import read_metrics
 from measures.coded import (
     DIRECT,
     EXACT,
@@ -374,3 +375,15 @@ def test_the_shipped_messages_prove_what_the_page_says(path, mnist):
     """Decoded and counted here, in integers; no weights of a trained network are read."""
     line = room.coded_line(path.read_bytes(), mnist, 0.001)
     assert SHIPPED and f'{path.relative_to(ROOT)}: {line}' in (ROOT / 'docs' / 'coded.md').read_text()
+
+
+def test_the_page_quotes_the_message_about_cifar10():
+    """As far as it can be told without the images: its length, and the errors of the network from which it was made."""
+    folder, page = ROOT / 'results' / 'coded-cifar10' / 'CONV-3-16', (ROOT / 'docs' / 'coded.md').read_text()
+    message = (folder / 'coded.bin').read_bytes()
+    code = decode(message, 3, 10)
+    assert [len(kernel) for kernel in code.kernels] == [2, 2, 3] and code.direct.shape[0] == 10
+    assert f'CONV-3-16/coded.bin: {len(message)} bytes, train error' in page
+    table = read_metrics(folder / 'metrics.csv')
+    dense = table['test_error'][(table['round'] == 0) & (table['epoch'] == 10)][0]
+    assert f'test error of {dense:.4f} before and of\n{table["test_error"][-1]:.4f} after pruning' in page
