@@ -4,8 +4,13 @@ python coded.py results/7/CONV-3-16 --seconds 600   searches, and leaves coded.b
 python coded.py --check results/7/CONV-3-16/coded.bin   decodes it and proves its error anew
 """
 
-import argparse
+import signal
 import sys
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C ends the program without a traceback
+
+import argparse
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,7 +108,17 @@ def run(options):
 
 def main(argv=None):
     """Runs the command line. Returns 0, 1 where the message cannot be written, 2 for bad input, 128 + signal where stopped."""
-    return guarded('coded.py', lambda: run(parse_arguments(argv)), lambda: '; coded.bin has the best message so far')
+    options = SimpleNamespace(source=None)
+
+    def program():
+        vars(options).update(vars(parse_arguments(argv)))
+        return run(options)
+
+    def what_is_kept():
+        there = options.source and (options.source / 'coded.bin').exists()
+        return f'; {options.source / "coded.bin"} has the best message so far' if there else ''
+
+    return guarded('coded.py', program, what_is_kept)
 
 
 if __name__ == '__main__':

@@ -5,10 +5,14 @@ python compress.py results/7 --lam 1e-4 1e-3 1e-2      by the multi-task lasso, 
 python compress.py results/7 --layer 7 --lam 1e-3      one linear layer of any network; --layer 4 --layer 7: two
 """
 
+import signal
+import sys
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C ends the program without a traceback
+
 import argparse
 import math
-import os
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -31,6 +35,7 @@ from harness.records import (
     load_weights,
     new_results_folder,
     save_checkpoint,
+    seen_from_here,
     write_file,
     write_table,
 )
@@ -247,6 +252,8 @@ def parse_arguments(argv):
         raise BadInput(f'--lam {bad[0]:g}: must be a share of lam_max, between 0 and 1')
     if options.layer and not options.lam:
         raise BadInput(f'--layer {options.layer[0]}: is fitted with a penalty; give one with --lam')
+    if twice := [name for number, name in enumerate(options.layer) if name in options.layer[:number]]:
+        raise BadInput(f'--layer {twice[0]}: is listed twice')
     return options
 
 
@@ -272,7 +279,7 @@ def run(options):
     for note in notes:
         print(note, flush=True)
 
-    folder = Path(os.path.relpath(new_results_folder(ROOT / sweep['results_dir'])))
+    folder = new_results_folder(seen_from_here(ROOT / sweep['results_dir']))
     what = f'python compress.py {options.source}'
     what += ''.join(f' --layer {name}' for name in options.layer)
     what += f' --lam {" ".join(map(str, options.lam))} --refit {options.refit}' * bool(options.lam)

@@ -1,8 +1,5 @@
 """What is measured at an evaluation, and when: the schedule of a run, losses and errors, a row of each table, its columns."""
 
-import contextlib
-import hashlib
-import inspect
 import math
 import time
 
@@ -48,15 +45,6 @@ def check_bounds():
             raise BadInput(f'BOUNDS of utils.py: {name!r} cannot be a column; name it by letters, digits and _')
         if name in (*_FIRST, *_LAST, *_OTHERS, *RULES) or name.endswith('_setting'):  # summary.csv has knobs, renamed at need
             raise BadInput(f'BOUNDS of utils.py: {name!r} is the name of another column; rename the bound')
-
-
-def bound_sources():
-    """{bound: hash of its function's source, '' if there is none}: a resumed run sees by it that a bound has changed."""
-    sources = {}
-    for name, bound in BOUNDS.items():
-        with contextlib.suppress(OSError, TypeError):
-            sources[name] = hashlib.sha256(inspect.getsource(bound).encode()).hexdigest()
-    return dict.fromkeys(BOUNDS, '') | sources
 
 
 class Diverged(Exception):

@@ -32,12 +32,12 @@ from evaluation import (
     LAYER_COLUMNS,
     LOSSES,
     at_target,
-    bound_sources,
     certifies,
     due,
     evaluate,
     evaluate_layers,
     finished,
+    initial_network,
     last_epoch,
     learning_rate,
     report,
@@ -49,10 +49,11 @@ from evaluation import (
 from harness import launch
 from harness.machine import check_stop, choose_precision, deferred_stop, graphed
 from harness.pace import heartbeat, progress_bar, say_pace
-from harness.records import append_lines, csv_line, load_run, parse_line, save_checkpoint, write_table
+from harness.records import append_lines, cells_of, csv_line, line_of, load_run, parse_line, save_checkpoint, write_table
 from measures.norms import measure_data
 from measures.representations import effective_depth
 from models import get_network
+from utils import BOUNDS
 
 TORCH_THREADS = torch.get_num_threads()
 
@@ -128,7 +129,7 @@ class Run:
         self.steps = launch.steps_of(settings, dataset)
         self.state = {'round': 0, 'epoch': 0, 'step': 0, 'train_loss': math.inf, 'train_seconds': 0.0}
         self.state |= {'columns': COLUMNS, 'lines': [], 'layer_columns': LAYER_COLUMNS, 'layer_lines': []}
-        self.state |= {'certificates': {}, 'sources': bound_sources()}
+        self.state['certificates'] = {}
         # Of all that is drawn in a step, as by dropout: set anew in each, so that a resumed run draws the same.
         self.generator = torch.cuda.default_generators[device.index] if device.type == 'cuda' else torch.default_generator
         self.rewind_to = None  # the network's state after rewind_epoch
@@ -141,10 +142,12 @@ class Run:
             raise BadInput(f'{folder / "model.pt"}: is missing; {mend}')
         else:
             sparsify.initialize(self.net, settings, dataset.train_images, self.targets, LOSSES[settings.loss])
+        self.data = measure_data(self.net, dataset.train_images, skip_uncovered=True)
+        if self.state['lines'] and not self.finished():
+            self.measure_start_again()
         for name, columns, lines in self.tables():
             if name == 'metrics.csv' or settings.layers_every:
                 write_table(folder / name, columns, lines)
-        self.data = measure_data(self.net, dataset.train_images, skip_uncovered=True)
 
     def restore(self):
         """Puts the checkpoint into the network, its optimizer and the state. Raises BadInput where it does not fit."""
@@ -154,16 +157,27 @@ class Run:
         for index, weight in enumerate(self.net.parameters()):
             if index in checkpoint['momentum']:
                 self.optimizer.state[weight] = checkpoint['momentum'][index]
-        sources, before = self.state['sources'], checkpoint['state']['sources']
-        self.state |= {name: checkpoint['state'][name] for name in self.state} | {'sources': sources}
-        changed = [name for name in before if before[name] != sources.get(name, before[name])]
+        self.state |= {name: checkpoint['state'][name] for name in self.state}
         self.rewind_to, self.place = checkpoint.get('rewind_to'), checkpoint.get('place')
         place = f'epoch {self.state["epoch"]} after {self.state["step"]} of its {self.steps} steps'
         place = f'round {self.state["round"]}, {place}' if self.settings.prune_rounds else place
         print(f'{self.settings.name}: {"finished already" if self.finished() else f"goes on in {place}"}', flush=True)
-        if changed and not self.finished():
+
+    def measure_start_again(self):
+        """Says which bounds have changed, in whatever part, since the first row, that of the network before training.
+
+        A bound that came since gets its cell in that row.
+        """
+        net, first = initial_network(self.settings, self.dataset), cells_of(self.state['lines'][0], self.state['columns'])
+        now = evaluate(net, self.settings, self.dataset, self.data, 0, 0)
+        known = [name for name in BOUNDS if first[name]]
+        changed = [name for name in known if not math.isclose(float(first[name]), now[name], rel_tol=1e-6)]
+        first |= {name: str(now[name]) for name in BOUNDS if name not in known and not math.isnan(now[name])}
+        self.state['lines'][0] = line_of(first, self.state['columns'])
+        if changed:
             mend = '--evaluate measures anew those whose weights there are'
-            print(f'{self.settings.name}: {", ".join(changed)}: not the function that the rows so far are of; {mend}')
+            words = f'{", ".join(changed)}: not the function that rows so far are of; {mend}'
+            print(f'{self.settings.name}: {words}', flush=True)
 
     def tables(self):
         """(file, columns, lines) of the two tables of the log."""

@@ -14,8 +14,15 @@ import torch
 from tqdm import tqdm
 
 from conf import ROOT, Interrupted
+from harness.records import seen_from_here
 
 CHILD = 'SPARSE_NETWORKS_CHILD'  # in the environment of a process of --jobs, whose parent draws
+
+
+def resuming(folder):
+    """The command, given here, that goes on with the trainings of a folder."""
+    program, folder = (shlex.quote(str(path)) for path in (seen_from_here(ROOT / 'train.py'), folder))
+    return f'python {program} --results-path {folder} --resume'
 
 
 def train_side_by_side(numbers, runs, folder, jobs, device):
@@ -54,7 +61,7 @@ def train_side_by_side(numbers, runs, folder, jobs, device):
             if process.returncode < 0:
                 name = signal.Signals(-process.returncode).name
                 killed = f'its process was ended by {name}' + ', as by the kernel for want of memory' * (name == 'SIGKILL')
-                again = f'go on with: python train.py --results-path {shlex.quote(str(folder))} --resume --run {number}'
+                again = f'go on with: {resuming(folder)} --run {number}'
                 tqdm.write(f'train.py: error: {runs[number - 1].name}: {killed}; {again}', sys.stderr)
             return process.returncode
         finally:

@@ -6,7 +6,6 @@ import functools
 import os
 import platform
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from conf import GLOBAL_SETTINGS, ROOT, BadInput, load_settings, parse_command_l
 from datasets import fingerprint, load_dataset
 from evaluation import COLUMNS, Diverged, check_bounds, evaluate, finished, no_certificate, stopped_early
 from harness import figures, ranking
-from harness.jobs import CHILD, train_side_by_side
+from harness.jobs import CHILD, resuming, train_side_by_side
 from harness.machine import (
     check_memory,
     check_stop,
@@ -39,6 +38,7 @@ from harness.records import (
     newest_rows,
     read_metrics,
     rows_of,
+    seen_from_here,
     write_file,
     write_table,
 )
@@ -167,8 +167,9 @@ def resumed_settings(folder, flags, option):
     sweep, before = folder_settings(folder)
     if not flags:
         return sweep, before
-    if isinstance(sweep['epochs'], list) and 'epochs' in flags:
-        raise BadInput(f'{option} keeps the runs of the sweep, which varies epochs; leave --epochs out')
+    if varied := [name for name in flags if len({str(getattr(run, name)) for run in before}) > 1]:
+        leave = f'leave --{varied[0].replace("_", "-")} out'
+        raise BadInput(f'{option} keeps the runs of the sweep, which varies {varied[0]}; {leave}')
     sweep, runs = folder_settings(folder, flags)
     if [run.name for run in runs] != [run.name for run in before]:
         raise BadInput(f'{option} keeps the runs of the sweep; give one value of {", ".join(flags)}')
@@ -202,8 +203,7 @@ def check_name(option, path):
 def make_folder(options, flags, sweep, missing, device):
     """Makes the results folder, or brings the settings of one that is resumed up to date; what it was made by stays on top."""
     if options.folder is None:
-        where = ROOT / sweep['results_dir']
-        where = where.relative_to(Path.cwd()) if where.is_relative_to(Path.cwd()) else where
+        where = seen_from_here(ROOT / sweep['results_dir'])
         check_name('results_dir', str(where))
         options.folder = new_results_folder(where)
     elif not options.resume:
@@ -279,14 +279,18 @@ def evaluate_all(runs, folder, flags):
         rows, measured = {(int(row['round']), int(row['epoch'])): row for row in rows_of(before)}, set()
         for file in tqdm(files, desc=settings.name, disable=not sys.stdout.isatty()):
             place = load_weights(net, file, settings, fingerprint(dataset), (*FREE, *flags))
-            if place is not None and place not in measured:
+            if place is None:
+                tqdm.write(f'{file}: of the middle of an epoch, so there is no row for it; a --resume goes on to its end')
+                continue
+            if place not in measured:
                 measured.add(place)
-                rows[place] = evaluate(net, settings, dataset, data, *place)
-                rows[place] |= {'delta': settings.delta, 'gamma': settings.gamma}
+                knobs, old = {'delta': settings.delta, 'gamma': settings.gamma}, rows.get(place, {})
+                old = old if all(old.get(name) == value for name, value in knobs.items()) else {}
+                rows[place] = old | evaluate(net, settings, dataset, data, *place) | knobs
             kept = [row | {'round': place[0], 'epoch': place[1]} for place, row in sorted(rows.items())]
             lines = [csv_line(row, columns) for row in kept]
             write_table(table, columns, lines)
-        print(f'{table}: {len(rows)} row{"s" * (len(rows) != 1)}')
+        print(f'{table}: {len(rows)} row{"s" * (len(rows) != 1)}\n' * bool(rows), end='')
     draw(folder)
 
 
@@ -373,8 +377,8 @@ def main(train, argv=None):
         options, flags = parse_command_line(argv)
         options.folder = None
         if options.results_path is not None:
-            check_name('--results-path', options.results_path)
             options.folder = Path(options.results_path)
+            check_name('--results-path', str(options.folder))
         return run(options, flags, train)
 
     def how_to_go_on():
@@ -382,6 +386,6 @@ def main(train, argv=None):
         if reads or not options.folder or not (options.folder / 'global_settings.py').exists():
             return ''
         only = '' if options.run is None else f' --run {options.run}'
-        return f'; go on with: python train.py --results-path {shlex.quote(str(options.folder))} --resume{only}'
+        return f'; go on with: {resuming(options.folder)}{only}'
 
     return guarded('train.py', program, how_to_go_on)

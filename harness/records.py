@@ -31,6 +31,11 @@ OLDER_LAYER_COLUMNS = LAYER_COLUMNS[: LAYER_COLUMNS.index(PROBES[0])]  # of chec
 FREE = ('epochs', 'device', 'data_dir', 'results_dir', 'checkpoint_every', 'snapshot_every', 'jobs')
 
 
+def seen_from_here(path):
+    """A path as commands that are given here name it: relative where it lies below the current folder, else whole."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def new_results_folder(results_dir):
     """Makes and returns the next numbered folder in results_dir; launches at the same moment get different ones."""
     results_dir = Path(results_dir)
@@ -115,6 +120,16 @@ def parse_line(line, columns):
     if len(cells) != len(columns):
         raise ValueError(f'{len(cells)} cells for {len(columns)} columns')
     return {column: float(cell or 'nan') for column, cell in zip(columns, cells)}
+
+
+def cells_of(line, columns):
+    """A line of a table as {column: text}."""
+    return dict(zip(columns, line.rstrip('\n').split(',')))
+
+
+def line_of(cells, columns):
+    """The line of {column: text}."""
+    return ','.join(cells.get(column, '') for column in columns) + '\n'
 
 
 def read_table(path, columns, required):
@@ -233,7 +248,7 @@ def load_run(path, settings, net, data, steps):
         raise BadInput(f'{path}: was trained with epochs = {before["epochs"]}; {changed}')
     try:
         state = {'round': 0, 'layer_columns': OLDER_LAYER_COLUMNS, 'layer_lines': [], 'train_loss': math.inf}
-        state |= {'certificates': {}, 'sources': {}} | checkpoint['state']
+        state |= {'certificates': {}} | checkpoint['state']
         shapes = [weight.shape for weight in net.parameters()]
         momentum = [entry['momentum_buffer'].shape for _, entry in sorted(checkpoint['momentum'].items())]
         trained = settings.momentum > 0 and (state['epoch'] > 1 or state['step'] > 0 or state['round'] > 0)
@@ -248,7 +263,6 @@ def load_run(path, settings, net, data, steps):
             type(state['step']) is int and 0 <= state['step'] <= steps,
             type(state['train_seconds']) is float and type(state['train_loss']) is float,
             all(name in CERTIFICATES and 0 <= value <= 1 for name, value in state['certificates'].items()),
-            isinstance(state['sources'], dict),
             len(state['lines']) > 0 or state['epoch'] == 0,
             all(parse_line(line, state['columns']) for line in state['lines']),
             all(parse_line(line, state['layer_columns']) for line in state['layer_lines']),
@@ -263,18 +277,9 @@ def load_run(path, settings, net, data, steps):
         lines, columns = state[f'{kind}lines'], state[f'{kind}columns']
         if columns != now:  # bounds came or went since
             state[f'{kind}columns'] = [*now, *(column for column in columns if column not in now)]
-            rows = [{'round': '0'} | _cells(line, columns) for line in lines]
-            state[f'{kind}lines'] = [_line(row, state[f'{kind}columns']) for row in rows]
+            rows = [{'round': '0'} | cells_of(line, columns) for line in lines]
+            state[f'{kind}lines'] = [line_of(row, state[f'{kind}columns']) for row in rows]
     return checkpoint | {'state': state}
-
-
-def _cells(line, columns):
-    """A line of a table as {column: text}."""
-    return dict(zip(columns, line.rstrip('\n').split(',')))
-
-
-def _line(cells, columns):
-    return ','.join(cells.get(column, '') for column in columns) + '\n'
 
 
 def check_origin(path, checkpoint, settings, data, free=FREE):
@@ -301,19 +306,19 @@ def _forget_the_end(state, before):
     else:
         columns, blank = state['layer_columns'], dict.fromkeys(PROBES, '')
         state['layer_lines'] = [
-            _line(_cells(line, columns) | blank, columns) if line.startswith(end) else line for line in layers
+            line_of(cells_of(line, columns) | blank, columns) if line.startswith(end) else line for line in layers
         ]
     if not state['lines'] or parse_line(state['lines'][-1], state['columns'])['epoch'] != before.epochs:
         return
     *earlier, last = state['lines']
-    cells = _cells(last, state['columns'])
+    cells = cells_of(last, state['columns'])
     if not due(before.epochs, before.eval_every):
         state['lines'] = earlier
         state['train_seconds'] += float(cells['train_seconds'])
     else:
         for columns, every in ((CERTIFICATES, before.certify_every), (MEASURES, before.measures_every)):
             cells |= {} if due(before.epochs, every) else dict.fromkeys(columns, '')
-        state['lines'] = [*earlier, _line(cells, state['columns'])]
+        state['lines'] = [*earlier, line_of(cells, state['columns'])]
 
 
 def load_network(path):

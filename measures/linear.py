@@ -88,7 +88,7 @@ def linear_layer(net, name):
     """The nn.Linear of this name. Raises BadInput where the network has none."""
     linear = {other: module for other, module in net.named_modules() if isinstance(module, nn.Linear)}
     if name not in linear:
-        raise BadInput(f'{name}: not a linear layer of {type(net).__name__}; it has {", ".join(linear) or "none"}')
+        raise BadInput(f'{name!r}: not a linear layer of {type(net).__name__}; it has {", ".join(linear) or "none"}')
     if not linear[name].weight.isfinite().all():
         raise BadInput(f'{name}: its weights contain NaN or infinity')
     return linear[name]

@@ -592,8 +592,8 @@ def test_few_images_go_through_the_network_at_once(monkeypatch):
 @pytest.mark.parametrize(
     'name, arguments, words',
     [
-        ('11', {}, r'11: not a linear layer of Sequential; it has 10, 13, 16'),
-        ('conv', {}, 'conv: not a linear layer'),
+        ('11', {}, r"'11': not a linear layer of Sequential; it has 10, 13, 16"),
+        ('conv', {}, "'conv': not a linear layer"),
         ('10', {'lam': 1.5}, 'lam'),
         ('10', {'images': PICTURES / 0}, 'images'),
         ('10', {'refit': 'exact'}, 'refit'),
@@ -601,7 +601,7 @@ def test_few_images_go_through_the_network_at_once(monkeypatch):
         ('10', {'images': PICTURES[:, :2]}, r'images: Sequential does not take one of shape \(1, 2, 16, 16\)'),
         ('10', {'images': PICTURES[:, :, :2]}, 'images: Sequential does not take one'),
         ([], {}, 'name: at least one layer'),
-        (['10', '12'], {}, '12: not a linear layer'),
+        (['10', '12'], {}, "'12': not a linear layer"),
     ],
 )
 def test_bad_arguments_of_a_layer_are_named(name, arguments, words):
@@ -937,7 +937,7 @@ def test_ctrl_c_leaves_the_rows_that_are_done(trained):
         (('--lam', 0.1, '--run', 2), '--run 2'),
         (('--lam', 0.1, '--refit', 'exact'), 'refit'),
         (('--layer', '5'), '--layer 5'),
-        (('--layer', '0', '--lam', 0.1), '0: not a linear layer'),
+        (('--layer', '0', '--lam', 0.1), "'0': not a linear layer"),
     ],
 )
 def test_bad_command_lines_are_one_line(trained, arguments, words):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from test_datasets import make_idx
 from conf import load_settings
 from evaluation import COLUMNS
 from harness import launch
+from harness.jobs import resuming
 from harness.records import folder_settings, load_checkpoint, locked, read_metrics, save_checkpoint
 from harness.summary import read_runs
 from utils import BOUNDS
@@ -175,6 +177,12 @@ def test_resume_that_would_change_what_was_done_is_refused(uninterrupted, flags,
 def test_a_sweep_over_epochs_keeps_them(tmp_path):
     train_small(tmp_path / 'run', '--epochs', '1', '2')
     assert 'varies epochs; leave --epochs out' in refused('--results-path', tmp_path / 'run', '--resume', '--epochs', '4')
+    train_small(tmp_path / 'other', '--epochs', '1', '--gamma', '1', '2')
+    assert 'varies gamma; leave --gamma out' in refused('--results-path', tmp_path / 'other', '--evaluate', '--gamma', '3')
+    (tmp_path / 'single.py').write_text(Path(SMALL[1]).read_text().replace('epochs = 6', 'epochs = [1]'))
+    succeeds('--settings', tmp_path / 'single.py', '--results-path', tmp_path / 'single')  # no sweep
+    resume(tmp_path / 'single', '--epochs', '2')
+    assert rows(tmp_path / 'single') == 3
 
 
 @pytest.mark.parametrize('kind', ['--prune-rounds 1', '--density 0.5 --initial-mask random --regrow random'])
@@ -305,7 +313,7 @@ def test_evaluate_refuses_what_a_resume_refuses(tmp_path, knob, value):
 
 def test_folders_whose_names_no_command_could_take_and_links_in_a_circle(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for option in ('--results-dir=-x', '--results-path=-x/1'):
+    for option in ('--results-dir=-x', '--results-path=-x/1', '--results-path=./-x'):
         assert 'must have no dash in front' in refused(*SMALL, option)
     (tmp_path / 'a').symlink_to('b')
     (tmp_path / 'b').symlink_to('a')
@@ -348,6 +356,32 @@ def test_only_the_last_task_of_a_sweep_draws(tmp_path):
     train_small(tmp_path / 'run', '--width', '4', '5', '--epochs', '1', '--prepare')
     assert 'drew' not in resume(tmp_path / 'run', '--run', '2')
     assert 'drew' in resume(tmp_path / 'run', '--run', '1')
+
+
+def test_a_bound_that_went_keeps_what_evaluate_measured_of_it(tmp_path, monkeypatch):
+    folder, table = tmp_path / 'run', tmp_path / 'run' / 'CONV-3-4' / 'evaluation.csv'
+    train_small(folder)
+    COLUMNS.insert(COLUMNS.index('our_bound'), 'my_bound')
+    monkeypatch.setitem(BOUNDS, 'my_bound', lambda *_: 2.5)
+    succeeds('--results-path', folder, '--evaluate')
+    COLUMNS.remove('my_bound')
+    monkeypatch.delitem(BOUNDS, 'my_bound')
+    succeeds('--results-path', folder, '--evaluate')
+    assert read_metrics(table)['my_bound'].tolist() == [2.5]
+
+
+def test_evaluate_says_where_weights_are_of_no_row(tmp_path):
+    folder = tmp_path / 'run'
+    process = start(*SMALL, '--epochs', '300', '--results-path', folder)
+    wait_for(lambda: rows(folder) > 3, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    path = folder / 'CONV-3-4' / 'model.pt'
+    checkpoint = load_checkpoint(path, 'cpu')
+    save_checkpoint(path, checkpoint | {'place': None, 'state': checkpoint['state'] | {'step': 5}})
+    stdout = succeeds('--results-path', folder, '--evaluate')
+    assert f'{path}: of the middle of an epoch, so there is no row for it' in stdout
+    assert not (folder / 'CONV-3-4' / 'evaluation.csv').exists()
 
 
 def test_evaluate_without_weights(tmp_path):
@@ -427,6 +461,13 @@ def test_a_job_that_is_killed_is_named(tmp_path):
     assert 'CONV-3-5: its process was ended by SIGKILL' in stderr
     assert f'--results-path {folder} --resume --run 2' in stderr
     assert rows(folder) == 101 and rows(folder, 'CONV-3-5') < 101
+
+
+def test_the_command_that_goes_on_can_be_given_where_it_is_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert resuming(Path('results/1')) == 'python train.py --results-path results/1 --resume'
+    monkeypatch.chdir(tmp_path)
+    assert resuming(Path('a b')) == f"python {shlex.quote(str(ROOT / 'train.py'))} --results-path 'a b' --resume"
 
 
 def test_a_job_that_fails_does_not_stop_the_others(tmp_path):

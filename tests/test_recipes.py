@@ -4,10 +4,12 @@ A run from before it resumes, is plotted and measured anew.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, SMALL, numbers
 
@@ -63,8 +65,16 @@ def test_a_bound(program):
     assert metrics['my_bound'][-1] == evaluated['my_bound'][0] == 42
     edit(folder / 'utils.py', 'return 42.0', 'return 7.0')
     stdout = run('--results-path', 'results/1', '--resume', '--epochs', '5')
-    assert 'CONV-3-4: my_bound: not the function that the rows so far are of; --evaluate measures anew' in stdout
-    assert 'not the function' not in run('--results-path', 'results/1', '--resume', '--epochs', '6')
+    warning = 'CONV-3-4: my_bound: not the function that rows so far are of; --evaluate measures anew'
+    assert warning in stdout and warning in run('--results-path', 'results/1', '--resume', '--epochs', '6')
+    edit(folder / 'utils.py', 'return 7.0', 'return 42.0')
+    assert 'not the function' not in run('--results-path', 'results/1', '--resume', '--epochs', '7')
+    cells = read_metrics(folder / 'results/1/CONV-3-4/metrics.csv')['my_bound']
+    assert cells[[0, 4, 5, 6, 7]].tolist() == [42, 42, 7, 7, 42] and np.isnan(cells[1:4]).all()
+    edit(folder / 'utils.py', 'return 3 * np.sqrt((np.log(2 / delta)', 'return 9 * np.sqrt((np.log(2 / delta)')  # in a helper
+    stdout = run('--results-path', 'results/1', '--resume', '--epochs', '8')
+    changed = re.search('CONV-3-4: (.*): not the function', stdout)[1].split(', ')
+    assert set(changed) == {'our_bound', 'golowich_bound', 'corrected_bound', 'path_bound'}
 
 
 def test_a_network(program):
