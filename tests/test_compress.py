@@ -938,6 +938,7 @@ def test_ctrl_c_leaves_the_rows_that_are_done(trained):
         (('--lam', 0.1, '--refit', 'exact'), 'refit'),
         (('--layer', '5'), '--layer 5'),
         (('--layer', '0', '--lam', 0.1), "'0': not a linear layer"),
+        (('--layer', '7', '--layer', '7', '--lam', 0.1), '--layer 7: is listed twice'),
     ],
 )
 def test_bad_command_lines_are_one_line(trained, arguments, words):

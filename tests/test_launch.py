@@ -512,9 +512,11 @@ def test_names_of_folders_that_would_mislead(name):
     assert '--results-path' in refused(*SMALL, f'--results-path={name}')
 
 
-def test_an_interrupt_while_torch_is_imported(tmp_path):
+@pytest.mark.parametrize('program', ['train.py', 'compress.py', 'coded.py'])
+def test_an_interrupt_while_torch_is_imported(tmp_path, program):
     """No traceback: the program has not begun."""
-    process = start(*SMALL, '--results-path', tmp_path / 'run')
+    command = [sys.executable, ROOT / program, *((*SMALL, '--results-path') if program == 'train.py' else ()), tmp_path / 'run']
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: b'torch' in Path(f'/proc/{process.pid}/maps').read_bytes(), process)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
