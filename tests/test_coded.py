@@ -1,5 +1,6 @@
 """A network as a message: the code and its inverse, the theorem's numbers, the search, and the command."""
 
+import csv
 import itertools
 import math
 import os
@@ -15,6 +16,7 @@ from torch import nn
 
 import coded as room
 from conf import BadInput
+from evaluation import rounded_up
 from harness import read_metrics
 from measures.coded import (
     DIRECT,
@@ -405,3 +407,13 @@ def test_the_page_quotes_the_message_about_cifar10():
     table = read_metrics(folder / 'metrics.csv')
     dense = table['test_error'][(table['round'] == 0) & (table['epoch'] == 10)][0]
     assert f'test error of {dense:.4f} before and of\n{table["test_error"][-1]:.4f} after pruning' in page
+
+
+def test_the_page_quotes_the_controls():
+    page = (ROOT / 'docs' / 'coded.md').read_text()
+    with open(ROOT / 'results' / 'coded' / 'controls.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5
+    for row in rows:
+        errors = f'{float(row["train_error"]):.4f} | {float(row["test_error"]):.4f}'
+        assert f' | {row["bytes"]} | {errors} | {rounded_up(float(row["bound"])):.4f} |' in page, row['name']
