@@ -170,7 +170,9 @@ class Run:
         """
         net, first = initial_network(self.settings, self.dataset), cells_of(self.state['lines'][0], self.state['columns'])
         now = evaluate(net, self.settings, self.dataset, self.data, 0, 0)
-        known = [name for name in BOUNDS if first[name]]
+        if not math.isclose(float(first['train_loss'] or 'nan'), now['train_loss'], rel_tol=1e-4):
+            return  # another version of the program, or of torch, began with other weights: nothing can be compared
+        known = [name for name in BOUNDS if first.get(name)]
         changed = [name for name in known if not math.isclose(float(first[name]), now[name], rel_tol=1e-6)]
         first |= {name: str(now[name]) for name in BOUNDS if name not in known and not math.isnan(now[name])}
         self.state['lines'][0] = line_of(first, self.state['columns'])

@@ -280,7 +280,7 @@ def evaluate_all(runs, folder, flags):
         for file in tqdm(files, desc=settings.name, disable=not sys.stdout.isatty()):
             place = load_weights(net, file, settings, fingerprint(dataset), (*FREE, *flags))
             if place is None:
-                tqdm.write(f'{file}: of the middle of an epoch, so there is no row for it; a --resume goes on to its end')
+                tqdm.write(f'{file}: its weights lie between two rows of the table; a --resume goes on to the next')
                 continue
             if place not in measured:
                 measured.add(place)

@@ -380,7 +380,7 @@ def test_evaluate_says_where_weights_are_of_no_row(tmp_path):
     checkpoint = load_checkpoint(path, 'cpu')
     save_checkpoint(path, checkpoint | {'place': None, 'state': checkpoint['state'] | {'step': 5}})
     stdout = succeeds('--results-path', folder, '--evaluate')
-    assert f'{path}: of the middle of an epoch, so there is no row for it' in stdout
+    assert f'{path}: its weights lie between two rows of the table' in stdout
     assert not (folder / 'CONV-3-4' / 'evaluation.csv').exists()
 
 

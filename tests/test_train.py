@@ -358,7 +358,8 @@ def test_a_checkpoint_says_which_row_its_weights_are_those_of(tmp_path, kill_at,
     for count in range(2, names.count('save') + 1, 2):  # after each save
         kill_at('save', count, *SMALL, *KINDS[kind], '--results-path', folder)
         kill_at(None, 0, '--results-path', folder, '--evaluate')
-        tables = (numbers(folder / 'CONV-3-4' / f'{name}.csv') for name in ('metrics', 'evaluation'))
+        tables = [folder / 'CONV-3-4' / f'{name}.csv' for name in ('metrics', 'evaluation')]
+        tables = [numbers(table) if table.exists() else [] for table in tables]
         logged, measured = ({tuple(line[:2]): line for line in table} for table in tables)
         assert all(logged.get(key, line[:-2]) == line[:-2] for key, line in measured.items())  # without delta and gamma
         shutil.rmtree(folder)
