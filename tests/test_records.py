@@ -202,8 +202,9 @@ def test_a_folder_of_before_goes_on(tmp_path, uninterrupted, monkeypatch, epochs
     if epochs == 3:
         resume(folder, '--epochs', '6')
         new = read_metrics(path / 'metrics.csv')
-        assert (new['round'] == 0).all() and np.isnan(new['path_bound']).tolist() == [True] * 4 + [False] * 3
         whole = read_metrics(uninterrupted / 'CONV-3-4' / 'metrics.csv')
+        assert (new['round'] == 0).all() and np.isnan(new['path_bound']).tolist() == [False] + [True] * 3 + [False] * 3
+        assert new['path_bound'][0] == whole['path_bound'][0]
         assert all((new[column] == whole[column]).all() for column in OLD_COLUMNS[:-2])
     succeeds('--results-path', folder, '--evaluate')
     evaluated = read_metrics(path / 'evaluation.csv')
@@ -211,7 +212,7 @@ def test_a_folder_of_before_goes_on(tmp_path, uninterrupted, monkeypatch, epochs
 
 
 def test_empty_cells(tmp_path, folder):
-    """They are written, read as nan, and stay empty in a resume; columns that are unknown by now stay too."""
+    """They are written, read as nan, and stay empty in a resume but for row 0; columns that are unknown by now stay too."""
     row = {'epoch': 3, 'round': 0, 'rho': float('inf'), 'our_bound': 0.1}
     line = csv_line(row, COLUMNS)
     assert line.startswith('3,0,,,') and line.count(',') == len(COLUMNS) - 1 and 'nan' not in line
@@ -227,7 +228,7 @@ def test_empty_cells(tmp_path, folder):
     save_checkpoint(path, checkpoint)
     resume(folder, '--epochs', '7')
     table = read_metrics(folder / 'CONV-3-4' / 'metrics.csv')
-    assert np.isnan(table['our_bound']).tolist() == [True] * 7 + [False]
+    assert np.isnan(table['our_bound']).tolist() == [False] + [True] * 6 + [False]
     assert table['bound_of_last_year'][:7].tolist() == [7.5] * 7 and np.isnan(table['bound_of_last_year'][7])
 
 
