@@ -108,15 +108,16 @@ def run(options):
 
 def main(argv=None):
     """Runs the command line. Returns 0, 1 where the message cannot be written, 2 for bad input, 128 + signal where stopped."""
-    options = SimpleNamespace(source=None)
+    options = None
 
     def program():
-        vars(options).update(vars(parse_arguments(argv)))
+        nonlocal options
+        options = parse_arguments(argv)
         return run(options)
 
     def what_is_kept():
-        there = options.source and (options.source / 'coded.bin').exists()
-        return f'; {options.source / "coded.bin"} has the best message so far' if there else ''
+        path = options and options.source and options.source / 'coded.bin'
+        return f'; {path} has the best message so far' if path and path.exists() else ''
 
     return guarded('coded.py', program, what_is_kept)
 

@@ -128,8 +128,7 @@ class Run:
         self.loss_sum = torch.zeros((), device=device)  # NaN from the first batch on whose loss is
         self.steps = launch.steps_of(settings, dataset)
         self.state = {'round': 0, 'epoch': 0, 'step': 0, 'train_loss': math.inf, 'train_seconds': 0.0}
-        self.state |= {'columns': COLUMNS, 'lines': [], 'layer_columns': LAYER_COLUMNS, 'layer_lines': []}
-        self.state['certificates'] = {}
+        self.state |= {'columns': COLUMNS, 'lines': [], 'layer_columns': LAYER_COLUMNS, 'layer_lines': [], 'certificates': {}}
         # Of all that is drawn in a step, as by dropout: set anew in each, so that a resumed run draws the same.
         self.generator = torch.cuda.default_generators[device.index] if device.type == 'cuda' else torch.default_generator
         self.rewind_to = None  # the network's state after rewind_epoch

@@ -33,7 +33,9 @@ FREE = ('epochs', 'device', 'data_dir', 'results_dir', 'checkpoint_every', 'snap
 
 def seen_from_here(path):
     """A path as commands that are given here name it: relative where it lies below the current folder, else whole."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    with contextlib.suppress(ValueError, FileNotFoundError):  # it lies elsewhere; the current folder is gone
+        return path.relative_to(Path.cwd())
+    return path
 
 
 def new_results_folder(results_dir):

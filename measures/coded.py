@@ -185,12 +185,17 @@ def _convolve(maps, kernel, stride, padding):
     return out
 
 
+def _frequencies(maps, tables, gain):
+    """(N, channels, q, q) of maps (N, channels, n, n'), by tables of cosines (q, n) and (q, n')."""
+    vertical, horizontal = (table.to(maps.dtype) for table in tables)
+    return ((maps @ horizontal.T).mT @ vertical.T).mT * _gains(len(vertical), gain).to(maps.dtype)
+
+
 def _features(kernels, geometry, q, gain, maps):
     """(N, channels, q, q): the low frequencies of the last maps that the kernels make of maps (N, C, H, W)."""
     for kernel, where in zip(kernels, geometry):
         maps = _convolve(maps, kernel, *where).relu()
-    vertical, horizontal = (_cosines(n, q).to(maps.dtype) for n in maps.shape[2:])
-    return ((maps @ horizontal.T).mT @ vertical.T).mT * _gains(q, gain).to(maps.dtype)
+    return _frequencies(maps, (_cosines(n, q) for n in maps.shape[2:]), gain)
 
 
 def pixels(images):
@@ -214,8 +219,7 @@ def largest_score(code, input_shape):
     size, q = maps.shape[2:], code.direct.shape[2]
     if min(size) < q:
         raise BadInput(f'a network whose last maps are {size[0]}x{size[1]}, which have no {q}x{q} frequencies')
-    vertical, horizontal = (_cosines(n, q).abs().double() for n in size)
-    features = (((maps @ horizontal.T).mT @ vertical.T).mT * _gains(q, code.gain)).flatten()
+    features = _frequencies(maps, (_cosines(n, q).abs() for n in size), code.gain).flatten()
     hidden, head, direct = (part.abs().double().flatten(1) for part in code[-3:])
     return (DIRECT * direct @ features + head @ (hidden @ features)).max().item() * (1 + 1e-9)  # its own rounding
 

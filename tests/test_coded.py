@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, signals_as_before
 from torch import nn
 
 import coded as room
@@ -377,17 +377,13 @@ def test_the_command_refuses_in_one_line(arguments, capsys):
 
 def test_a_command_that_is_stopped_says_what_it_has_kept(folder, monkeypatch, capsys):
     """Nothing where it has found no message yet."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(room, 'search', lambda *_: os.kill(os.getpid(), signal.SIGINT) or time.sleep(1))
     path, stopped = folder / 'coded.bin', 'coded.py: stopped by SIGINT'
-    try:
+    with signals_as_before():
         for words in ('', f'; {path} has the best message so far'):
             assert room.main([str(folder)]) == 130 and capsys.readouterr().err.endswith(f'{stopped}{words}\n')
             path.write_bytes(SHIPPED[0].read_bytes())
             monkeypatch.setattr(room, 'read', lambda *_: None)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize('path', SHIPPED, ids=lambda path: path.parent.name)
