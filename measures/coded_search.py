@@ -42,7 +42,7 @@ def rounded(net, input_shape, classes):
         square = all(len(set(pair)) == 1 for pair in (layer.shape[2:], layer.stride, layer.padding))
         if not isinstance(layer.module, torch.nn.Conv2d) or not square or layer.dilation != (1, 1):
             raise BadInput(f'{layer.name}: a message has convolutions of square kernels alone, without dilation')
-    live = live_channels([layer.module.weight.detach().double().view(layer.shape) for layer in layers])
+    live = live_channels([layer.kernel for layer in layers])
     if not all(kernel.any() for kernel in live):
         raise BadInput(f'{type(net).__name__}: the network is zero')
     kernels = [(kernel * (SIZE / kernel[kernel != 0].square().mean().sqrt())).round().long() for kernel in live[:-1]]

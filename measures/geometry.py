@@ -61,6 +61,13 @@ class Layer(NamedTuple):
         return F.conv2d(maps, kernel, None, self.stride, self.padding, self.dilation)
 
 
+def features(layers, kernels, images):
+    """The post-activation maps (N, K, h, w) that layers with these kernels, (out, in, h, w), make of images (N, C, H, W)."""
+    for layer, kernel in zip(layers, kernels):
+        images = layer.forward(kernel.to(images.dtype), images).relu()
+    return images
+
+
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module, name):
         return isinstance(module, _LAYERS) or super().is_leaf_module(module, name)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from conf import BadInput
 from measures.chains import Plain, sequential
-from measures.geometry import trace_layers
+from measures.geometry import features, trace_layers
 from measures.lasso import group_lasso, norms, ridge, scaled, squared_residual
 
 FIT_IMAGES = 10_000  # at most so many are fitted to, evenly spaced
@@ -152,8 +152,8 @@ def _layer_problem(layers, narrow, original, images):
 
     def batches():
         for batch in evenly(images, columns, positions).split(max(1, CHUNK // (columns * positions))):
-            targets = _forward(layer, original[-1], _features(before, original, batch))
-            phi = F.unfold(_features(before, narrow, batch), layer.shape[2:], layer.dilation, layer.padding, layer.stride)
+            targets = layer.forward(original[-1].to(batch.dtype), features(before, original, batch))
+            phi = F.unfold(features(before, narrow, batch), layer.shape[2:], layer.dilation, layer.padding, layer.stride)
             yield (maps.flatten(2).transpose(0, 1).flatten(1) for maps in (phi, targets))
 
     return problem_of(batches(), (len(narrow[-1]), taps))
@@ -162,7 +162,7 @@ def _layer_problem(layers, narrow, original, images):
 def _tensors(net, input_shape):
     """The layers of a network and their weights, each as a convolution's (out, in, h, w) in float64."""
     layers = trace_layers(net, input_shape)
-    weights = [layer.module.weight.detach().double().reshape(layer.shape) for layer in layers]
+    weights = [layer.kernel for layer in layers]
     for layer, weight in zip(layers, weights):
         if not weight.isfinite().all():
             raise BadInput(f'{type(net).__name__}: the weights of {layer.name} contain NaN or infinity')
@@ -183,18 +183,6 @@ def _balanced(weights, tolerance=1e-12):
             weights[index + 1] = weights[index + 1] * torch.where(alive, 1 / factor, 0)[:, None, None]
             change = max([change, *(factor[alive].log().abs().tolist())])
     return weights
-
-
-def _forward(layer, weight, maps):
-    """One layer, seen as a convolution, on maps (N, in, h, w)."""
-    return F.conv2d(maps, weight.to(maps.dtype), None, layer.stride, layer.padding, layer.dilation)
-
-
-def _features(layers, weights, images):
-    """The post-activation maps (N, K, h, w) that the layers make of images."""
-    for layer, weight in zip(layers, weights):
-        images = _forward(layer, weight, images).relu()
-    return images
 
 
 def _narrow(layers, weights):

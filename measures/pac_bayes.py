@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from conf import BadInput
-from measures.geometry import ieee_float32, trace_layers
+from measures.geometry import features, ieee_float32, trace_layers
 from measures.norms import dft_norm
 
 PRIOR_IMAGES = 2000  # n0, images set aside for the prior and the losses; never more than a tenth of the sample
@@ -129,13 +129,6 @@ def _operator_norm(kernel, layer):
     return dft_norm(kernel, layer.in_size, layer.padding, layer.dilation)
 
 
-def _features(layers, kernels, images):
-    """What the classifier sees, (N, d), of a batch of images."""
-    for layer, kernel in zip(layers, kernels):
-        images = layer.forward(kernel, images).relu()
-    return images.flatten(1)
-
-
 def _measure(layers, kernels, data):
     """What the bounds ask of hidden kernels h and a classifier W on a sample, with a prior made of other images.
 
@@ -157,7 +150,7 @@ def _measure(layers, kernels, data):
     step = max(64, 2**21 // classifier[0].numel())  # images at once: 8 MiB of features, enough for fast matrix products
     phi = classifier.new_empty(len(prior), classifier[0].numel())
     for rows, indices in zip(phi.split(step), prior.split(step)):
-        rows.copy_(_features(layers, hidden, images[indices].float()))
+        rows.copy_(features(layers, hidden, images[indices].float()).flatten(1))
     # The eigenvectors of the features' second moment come from the Gram matrix of the images, which are fewer as a rule. It is
     # summed up in float64, in which small eigenvalues survive, and in blocks, since phi as a whole is too large for that.
     gram = torch.zeros(len(phi), len(phi), dtype=torch.float64, device=phi.device)
@@ -185,7 +178,7 @@ def _measure(layers, kernels, data):
     problem.v, problem.x = lam.new_empty(len(sample), len(BETAS)), lam.new_empty(len(sample))
     for indices, margins, v, x in zip(*(part.split(step) for part in (sample, problem.margins, problem.v, problem.x))):
         batch, own = images[indices].float(), labels[indices, None]
-        z = _features(layers, hidden, batch) * scale
+        z = features(layers, hidden, batch).flatten(1) * scale
         coordinates, outputs = (z @ coordinates_and_outputs).double().split([len(top), len(classifier)], 1)
         squares = coordinates.square()
         rest = (torch.linalg.vector_norm(z, dim=1).double().square() - squares.sum(1)).clamp_min(0)

@@ -243,7 +243,7 @@ def test_slack_and_derandomization(sample, hidden, bits):
     assert all((kernel * 2**bits == (kernel * 2**bits).round()).all() for kernel in rounded)
     slack = pac_bayes._slack(pac_bayes._operator_norm(k - r, layer) for k, r, layer in zip(kernels, rounded, layers))
     inputs = torch.cat([images.double(), torch.randn(400, 1, 6, 6, dtype=torch.float64)])
-    true, near = (pac_bayes._features(layers, part, inputs) for part in (kernels, rounded))
+    true, near = (pac_bayes.features(layers, part, inputs).flatten(1) for part in (kernels, rounded))
     lengths = inputs.flatten(1).norm(dim=1)
     ratio = (true - near).norm(dim=1) / lengths
     assert 0 < ratio.max() <= slack
@@ -442,7 +442,7 @@ def test_live_channels_alone_compute_the_function():
     live = pac_bayes.live_channels(kernels)
     assert [tuple(kernel.shape[:2]) for kernel in live] == [(5, 1), (5, 5), (5, 5), (3, 5)]
     x = torch.rand(7, 1, 6, 6)
-    outputs = [pac_bayes._features(layers, part[:-1], x) @ part[-1].flatten(1).T for part in (kernels, live)]
+    outputs = [pac_bayes.features(layers, part[:-1], x).flatten(1) @ part[-1].flatten(1).T for part in (kernels, live)]
     assert torch.allclose(*outputs, atol=1e-6)
 
 
@@ -475,7 +475,7 @@ def test_networks_that_do_nothing(sample):
 
 def test_precision_and_signals(toy, sample, monkeypatch):
     """IEEE float32 inside, whatever it was before, and that again outside, also after an interruption."""
-    seen, features = [], pac_bayes._features
+    seen, features = [], pac_bayes.features
 
     def interrupted(*arguments):
         seen.append((torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision))
@@ -483,7 +483,7 @@ def test_precision_and_signals(toy, sample, monkeypatch):
             raise KeyboardInterrupt
         return features(*arguments)
 
-    monkeypatch.setattr(pac_bayes, '_features', interrupted)
+    monkeypatch.setattr(pac_bayes, 'features', interrupted)
     before = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = 'tf32'
