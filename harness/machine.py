@@ -32,6 +32,15 @@ def on_signal(number, frame):
         raise Interrupted
 
 
+def on_unraisable(found):
+    """Ends the program a moment later where the end was lost: Python ignores what is raised in a callback of its own."""
+    if not issubclass(found.exc_type, Interrupted):
+        sys.__unraisablehook__(found)
+        return
+    signal.signal(signal.SIGALRM, lambda _, frame: on_signal(stop.signal, frame))
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+
 def check_stop():
     if stop.signal:
         raise Interrupted
@@ -61,6 +70,7 @@ def guarded(name, program, how_to_go_on):
             getattr(sys, stream).reconfigure(errors='backslashreplace')
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
+    sys.unraisablehook = on_unraisable
     try:
         return program()
     except BadInput as error:

@@ -29,12 +29,19 @@ from harness import launch  # noqa: E402
 DIGITS = ('--settings', str(ROOT / 'conf' / 'digits.py'))
 SMALL = ('--settings', str(ROOT / 'tests' / 'small.py'))
 TIMINGS = ('train_seconds', 'eval_seconds')
-LONGEST = 'test_slurm.py', 'test_train.py', 'test_launch.py', 'test_records.py'
+LONGEST = [f'test_{name}.py' for name in 'slurm launch train results records recipes pac_bayes compress'.split()]
 
 
 def pytest_collection_modifyitems(items):
     """The files that take longest come first: where files run side by side, none of them is left for the end."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """To draw the figures of a small network takes as long as to train it; they are left out where no test looks at them."""
+    if not request.node.get_closest_marker('pictures'):
+        monkeypatch.setattr(launch, 'draw', lambda folder: None)
 
 
 def start(*arguments, **options):
@@ -59,12 +66,14 @@ def out_of_time(*_):
 def signals_as_before():
     """Puts the handlers of signals back that a command of the program has changed in this process; it has 300 seconds."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    hook = sys.unraisablehook
     signal.signal(signal.SIGALRM, out_of_time)
     signal.alarm(300)
     try:
         yield
     finally:
         signal.alarm(0)
+        sys.unraisablehook = hook
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -144,7 +153,6 @@ def kill_at(monkeypatch):
     for owner, name in ((os, 'replace'), (sparsify, 'regrow'), (sparsify, 'prune'), (sparsify, 'rewind')):
         monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))
     monkeypatch.setattr(torch.optim.SGD, 'step', watched('step', torch.optim.SGD.step))
-    monkeypatch.setattr(launch, 'draw', lambda folder: None)
     return kill
 
 

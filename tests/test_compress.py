@@ -26,7 +26,7 @@ from compress import balance, compress, compress_layer, compress_run, drop_dead,
 from compress import main as compress_main
 from conf import BadInput
 from docs.width_theorem import FIGURES, arguments, draw_problem, exact_lasso, main, vertex, width_bound
-from harness import launch, load_network
+from harness import load_network
 from measures import linear
 from measures import narrow as room
 from measures.geometry import trace_layers
@@ -831,7 +831,6 @@ def small_alexnet(settings, input_shape, num_classes):
 def test_layers_of_an_alexnet_of_the_users_own(tmp_path, digits, monkeypatch, capsys):
     """Pooling, dropout and batch normalization stay as they are, in the file too."""
     monkeypatch.setitem(models.NETWORKS, 'ALEX', small_alexnet)
-    monkeypatch.setattr(launch, 'draw', lambda folder: None)
     flags = (
         '--network',
         'ALEX',

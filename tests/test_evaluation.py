@@ -3,19 +3,21 @@
 import itertools
 import math
 import signal
+import time
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, main, resume, settings_of, train_small
+from conftest import ROOT, SMALL, main, resume, settings_of, signals_as_before, train_small
 
 import evaluation
 from evaluation import report, rounded_up, schedule, stopped_early
 from harness import load_network, machine, pace, read_metrics
 
 
-@pytest.mark.parametrize('epochs, rounds, rewind', itertools.product((0, 1, 4), (0, 1, 3), (-1, 0, 2)))
+@pytest.mark.parametrize('epochs, rounds, rewind', [*itertools.product((0, 1, 4), (0, 1, 3), (-1, 0, 2))])
 def test_the_schedule_goes_from_epoch_to_epoch(epochs, rounds, rewind):
     """Against the rule step by step: on to the next epoch, behind the last one a pruning, behind it back to the rewinding."""
     settings = SimpleNamespace(epochs=epochs, prune_rounds=rounds, rewind_epoch=rewind)
@@ -137,3 +139,18 @@ def test_a_certificate_that_was_stopped_does_not_start_over(tmp_path, monkeypatc
     table = read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')
     assert table['pac_bayes_error'][1:].tolist() == [0.25] * 2
     assert table['pac_bayes_gibbs_error'][1:].tolist() == [0.125] * 2
+
+
+def test_a_signal_within_a_callback_of_python_is_not_lost(capsys):
+    """What is raised in one is ignored, as while a weak reference is cleared; no traceback is shown either."""
+
+    def program():
+        thing = set()
+        weak = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGTERM))
+        del thing
+        time.sleep(20)
+        return weak
+
+    with signals_as_before():
+        assert machine.guarded('train.py', program, str) == 143
+    assert capsys.readouterr().err == 'train.py: stopped by SIGTERM\n'

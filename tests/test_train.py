@@ -70,7 +70,6 @@ def test_dropout_is_that_of_the_step(tmp_path, monkeypatch):
             machine.stop.signal = signal.SIGTERM
 
     monkeypatch.setitem(models.NETWORKS, 'DROP', dropout)
-    monkeypatch.setattr(launch, 'draw', lambda folder: None)
     train_small(tmp_path / 'whole', '--network', 'DROP', '--epochs', '4')
     with monkeypatch.context() as context:
         context.setattr(train.Run, 'watch_target', interrupted)
@@ -387,6 +386,7 @@ def test_augmentation_is_of_training_alone(tmp_path, uninterrupted, monkeypatch)
     assert not torch.equal(first.sum((1, 2, 3)).sort()[0], second.sum((1, 2, 3)).sort()[0])
 
 
+@pytest.mark.pictures
 def test_rounds_are_logged_from_the_pruned_network_on(tmp_path):
     train_small(tmp_path / 'run', *KINDS['rounds'])
     table = read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')
