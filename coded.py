@@ -71,18 +71,15 @@ def read(path, use):
 
 def parse_arguments(argv):
     """The command line as a namespace of source, check, dataset_name, seconds and sweeps. Raises BadInput."""
-    parser = Parser(
-        prog='coded.py', allow_abbrev=False, argument_default=argparse.SUPPRESS, description=__doc__.partition('\n')[0]
-    )
+    parser = Parser('coded.py', __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('source', type=Path, nargs='?', default=None, metavar='DIR', help='folder of a trained network, as results/7/CONV-3-16')
+    add('source', type=Path, nargs='?', metavar='DIR', help='folder of a trained network, as results/7/CONV-3-16')
     add('--seconds', type=float, metavar='X', help='how long the search takes, in CPU seconds (default 120)')
     sweeps_help = 'sweeps of the search, instead of seconds; the same number gives the same message again'
     add('--sweeps', type=int, metavar='N', help=sweeps_help)
     add('--check', type=Path, metavar='FILE', help='only decode this message and prove its error anew')
     add('--dataset-name', choices=DATASETS, help='what --check proves it of (default MNIST)')
-    defaults = {'source': None, 'seconds': None, 'sweeps': None, 'check': None, 'dataset_name': None}
-    return SimpleNamespace(**defaults | vars(parser.parse_args(argv)))
+    return parser.parse_args(argv)
 
 
 def run(options):

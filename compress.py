@@ -74,10 +74,7 @@ def save(path, net, input_shape, settings=None):
     layers, dtype = plain_layers(net), next(net.parameters()).dtype
     saved['weights'] = [layer.weight.to('cpu', dtype) for layer in layers]
     saved['biases'] = [None if layer.bias is None else layer.bias.to('cpu', dtype) for layer in layers]
-    saved |= {
-        'rectified': [layer.rectified for layer in layers],
-        'geometry': [layer.geometry for layer in layers],
-    }
+    saved |= {'rectified': [layer.rectified for layer in layers], 'geometry': [layer.geometry for layer in layers]}
     save_checkpoint(path, saved)
 
 
@@ -135,12 +132,8 @@ def load_source(folder):
         net, settings = load_network(folder)
     path = next(path for name in ('model.pt', 'weights.pt') if (path := folder / name).exists())
     _, dataset = launch.get_inputs(settings)
-    return (
-        net,
-        settings,
-        load_weights(net, path, settings, fingerprint(dataset)) or (math.nan, math.nan),
-        [str(note.message) for note in notes],
-    )
+    place = load_weights(net, path, settings, fingerprint(dataset)) or (math.nan, math.nan)
+    return net, settings, place, [str(note.message) for note in notes]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -194,6 +187,7 @@ def compress_run(net, settings, place, options, folder):
     whole, _ = narrower(net, images, 0, options)
     data, delta = measure_data(whole, images, skip_uncovered=True), settings.delta / math.prod(widths(whole))
     lines, errors = [], []
+    unmeasured = SimpleNamespace(**vars(settings) | {'measures_every': 0})  # no distance from a start of other widths
     lams = [0, *(options.lam or [None])]
     with tqdm(total=len(lams), desc=settings.name, miniters=0, disable=not sys.stdout.isatty()) as bar:
         for lam in lams:
@@ -205,7 +199,7 @@ def compress_run(net, settings, place, options, folder):
             path = folder / ('dead.pt' if lam is None else f'lam-{lam}.pt')
             folder.mkdir(exist_ok=True)
             save(path, narrow, dataset.input_shape, settings if options.layer else None)
-            row = evaluate(narrow, settings, dataset, data, *place, delta)
+            row = evaluate(narrow, unmeasured, dataset, data, *place, delta)
             row |= {'lam': math.nan if lam is None else lam, 'layer': '|'.join(options.layer)}
             row |= {'channels': '|'.join(map(str, widths(narrow))), 'bytes': path.stat().st_size}
             row |= {'weights': sum(weight.numel() for weight in narrow.parameters())}
@@ -229,14 +223,7 @@ def widths(net):
 
 def parse_arguments(argv):
     """The command line as a namespace of source, lam, layer, refit and run. Raises BadInput."""
-    about, _, examples = __doc__.partition('\n\n')
-    parser = Parser(
-        prog='compress.py',
-        allow_abbrev=False,
-        description=about,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser('compress.py', __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('source', type=Path, metavar='DIR', help='results folder of the trained networks')
     lam_help = 'penalties, as shares of the one from which on nothing is left; between 0 and 1'

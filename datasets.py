@@ -30,46 +30,34 @@ PADDING = 4  # of `crops`
 _SHIFTS = 2 * PADDING + 1  # along either axis
 VARIANTS = 2 * _SHIFTS**2  # of an image
 
-_MNIST = ('train-images-idx3-ubyte', 'train-labels-idx1-ubyte', 't10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte')
 _CIFAR10_BATCHES = [f'data_batch_{i}.bin' for i in range(1, 6)]
 
-
-def _idx_downloads(folder, *md5s):
-    return {f'{file}.gz': (f'{folder}/{file}.gz', md5) for file, md5 in zip(_MNIST, md5s)}
-
-
-# dataset -> {file: (where it is downloaded from, its MD5)}
+# dataset -> where its files are downloaded from, and {file: its MD5}
 DOWNLOADS = {
-    'MNIST': _idx_downloads(
+    'MNIST': (
         'https://ossci-datasets.s3.amazonaws.com/mnist',
-        'f68b3c2dcbeaaa9fbdd348bbdeb94873',
-        'd53e105ee54ea40749a09fcbcd1e9432',
-        '9fb629c4189551a2d022fa330f9573f3',
-        'ec29112dd5afa0611ce80d1b7f02629c',
+        {
+            'train-images-idx3-ubyte.gz': 'f68b3c2dcbeaaa9fbdd348bbdeb94873',
+            'train-labels-idx1-ubyte.gz': 'd53e105ee54ea40749a09fcbcd1e9432',
+            't10k-images-idx3-ubyte.gz': '9fb629c4189551a2d022fa330f9573f3',
+            't10k-labels-idx1-ubyte.gz': 'ec29112dd5afa0611ce80d1b7f02629c',
+        },
     ),
-    'FashionMNIST': _idx_downloads(
+    'FashionMNIST': (
         'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com',
-        '8d4fb7e6c68d591d4c3dfef9ec88bf0d',
-        '25c81989df183df01b3e8a0aad5dffbe',
-        'bef4ecab320f06d8554ea6380940ec79',
-        'bb300cfdad3c16e7a12a480ee83cd310',
+        {
+            'train-images-idx3-ubyte.gz': '8d4fb7e6c68d591d4c3dfef9ec88bf0d',
+            'train-labels-idx1-ubyte.gz': '25c81989df183df01b3e8a0aad5dffbe',
+            't10k-images-idx3-ubyte.gz': 'bef4ecab320f06d8554ea6380940ec79',
+            't10k-labels-idx1-ubyte.gz': 'bb300cfdad3c16e7a12a480ee83cd310',
+        },
     ),
-    'CIFAR10': {
-        'cifar-10-binary.tar.gz': (
-            'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
-            'c32a1d4ab5d03f1284b67883e8d87530',
-        )
-    },
-    'CIFAR100': {
-        'cifar-100-binary.tar.gz': (
-            'https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz',
-            '03b5dce01913d631647c71ecec9e9cb8',
-        )
-    },
-    'SVHN': {
-        'train_32x32.mat': ('http://ufldl.stanford.edu/housenumbers/train_32x32.mat', 'e26dedcc434d2e4c54c9b2d4a06d8373'),
-        'test_32x32.mat': ('http://ufldl.stanford.edu/housenumbers/test_32x32.mat', 'eb5a983be6a315427106f1b164d9cef3'),
-    },
+    'CIFAR10': ('https://www.cs.toronto.edu/~kriz', {'cifar-10-binary.tar.gz': 'c32a1d4ab5d03f1284b67883e8d87530'}),
+    'CIFAR100': ('https://www.cs.toronto.edu/~kriz', {'cifar-100-binary.tar.gz': '03b5dce01913d631647c71ecec9e9cb8'}),
+    'SVHN': (
+        'http://ufldl.stanford.edu/housenumbers',
+        {'train_32x32.mat': 'e26dedcc434d2e4c54c9b2d4a06d8373', 'test_32x32.mat': 'eb5a983be6a315427106f1b164d9cef3'},
+    ),
 }
 
 
@@ -195,9 +183,9 @@ def _locate(dataset, data_dir, folders, names, file):
         for name in names:
             if (path := Path(data_dir, folder, name)).exists():
                 return path
-    path = Path(data_dir, folders[0], file)
+    (host, md5s), path = DOWNLOADS[dataset], Path(data_dir, folders[0], file)
     try:
-        download(*DOWNLOADS[dataset][file], path)
+        download(f'{host}/{file}', md5s[file], path)
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, BadInput):
             raise

@@ -16,7 +16,8 @@ import torch
 from torch.nn.utils import parametrize
 
 from conf import BadInput
-from measures.masks import hidden_readers, reads, weight_layers, weight_mask
+from measures.geometry import weight_layers
+from measures.masks import hidden_readers, reads, weight_mask
 from measures.paths import path_magnitude, rescale_neurons
 from models.weight_norm import free_weight, set_mask
 
@@ -76,7 +77,7 @@ def initialize(net, settings, images, targets, loss):
             chosen = torch.from_numpy(_generator(settings.seed, 0, 'snip').permutation(len(images))[:SNIP_SAMPLES])
             scores = snip_scores(net, layers, images[chosen.to(images.device)], targets[chosen.to(images.device)], loss)
         else:
-            scores = _random_scores(layers, _generator(settings.seed, 0, 'random'))
+            scores = _random_scores(layers.values(), _generator(settings.seed, 0, 'random'))
         if settings.initial_mask == 'erk':
             scores = erk_scores(scores, settings.density)
         alive = [weight_mask(layer) for layer in layers.values()]
@@ -140,7 +141,7 @@ def regrow(net, optimizer, settings, step, steps, batch_loss):
     if settings.regrow == 'gradient':
         growth = [gradient.abs() for gradient in dense_gradients(layers, batch_loss)]
     else:
-        growth = _random_scores(dict(enumerate(layers)), _generator(settings.seed, step, 'grow'))
+        growth = _random_scores(layers, _generator(settings.seed, step, 'grow'))
     done = step / (settings.regrow_until * steps)
     share = settings.regrow_fraction / 2 * (1 + math.cos(math.pi * done))
     readers = hidden_readers(net)
@@ -307,7 +308,7 @@ def _pruning_scores(net, settings, round_, input_shape):
     """The scores of each prunable layer's effective weight in a pruning round, as a list."""
     layers = prunable(net)
     if settings.prune_score == 'random':
-        return _random_scores(layers, _generator(settings.seed, round_, 'random'))
+        return _random_scores(layers.values(), _generator(settings.seed, round_, 'random'))
     if settings.rescale_neurons:
         generator = _generator(settings.seed, round_, 'rescale')
         net = rescale_neurons(net, lambda channels: torch.from_numpy(generator.choice(FACTORS, channels)))
@@ -319,8 +320,7 @@ def _pruning_scores(net, settings, round_, input_shape):
 
 def _random_scores(layers, generator):
     """A uniform draw for each weight of each layer, in their order."""
-    masks = [weight_mask(layer) for layer in layers.values()]
-    return [torch.from_numpy(generator.random(mask.shape)).to(mask.device) for mask in masks]
+    return [torch.from_numpy(generator.random(layer.weight.shape)).to(layer.weight.device) for layer in layers]
 
 
 def _generator(seed, number, purpose):

@@ -52,7 +52,6 @@ from harness.pace import heartbeat, progress_bar, say_pace
 from harness.records import append_lines, cells_of, csv_line, line_of, load_run, parse_line, save_checkpoint, write_table
 from measures.norms import measure_data
 from measures.representations import effective_depth
-from models import get_network
 from utils import BOUNDS
 
 TORCH_THREADS = torch.get_num_threads()
@@ -119,10 +118,8 @@ class Run:
         self.settings, self.dataset, self.folder = settings, dataset, folder
         self.bf16 = choose_precision(settings.precision, device)
         torch.set_num_threads(settings.threads or TORCH_THREADS)
-        torch.manual_seed(settings.seed)
         self.targets = F.one_hot(dataset.train_labels, dataset.num_classes).float()
-        self.net = get_network(settings, dataset.input_shape, dataset.num_classes)
-        self.net.to(device, memory_format=torch.channels_last)
+        self.net = initial_network(settings, dataset)
         rates = {'lr': torch.tensor(settings.lr, device=device), 'momentum': settings.momentum}
         self.optimizer = torch.optim.SGD(self.net.parameters(), **rates, weight_decay=settings.weight_decay, fused=True)
         self.loss_sum = torch.zeros((), device=device)  # NaN from the first batch on whose loss is
@@ -139,8 +136,6 @@ class Run:
         elif (folder / 'metrics.csv').exists() and (folder / 'metrics.csv').read_bytes().count(b'\n') > 2:
             mend = f'put it back, or move {folder} away to train this network anew'
             raise BadInput(f'{folder / "model.pt"}: is missing; {mend}')
-        else:
-            sparsify.initialize(self.net, settings, dataset.train_images, self.targets, LOSSES[settings.loss])
         self.data = measure_data(self.net, dataset.train_images, skip_uncovered=True)
         if self.state['lines'] and not self.finished():
             self.measure_start_again()

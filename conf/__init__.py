@@ -249,7 +249,10 @@ def settings_text(sweep, header):
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are BadInput."""
+    """A command line of whole options, whose mistakes are BadInput."""
+
+    def __init__(self, prog, about, **options):
+        super().__init__(prog, description=about, allow_abbrev=False, **options)
 
     def error(self, message):
         raise BadInput(f'{message}; see python {self.prog} --help')
@@ -265,10 +268,8 @@ def _literal(text):
 def parse_command_line(argv=None):
     """The command line as (options, flags): a namespace of what is not a knob, and {knob: value}. Raises BadInput."""
     parser = Parser(
-        prog='train.py',
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        description='Train the networks of a settings file and log, at every epoch, each generalization bound.',
+        'train.py',
+        'Train the networks of a settings file and log, at every epoch, each generalization bound.',
         epilog='Several values of a knob are a sweep: --depth 3 4 --width 200 600 trains four networks. '
         f'Not of {", ".join(NOT_SWEPT)}. Defaults: conf/global_settings.py.',
     )
@@ -285,11 +286,11 @@ def parse_command_line(argv=None):
     again = 'measure the snapshots and checkpoints of --results-path anew, with the bounds of today, into evaluation.csv'
     either.add_argument('--evaluate', action='store_true', help=again)
     either.add_argument('--status', action='store_true', help='show which networks of --results-path are finished')
-    knobs = parser.add_argument_group('knobs', 'the settings of conf/global_settings.py, each with its comment there')
-    about = comments()
+    words = 'the settings of conf/global_settings.py, each with its comment there'
+    knobs, about = parser.add_argument_group('knobs', words, argument_default=argparse.SUPPRESS), comments()
     for name in RULES:
         flags = dict.fromkeys([f'--{name.replace("_", "-")}', f'--{name}'])
-        kind = str if name in FOLDERS else _literal
+        kind = os.path.abspath if name in FOLDERS else _literal  # a folder is relative to where the command is given
         several = None if name in FOLDERS else '*' if name == 'milestones' else '+'
         help_text = about.get(name, '').replace('%', '%%')
         knobs.add_argument(*flags, dest=name, type=kind, nargs=several, metavar='X', help=help_text)
@@ -298,14 +299,8 @@ def parse_command_line(argv=None):
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
         raise BadInput(f'unknown argument {unknown[0]}{closest(unknown[0], known)}; see python train.py --help')
-    given = vars(options)
-    flags = {name: given.pop(name) for name in RULES if name in given}
+    flags = {name: vars(options).pop(name) for name in RULES if name in options}
     for name, values in flags.items():  # one value of the command line is no sweep
         if name not in FOLDERS and len(values) == 1 and (name != 'milestones' or isinstance(values[0], list)):
             flags[name] = values[0]
-    for name in FOLDERS:  # on the command line a folder is relative to where the command is given
-        if name in flags:
-            flags[name] = os.path.abspath(flags[name])
-    defaults = {'settings': None, 'results_path': None, 'resume': False, 'run': None}
-    defaults |= dict.fromkeys(('prepare', 'plot', 'evaluate', 'status'), False)
-    return SimpleNamespace(**(defaults | given)), flags
+    return options, flags

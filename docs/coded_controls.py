@@ -6,7 +6,6 @@ python docs/coded_controls.py       only draws, from results/coded
 
 import csv
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -15,9 +14,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from datasets import load_dataset  # noqa: E402
 from evaluation import rounded_up  # noqa: E402
 from harness import read_metrics  # noqa: E402
+from harness.launch import get_dataset  # noqa: E402
+from harness.summary import csv_file  # noqa: E402
 from measures.coded import binomial_inverse, count_errors, encode, log_eta, prove  # noqa: E402
 from measures.coded_search import search, unfitted  # noqa: E402
 from measures.pac_bayes import COLUMNS as CERTIFICATES  # noqa: E402
@@ -48,7 +48,7 @@ def measure(name, code, dataset, labels, seconds):
 
 def controls(seconds):
     """The rows of all controls, into results/coded/controls.csv."""
-    dataset = load_dataset('MNIST', os.environ.get('DATA_DIR', ROOT / 'data'))
+    dataset = get_dataset('MNIST', 'data')
     shuffled = dataset.train_labels[torch.randperm(len(dataset.train_labels), generator=torch.Generator().manual_seed(0))]
     tried = [('pixels', control((), 8), dataset.train_labels)]
     for width in WIDTHS:
@@ -58,25 +58,18 @@ def controls(seconds):
     for name, code, labels in tried:
         rows.append(measure(name, code, dataset, labels, seconds))
         print(rows[-1], flush=True)
-        write(FOLDER / 'controls.csv', rows)
+        (FOLDER / 'controls.csv').write_bytes(csv_file(rows))
 
 
 def messages():
     """The rows of the shipped messages, proven anew, into results/coded/messages.csv."""
-    dataset, rows = load_dataset('MNIST', os.environ.get('DATA_DIR', ROOT / 'data')), []
+    dataset, rows = get_dataset('MNIST', 'data'), []
     for path in sorted(FOLDER.glob('*/coded.bin')):
         proof = prove(path.read_bytes(), dataset.train_images, dataset.train_labels, dataset.num_classes)
         test = count_errors(proof.code, dataset.test_images, dataset.test_labels) / len(dataset.test_labels)
         train = proof.errors / len(dataset.train_labels)
         rows.append(dict(zip(COLUMNS, (f'D, from {path.parent.name}', path.stat().st_size, train, test, proof.bound))))
-    write(FOLDER / 'messages.csv', rows)
-
-
-def write(path, rows):
-    with open(path, 'w', newline='') as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator='\n')
-        table.writeheader()
-        table.writerows(rows)
+    (FOLDER / 'messages.csv').write_bytes(csv_file(rows))
 
 
 def rows_drawn():

@@ -64,13 +64,6 @@ def half(samples, shares):
     return float(np.interp(0.5, shares[above - 1 : above + 1], samples[above - 1 : above + 1]))
 
 
-def samples_needed(r, ratios):
-    """Numbers of samples, ratios times K r, the share of students that recover, and N50, where it is 1/2."""
-    samples = [round(ratio * K * r) for ratio in ratios]
-    shares = [recovered(r, n, 0.5) for n in samples]
-    return samples, shares, half(samples, shares)
-
-
 def steps_per_factor(r, samples):
     """Steps in which the distance falls by e, from 0.05 to RECOVERED, without momentum; a median."""
     distances = learn(r, samples, 0.1, 0.0, 3000)
@@ -88,8 +81,8 @@ def measure_all():
     """Writes the file: {(measure, r, samples, distance of the student): value} as rows."""
     found = {}
     for r in EVERY:
-        for n, share in zip(*samples_needed(r, np.arange(1.0, 1.75, 0.1))[:2]):
-            found['recovered', r, n, 0.5] = f'{share:.2f}'
+        for n in (round(ratio * K * r) for ratio in np.arange(1.0, 1.75, 0.1)):
+            found['recovered', r, n, 0.5] = f'{recovered(r, n, 0.5):.2f}'
     for numbers in fixed_and_growing(1000).values():
         found |= {('steps', r, n, 0.1): f'{steps_per_factor(r, n):.0f}' for r, n in zip(EVERY, numbers)}
     for numbers in fixed_and_growing(500).values():

@@ -23,6 +23,7 @@ from conf import load_settings
 from evaluation import losses_and_margins, rounded_up
 from harness.launch import get_inputs
 from harness.machine import keep_freed_memory
+from measures.chains import plain_layer
 from measures.geometry import trace_layers
 from measures.norms import margin_error
 from measures.pac_bayes import certify, live_channels
@@ -47,14 +48,12 @@ def chain(kernels, masks):
     """The network of these kernels, weight-normalized as the paper's; with masks, what is 0 stays 0."""
     layers = []
     for kernel in kernels[:-1]:
-        layer = nn.Conv2d(*kernel.shape[1::-1], kernel.shape[2:], bias=False)
-        layer.weight.data = kernel.clone()
+        layer = plain_layer(kernel.clone())
         layers += hidden_layer(layer, 'weight')
         if masks:
             parametrize.register_parametrization(layer, 'weight', Mask(layer.weight))
             set_mask(layer, kernel != 0)
-    classifier = nn.Linear(kernels[-1][0].numel(), len(kernels[-1]), bias=False)
-    classifier.weight.data = kernels[-1].flatten(1).clone()
+    classifier = plain_layer(kernels[-1].flatten(1).clone())
     return nn.Sequential(*layers, nn.Flatten(), classifier).to(kernels[0].device, memory_format=torch.channels_last)
 
 

@@ -8,7 +8,6 @@ directory as my_quantize.csv and my_quantize.png with any. The theorem is in doc
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
@@ -19,7 +18,9 @@ import torch
 from conf import ROOT, BadInput
 from harness import load_network
 from harness.launch import get_inputs
-from measures.paths import path_metric, path_norm, rescale_neurons
+from harness.summary import csv_file
+from measures.geometry import plain_copy
+from measures.paths import path_metric, path_norm
 from measures.steps import forward_steps
 
 
@@ -56,7 +57,7 @@ CHANGES = {
 @torch.no_grad()
 def changed(net, change, level, rounding):
     """A copy of a network, its weights plain ones and each tensor of them changed on its own."""
-    net = rescale_neurons(net, torch.ones)
+    net = plain_copy(net)
     for parameter in net.parameters():
         parameter.copy_(change(parameter, level, rounding))
     return net
@@ -86,7 +87,7 @@ def measure(net, images, labels, changes=CHANGES):
                           more than the size of the image times the sum of the two d
             stays_by_sum  the same with the metric in the place of that sum
     """
-    net, images = rescale_neurons(net, torch.ones).double().eval(), images.double()
+    net, images = plain_copy(net).double().eval(), images.double()
     sizes = images.flatten(1).abs().amax(1)
     if any(step.bias is not None for step in forward_steps(net)):  # batch normalization has them without parameters too
         sizes = sizes.clamp(min=1)
@@ -129,14 +130,7 @@ def draw(table, norm, path):
             (column[1], 'kept', 'class stays', 'C0'),
         ):
             values = [1 - row['changed'] if name == 'kept' else row[name] for row in rows.values()]
-            panel.plot(
-                levels,
-                values,
-                style,
-                marker='.',
-                color=color,
-                label=f'{label}, {rounding}' if rounding else label,
-            )
+            panel.plot(levels, values, style, marker='.', color=color, label=f'{label}, {rounding}' if rounding else label)
         column[0].set(title=kind, yscale='log')
         column[0].axhline(norm, color='black', linewidth=0.8, linestyle=':')
         column[1].set(xlabel='bits' if rounding else 'percent of each layer', ylim=(-0.03, 1.03))
@@ -160,10 +154,7 @@ def main(run, images, path):
         print('', words, level, *(f'{value:.3g}' for value in row.values()), '', sep=' | ', flush=True)
         table.setdefault(words, {})[level] = row
         lines.append({'change': words, 'level': level} | row)
-    with path.with_suffix('.csv').open('w', newline='') as file:
-        writer = csv.DictWriter(file, lines[0], lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(lines)
+    path.with_suffix('.csv').write_bytes(csv_file(lines))
     draw(table, path_norm(net, dataset.input_shape), path.with_suffix('.png'))
 
 

@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from harness.figures import last_rows
 from harness.records import folder_settings, read_metrics
+from harness.summary import last_rows
 
 PICTURE = Path(__file__).with_suffix('.png')
 ERROR = 0.08

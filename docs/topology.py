@@ -11,7 +11,6 @@ the Euclidean one to the coordinates of the dense network at initialization.
 
 import copy
 import csv
-import os
 import sys
 from pathlib import Path
 
@@ -23,8 +22,10 @@ import torch.nn.functional as F
 
 import sparsify
 from conf import load_settings
-from datasets import load_dataset
-from measures.masks import measure_masks, topology, weight_layers
+from evaluation import learning_rate
+from harness.launch import get_dataset
+from measures.geometry import weight_layers
+from measures.masks import measure_masks, topology
 from measures.norms import measure_network
 from measures.paths import path_norm
 from models import get_network
@@ -61,7 +62,7 @@ def train(net, settings, dataset, targets):
     optimizer = torch.optim.SGD(net.parameters(), **rates)
     steps = -(-len(targets) // settings.batch_size)
     for epoch in range(1, EPOCHS + 1):
-        optimizer.param_groups[0]['lr'] = settings.lr * settings.lr_decay ** sum(epoch > at for at in settings.milestones)
+        optimizer.param_groups[0]['lr'] = learning_rate(settings, epoch)
         order = np.random.default_rng((settings.seed, epoch)).permutation(len(targets))
         for step, chosen in enumerate(torch.from_numpy(order).split(settings.batch_size)):
             number = (epoch - 1) * steps + step
@@ -125,7 +126,7 @@ def spearman(first, second):
 def measure_all():
     """{measure: (ways, seeds)}."""
     torch.set_num_threads(1)
-    dataset = load_dataset('MNIST', os.environ.get('DATA_DIR', 'data'), train_samples=2000)
+    dataset = get_dataset('MNIST', 'data', False, 'cpu', 2000)
     runs = [[measure(way, seed, dataset) for seed in SEEDS] for way in WAYS]
     return {name: np.array([[run[name] for run in way] for way in runs]) for name in runs[0][0]}
 

@@ -19,14 +19,7 @@ from datasets import fingerprint, load_dataset
 from evaluation import COLUMNS, Diverged, check_bounds, evaluate, finished, no_certificate, stopped_early
 from harness import figures, ranking
 from harness.jobs import CHILD, resuming, train_side_by_side
-from harness.machine import (
-    check_memory,
-    check_stop,
-    choose_device,
-    choose_precision,
-    guarded,
-    keep_freed_memory,
-)
+from harness.machine import check_memory, check_stop, choose_device, choose_precision, guarded, keep_freed_memory
 from harness.records import (
     FREE,
     csv_line,

@@ -24,14 +24,10 @@ def say_pace(run):
         return
     net = copy.deepcopy(run.net).train()
     indices = torch.arange(min(run.settings.batch_size, len(images)))
-
-    def forward():
-        with torch.no_grad():
-            net(images[: images_per_pass(net, images)])
-
+    part = images_per_pass(net, images)
     step = _seconds(lambda: run.loss(net, indices).backward()) * run.steps
-    batches = (len(images) + len(run.dataset.test_images)) / images_per_pass(net, images)
-    evaluation = _seconds(forward) * batches
+    forward = _seconds(torch.no_grad()(lambda: net(images[:part])))
+    evaluation = forward * (len(images) + len(run.dataset.test_images)) / part
     evaluations = sum(due(epoch, run.settings.eval_every, run.settings.epochs) for _, epoch in places)
     epochs = sum(epoch > 0 for _, epoch in places)
     left = epochs * step + evaluations * evaluation

@@ -18,7 +18,7 @@ from conf import RULES
 from datasets import DATASETS
 from evaluation import at_target, finished
 from harness.records import folder_settings, write_file
-from harness.summary import varied
+from harness.summary import csv_file, varied
 
 LEAST_NETWORKS, LEAST_KNOBS = 20, 2
 LEAST_SIZE = 2  # of an environment's pairs, (sum w)^2 / sum w^2
@@ -198,11 +198,7 @@ class Pairs:
         mean_of = {knob: mean(shares[of_knob == place]) for place, knob in enumerate(self.knobs)}
         tau = {knob: 1 - 2 * mean(errors[self.knob == place]) for place, knob in enumerate(self.knobs)}
         some = shares[~np.isnan(shares)]
-        row = {
-            'pairs': int((~np.isnan(errors)).sum()),
-            'environments': len(some),
-            'mean': mean([*mean_of.values()]),
-        }
+        row = {'pairs': int((~np.isnan(errors)).sum()), 'environments': len(some), 'mean': mean([*mean_of.values()])}
         row |= {'p90': np.quantile(some, 0.9) if len(some) else math.nan, 'max': max(some, default=math.nan)}
         row |= {'worst': max((error for error in mean_of.values() if error == error), default=math.nan)}
         row |= {f'error_{knob}': error for knob, error in mean_of.items()}
@@ -255,11 +251,7 @@ def draw(folder):
             print(f'{folder}: no two networks differ in {knob} alone, so that nothing is ranked along it')
     table = {name: {'networks': len(gaps)} | pairs.rank(measure) for name, measure in measures_of(networks).items()}
     table = dict(sorted(table.items(), key=lambda entry: (math.isnan(entry[1]['mean']), entry[1]['mean'])))
-    columns = ['measure', *next(iter(table.values()))]
-    cells = [[name, *('' if cell != cell else cell for cell in row.values())] for name, row in table.items()]
-    text = io.StringIO()
-    csv.writer(text, lineterminator='\n').writerows([columns, *cells])
-    files = {Path(folder, 'ranking.csv'): text.getvalue().encode()}
+    files = {Path(folder, 'ranking.csv'): csv_file([{'measure': name} | row for name, row in table.items()])}
     image = picture(table, knobs, pairs.chance())
     for suffix, options in (('png', {'dpi': 130}), ('pdf', {'metadata': {'CreationDate': None}})):
         buffer = io.BytesIO()
@@ -287,13 +279,7 @@ def picture(table, knobs, chance):
     name_measures(left, names)
     left.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5), xlabel='weighted sign error')
     left.set_title(f'{rows[0]["networks"]} networks, {rows[0]["pairs"]} pairs', fontsize='medium')
-    left.legend(
-        loc='upper center',
-        bbox_to_anchor=(0.5, -0.35 / size[1] * 2),
-        fontsize='small',
-        frameon=False,
-        ncols=2,
-    )
+    left.legend(loc='upper center', bbox_to_anchor=(0.5, -0.35 / size[1] * 2), fontsize='small', frameon=False, ncols=2)
     map_errors(right, np.array([[row[f'error_{knob}'] for knob in knobs] for row in rows]))
     right.set_xticks(range(len(knobs)), labels=knobs, rotation=40, ha='left', rotation_mode='anchor', fontsize='small')
     return figure

@@ -118,15 +118,12 @@ def csv_line(row, columns):
 
 def parse_line(line, columns):
     """The row of a line, {column: float}. Raises ValueError where it is not one of these columns."""
-    cells = line.rstrip('\n').split(',')
-    if len(cells) != len(columns):
-        raise ValueError(f'{len(cells)} cells for {len(columns)} columns')
-    return {column: float(cell or 'nan') for column, cell in zip(columns, cells)}
+    return {column: float(cell or 'nan') for column, cell in cells_of(line, columns).items()}
 
 
 def cells_of(line, columns):
-    """A line of a table as {column: text}."""
-    return dict(zip(columns, line.rstrip('\n').split(',')))
+    """A line of a table as {column: text}. Raises ValueError where it is not one of these columns."""
+    return dict(zip(columns, line.rstrip('\n').split(','), strict=True))
 
 
 def line_of(cells, columns):

@@ -100,15 +100,20 @@ def spread(rows, axis):
     return table(np.mean), table(min), table(max)
 
 
+def csv_file(rows):
+    """Rows {column: cell} as the bytes of a csv file, whose columns are all that they have; nan is an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, dict.fromkeys(itertools.chain(*rows)), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows({column: cell for column, cell in row.items() if cell == cell} for row in rows)
+    return text.getvalue().encode()
+
+
 def summary(runs):
     """summary.csv: the last row of each network and round, after the knobs in which the networks differ."""
     rows, knobs = [], [*varied(runs), *SEEDS]
     for settings, table in runs:
         about = {knob + '_setting' * (knob in table): getattr(settings, knob) for knob in knobs}
-        rows += [{'name': settings.name} | about | row for row in last_rows(table)]
-    columns = [column for column in dict.fromkeys(itertools.chain(*rows)) if column != 'absolute_gap']
-    cells = [[row.get(column, '') for column in columns] for row in rows]
-    cells = [['' if cell != cell else cell for cell in row] for row in cells]
-    text = io.StringIO()
-    csv.writer(text, lineterminator='\n').writerows([columns, *cells])
-    return text.getvalue().encode()
+        logged = {column: cells for column, cells in table.items() if column != 'absolute_gap'}
+        rows += [{'name': settings.name} | about | row for row in last_rows(logged)]
+    return csv_file(rows)

@@ -11,9 +11,9 @@ from collections import namedtuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from conf import BadInput
+from measures.chains import Plain, sequential
 from measures.pac_bayes import CHOICES
 
 # kernels: list of (out, in, k, k) int64 tensors; geometry: (stride, padding) of each; gain: which of GAINS powers of the
@@ -244,21 +244,16 @@ def coded_network(code, input_shape):
 
     The direct part of the scores passes the last ReLU in two halves, as direct = relu(direct) - relu(-direct).
     """
-    modules, size = [], input_shape[1:]
+    layers, size = [], input_shape[1:]
     for kernel, (stride, padding) in zip(code.kernels, code.geometry):
-        module = nn.Conv2d(*kernel.shape[1::-1], kernel.shape[2], stride, padding, bias=False)
-        module.weight = nn.Parameter(kernel.double())
-        modules += [module, nn.ReLU()]
+        layers.append(Plain(kernel.double(), None, True, {'stride': stride, 'padding': padding}))
         size = [(n + 2 * padding - kernel.shape[2]) // stride + 1 for n in size]
     q, classes = code.direct.shape[2], torch.eye(len(code.direct), dtype=torch.int64)
     vertical, horizontal = (_cosines(n, q) for n in size)
     units = torch.cat([code.hidden, code.direct, -code.direct]) * _gains(q, code.gain)
     first = torch.einsum('rcuv,ui,vj->rcij', units, vertical, horizontal).flatten(1)
-    modules.append(nn.Flatten())
-    for weight in (first, torch.cat([code.head, DIRECT * classes, -DIRECT * classes], 1)):
-        modules += [nn.Linear(*weight.T.shape, bias=False), nn.ReLU()]
-        modules[-2].weight = nn.Parameter(weight.double())
-    return nn.Sequential(*modules[:-1])
+    last = torch.cat([code.head, DIRECT * classes, -DIRECT * classes], 1)
+    return sequential([*layers, Plain(first.double(), None, True, {}), Plain(last.double(), None, False, {})])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -218,7 +218,7 @@ def flattens(node, module):
     return _flatten_dims(*node.args, **node.kwargs) if node.op != 'call_module' and node.target in FLATTENS else None
 
 
-def spatial_mean(node):
+def averages(node):
     """Whether a traced node is the mean over all positions of maps, the dimensions 2 and 3."""
     dims = node.args[1] if len(node.args) > 1 else node.kwargs.get('dim')
     return node.op != 'call_module' and node.target in MEANS and dims in ([2, 3], (2, 3), [-2, -1], (-2, -1))
@@ -229,17 +229,22 @@ def rectifies(node, module):
     return isinstance(module, nn.ReLU) or (node.op != 'call_module' and node.target in RELUS)
 
 
+@contextlib.contextmanager
+def hooked(modules, note):
+    """Calls note(module, inputs, output) after each forward pass of one of these modules inside of the block."""
+    hooks = [module.register_forward_hook(note) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def activations(net, image):
     """How many numbers each convolution and each linear layer makes of an image (1, C, H, W), as a list."""
     sizes = []
-
-    def note(layer, inputs, output):
-        sizes.append(output.numel())
-
-    hooks = [layer.register_forward_hook(note) for layer in weight_layers(net).values()]
-    net(image)
-    for hook in hooks:
-        hook.remove()
+    with hooked(weight_layers(net).values(), lambda layer, inputs, output: sizes.append(output.numel())):
+        net(image)
     return sizes
 
 

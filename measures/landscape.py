@@ -16,8 +16,7 @@ import math
 import torch
 
 from conf import BadInput
-from measures.geometry import evaluation_mode, plain_copy
-from measures.masks import weight_layers
+from measures.geometry import evaluation_mode, plain_copy, weight_layers
 from measures.norms import classification_margins, margin_error, product
 from measures.paths import path_metric, path_norm
 

@@ -91,11 +91,7 @@ def ridge(problem, decay, V, tolerance=1e-8, steps=5_000):
 
 def scaled(problem, scale):
     """The problem in U = V / scale."""
-
-    def times_gram(U):
-        return problem.gram(U * scale) * scale
-
-    return SimpleNamespace(gram=times_gram, cross=problem.cross * scale, energy=problem.energy)
+    return SimpleNamespace(gram=lambda U: problem.gram(U * scale) * scale, cross=problem.cross * scale, energy=problem.energy)
 
 
 def norms(V):

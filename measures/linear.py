@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from conf import BadInput
-from measures.geometry import RELUS, evaluation_mode, flattens, images_per_pass, make_plain, spatial_mean, trace, viewed_as
+from measures.geometry import RELUS, averages, evaluation_mode, flattens, hooked, images_per_pass, make_plain, trace, viewed_as
 from measures.narrow import CHUNK, check_fit, evenly, fit_layer, problem_of
 from measures.steps import folded_norm
 
@@ -123,19 +123,17 @@ def _cut(module, kept):
 
 def _once_an_image(net, image, names):
     """{name: whether an image makes one row of the layer's input, once}, in the order in which they are called first."""
-    read, hooks = {}, []
-    for name in names:
-        note = lambda layer, inputs, name=name: read.setdefault(name, []).append(inputs[0].shape)  # noqa: E731
-        hooks.append(linear_layer(net, name).register_forward_pre_hook(note))
+    layers, read = {linear_layer(net, name): name for name in names}, {}
+
+    def note(layer, inputs, output):
+        read.setdefault(layers[layer], []).append(inputs[0].shape)
+
     try:
-        with evaluation_mode(net):
+        with evaluation_mode(net), hooked(layers, note):
             net(image)
     except (RuntimeError, ValueError, IndexError) as error:
         kind, reason = type(net).__name__, str(error).partition('\n')[0]
         raise BadInput(f'images: {kind} does not take one of shape {tuple(image.shape)} ({reason})') from None
-    finally:
-        for hook in hooks:
-            hook.remove()
     for name in names:
         if any(len(shape) != 2 for shape in read.get(name, [()])):
             size = f'(N, {net.get_submodule(name).in_features})'
@@ -174,12 +172,9 @@ def _fitted(net, narrow, images, name, source, options):
 def _inputs(net, name, batches):
     """The inputs (N, in_features) of a linear layer, of batches of images."""
     read = []
-    handle = net.get_submodule(name).register_forward_pre_hook(lambda layer, inputs: read.append(inputs[0].clone()))
-    try:
+    with hooked([net.get_submodule(name)], lambda layer, inputs, output: read.append(inputs[0].clone())):
         for batch in batches:
             net(batch)
-    finally:
-        handle.remove()
     return torch.cat(read)
 
 
@@ -254,7 +249,7 @@ def _path(net, name, once):
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             _check_producer(module, what, path, inputs)
             return [(node.target, module), *path]
-        kind = 'pooling' if spatial_mean(node) else _KINDS.get(node.target if module is None else type(module))
+        kind = 'pooling' if averages(node) else _KINDS.get(node.target if module is None else type(module))
         if kind is None or node.op == 'placeholder':
             raise BadInput(f'{what}: the walk back ends there')
         path.insert(0, (kind, (node.target, module)))

@@ -122,18 +122,18 @@ def problem_of(batches, groups):
     The Gram matrix is summed up in float64. Where it would be too large, the features are kept instead.
     """
     dense = math.prod(groups) <= GRAM_COLUMNS
-    gram, cross, energy, N, features = 0, 0, 0.0, 0, []
+    gram, cross, energy, N, kept = 0, 0, 0.0, 0, []
     for phi, targets in batches:
         targets, exact = targets.double(), phi.double()
         if dense:
             gram = gram + exact @ exact.T
         else:
-            features.append(phi)
+            kept.append(phi)
         cross, energy, N = cross + targets @ exact.T, energy + targets.square().sum().item(), N + phi.shape[1]
 
     def times_gram(V):
         V = V.flatten(1)
-        product = V @ gram if dense else sum((V @ (phi := part.double())) @ phi.T for part in features)
+        product = V @ gram if dense else sum((V @ (phi := part.double())) @ phi.T for part in kept)
         return (product / N).view(-1, *groups)
 
     return SimpleNamespace(gram=times_gram, cross=(cross / N).view(-1, *groups), energy=energy / N)

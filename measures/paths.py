@@ -62,15 +62,10 @@ def _scaled(tensor):
 
 
 def _powers(weight, q):
-    """|weight|^q as (values, exponent)."""
+    """|weight|^q as (values, whole exponent), for any real q."""
     values, exponent = _scaled(weight.abs())
-    return _shifted(values**q, q * exponent)
-
-
-def _shifted(values, exponent):
-    """values * 2^exponent, for any real exponent, as (values, whole exponent)."""
-    whole = math.floor(exponent)
-    return (values * 2.0 ** (exponent - whole) if exponent != whole else values), whole
+    whole = math.floor(q * exponent)
+    return values**q * 2.0 ** (q * exponent - whole), whole
 
 
 def _aligned(terms):

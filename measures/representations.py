@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from conf import BadInput
+from measures.coded import binomial_inverse
 from measures.geometry import evaluation_mode, ieee_float32, images_per_pass
 from measures.norms import classification_margins, margin_error
 
@@ -318,7 +319,7 @@ def comparative_estimate(depths, noisy_depths, noise, alpha):
         raise BadInput(f'depths of {len(depths)} and {len(noisy_depths)} draws: must be as many, each of one network or more')
     a, b = [sum(draw) / len(draw) for draw in depths], [min(draw) for draw in noisy_depths]
     share = sum(depth >= noisy for depth, noisy in zip(a, b)) / len(a)
-    limit = binomial_limit(round(share * len(a)), len(a))
+    limit = binomial_inverse(round(share * len(a)), len(a), math.log(0.05))  # Clopper and Pearson
     floor = (1 + alpha) * noise
     return {
         'a': a,
@@ -329,13 +330,3 @@ def comparative_estimate(depths, noisy_depths, noise, alpha):
         'at_limit': limit + floor,
         'open': sum(map(math.isinf, b)),
     }
-
-
-def binomial_limit(hits, draws, level=0.95):
-    """The largest probability under which so few hits in so many draws have a chance of 1 - level (Clopper and Pearson)."""
-    low, high = hits / draws, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        chance = sum(math.comb(draws, k) * middle**k * (1 - middle) ** (draws - k) for k in range(hits + 1))
-        low, high = (middle, high) if chance > 1 - level else (low, middle)
-    return high if hits < draws else 1.0

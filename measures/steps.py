@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from conf import BadInput
-from measures.geometry import MEANS, SIZES, flattens, rectifies, spatial_mean, trace
+from measures.geometry import MEANS, SIZES, averages, flattens, rectifies, trace
 
 # A step of the forward pass: the module's name; what it does, as a tuple that two networks of the same
 # structure share; the indices of the steps that it reads (the first step is the input); its weights, folded;
@@ -183,7 +183,7 @@ def _ops(node, module, what):
         if node.target in _CONCATENATIONS and {*node.kwargs} <= {'tensors', 'dim'}:
             return [('cat', _argument(node, 1, 'dim', 0))]
         if node.target in MEANS and {*node.kwargs} <= {'dim', 'keepdim'}:
-            if not spatial_mean(node):
+            if not averages(node):
                 raise BadInput(f'{what}: only a mean over all positions, the dimensions 2 and 3, is covered')
             flat = [] if _argument(node, 2, 'keepdim', False) else [('flatten', 1, -1)]
             return [('mean', F.adaptive_avg_pool2d, 1), *flat]

@@ -29,6 +29,7 @@ from harness import launch  # noqa: E402
 DIGITS = ('--settings', str(ROOT / 'conf' / 'digits.py'))
 SMALL = ('--settings', str(ROOT / 'tests' / 'small.py'))
 TIMINGS = ('train_seconds', 'eval_seconds')
+DRAW = launch.draw
 LONGEST = [f'test_{name}.py' for name in 'slurm launch train results records recipes pac_bayes compress'.split()]
 
 
@@ -39,7 +40,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
-    """To draw the figures of a small network takes as long as to train it; they are left out where no test looks at them."""
+    """To draw the figures of a small network takes longer than to train it: only --plot and tests marked `pictures` do."""
     if not request.node.get_closest_marker('pictures'):
         monkeypatch.setattr(launch, 'draw', lambda folder: None)
 
@@ -81,7 +82,9 @@ def signals_as_before():
 def main(*arguments):
     """As `run`, in this process, which is quicker."""
     with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
-        with signals_as_before():
+        with signals_as_before(), pytest.MonkeyPatch.context() as patch:
+            if '--plot' in arguments:
+                patch.setattr(launch, 'draw', DRAW)
             status = launch.main(train.train, [str(argument) for argument in arguments])
     return status or 0, stdout.getvalue(), stderr.getvalue()
 

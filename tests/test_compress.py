@@ -605,8 +605,10 @@ def test_few_images_go_through_the_network_at_once(monkeypatch):
     ],
 )
 def test_bad_arguments_of_a_layer_are_named(name, arguments, words):
+    net = alexnet()
     with pytest.raises(BadInput, match=words):
-        compress_layer(**({'net': alexnet(), 'images': PICTURES, 'name': name, 'lam': 0.1} | arguments))
+        compress_layer(**({'net': net, 'images': PICTURES, 'name': name, 'lam': 0.1} | arguments))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
 # The network without its dead channels
@@ -891,7 +893,7 @@ def test_one_layer_of_a_trained_network(trained, digits):
 
 def test_pruned_network_is_made_smaller_by_the_command(tmp_path, digits):
     flags = '--density', 0.1, '--initial-mask', 'random', '--width', 16, '--epochs', 2, '--eval-every', 2
-    train_small(tmp_path / '1', *flags, '--results-dir', tmp_path)
+    train_small(tmp_path / '1', *flags, '--measures-every', 2, '--results-dir', tmp_path)  # of distances, to other widths none
     status, stdout, errors = command(tmp_path / '1')
     assert status == 0, errors
     (table,) = tmp_path.glob('2/*/compress.csv')

@@ -75,7 +75,7 @@ def test_a_long_evaluation_says_that_it_goes_on(tmp_path, monkeypatch, capsys):
 
 def test_a_long_run_says_first_how_long_it_will_take(tmp_path, monkeypatch):
     """Before the network is measured for the first time; the weights do not notice."""
-    monkeypatch.setattr('harness.pace._seconds', lambda compute: compute() or 100.0)
+    monkeypatch.setattr('harness.pace._seconds', lambda compute: (compute(), 100.0)[1])
     status, stdout, _ = main(*SMALL, '--epochs', '1', '--results-path', tmp_path / 'run')
     pace, first = stdout.index('an epoch takes about 75 min'), stdout.index('epoch 0/1')
     assert status == 0 and pace < first and ' on this CPU' in stdout

@@ -404,6 +404,7 @@ def test_seeds_alone_are_no_sweep(tmp_path):
     assert [path.name for path in figures.draw(folder)] == ['figure.png', 'figure.pdf']
 
 
+@pytest.mark.pictures
 def test_a_run_counts_what_the_pictures_need(tmp_path):
     train_small(tmp_path / 'run', *'--epochs 1 --prune-rounds 1 --prune-fraction 0.5 --prune-layers conv'.split())
     table = read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')

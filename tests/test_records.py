@@ -181,7 +181,6 @@ def aged(folder):
     (folder / 'CONV-3-4' / 'metrics.csv').write_text(','.join(OLD_COLUMNS) + '\n' + ''.join(lines))
 
 
-@pytest.mark.pictures
 @pytest.mark.parametrize('epochs', [3, 6])
 def test_a_folder_of_before_goes_on(tmp_path, uninterrupted, monkeypatch, epochs):
     folder, path = tmp_path / 'run', tmp_path / 'run' / 'CONV-3-4'
@@ -266,7 +265,6 @@ def test_load_network_without_a_checkpoint(folder):
         load_network(folder / 'CONV-3-4')
 
 
-@pytest.mark.pictures
 @pytest.mark.parametrize('damage', [b'\xff\xfe', b'epoch,lr\n1,2\n', b'a,b\nx,y\n', b'a\n' + bytes(200_000) + b'\n'])
 def test_plot_of_a_damaged_table_names_it(folder, damage):
     (folder / 'CONV-3-4' / 'evaluation.csv').write_bytes(damage)
@@ -279,7 +277,6 @@ def test_plot_of_a_damaged_table_names_it(folder, damage):
     assert rows(folder) == 7
 
 
-@pytest.mark.pictures
 def test_torn_last_line_of_metrics(tmp_path, uninterrupted):
     folder = tmp_path / 'run'
     train_small(folder, '--epochs', '3')
@@ -360,7 +357,6 @@ def test_launch_into_a_read_only_folder(tmp_path, place):
     assert status == 2 and stderr.count('\n') == 1 and str(tmp_path / 'new') in stderr and 'Permission denied' in stderr
 
 
-@pytest.mark.pictures
 def test_reading_a_folder_of_somebody_else(folder):
     """What can be read is shown; a picture that cannot be written is refused with the mend, and nothing is left behind."""
     succeeds('--results-path', folder, '--plot')

@@ -13,8 +13,8 @@ from torch import nn
 from conf import BadInput, load_settings, settings_text
 from harness.records import read_layers
 from measures import representations
+from measures.coded import binomial_inverse
 from measures.representations import (
-    binomial_limit,
     comparative_estimate,
     effective_depth,
     measure_probes,
@@ -392,10 +392,10 @@ def test_comparative_estimate():
 def test_binomial_limit(draws):
     from scipy.stats import beta
 
-    assert binomial_limit(0, draws) == pytest.approx(1 - 0.05 ** (1 / draws))
+    assert binomial_inverse(0, draws, math.log(0.05)) == pytest.approx(1 - 0.05 ** (1 / draws))
     for hits in range(draws):
-        assert binomial_limit(hits, draws) == pytest.approx(beta.ppf(0.95, hits + 1, draws - hits))
-    assert binomial_limit(draws, draws) == 1
+        assert binomial_inverse(hits, draws, math.log(0.05)) == pytest.approx(beta.ppf(0.95, hits + 1, draws - hits))
+    assert binomial_inverse(draws, draws, math.log(0.05)) == 1
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,6 @@ def metrics(name, network):
     return read_metrics(RESULTS / name / network / 'metrics.csv')
 
 
-@pytest.mark.pictures
 @pytest.mark.parametrize('name', FOLDERS)
 def test_figure_is_redrawn_from_the_shipped_files(tmp_path, name):
     folder = tmp_path / name

@@ -646,9 +646,10 @@ def test_samples_are_read_from_several_sweeps(tmp_path):
 
 def test_a_sparse_student_needs_a_quarter_more_samples_than_weights():
     for r in (4, 8):
-        tried, shares, half = lottery_theory.samples_needed(r, (0.8, 1.1, 1.4, 1.7))
-        assert shares[0] < 0.2 and shares[-1] > 0.8 and tried[0] == round(0.8 * 5 * r)
-        assert 1 < half / (lottery_theory.K * r) < 2
+        tried = [round(ratio * lottery_theory.K * r) for ratio in (0.8, 1.1, 1.4, 1.7)]
+        shares = [lottery_theory.recovered(r, samples, 0.5) for samples in tried]
+        assert shares[0] < 0.2 and shares[-1] > 0.8
+        assert 1 < lottery_theory.half(tried, shares) / (lottery_theory.K * r) < 2
 
 
 def test_a_student_keeps_the_mask_of_its_teacher():
