@@ -323,7 +323,7 @@ def test_the_words_of_the_released_recipe_are_those_of_the_files():
 def test_the_levels_as_the_released_code_plots_them(mnist):
     pages = words('docs/figure1.md') + words('docs/released_code.md')
     for network, sentences in (
-        ('mnist-width/CONV-3-32', ('that is {} for ours and {} for Golowich',)),
+        ('mnist-width/CONV-3-32', ('the levels are then {} for ours and {} for Golowich',)),
         ('released/CONV-3-32-biasFalse', ('gives {} and {} instead', "ours is {} and Golowich et al.'s {}, where the paper")),
         ('released/CONV-3-32-biasTrue', ("ours is {} and Golowich et al.'s {} with the biases left out",)),
     ):

@@ -148,6 +148,7 @@ def start_again(job, *changes):
 
 
 @needs_slurm
+@pytest.mark.pictures
 def test_an_array_of_four_leaves_one_figure(slurm, tmp_path):
     arguments = ('--depth', '2', '3', '--width', '4', '5', '--results-dir', tmp_path)
     job, folder, output = submit(*arguments)

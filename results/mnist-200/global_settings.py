@@ -3,6 +3,11 @@
 # versions: Python 3.11.7, torch 2.13.0+cpu
 # device: cpu, 1 threads
 # commit: c5ad95994a7aa7213b70f3ea5ec30c497b528184
+# resumed with epochs = 16
+# date: 2026-11-22T04:07:20+00:00
+# versions: Python 3.11.7, torch 2.13.0+cpu
+# device: cpu, 1 threads
+# commit: be4659b5aed639652db316051c879c696e003abf
 
 dataset_name = 'MNIST'  # MNIST, FashionMNIST, SVHN, CIFAR10, CIFAR100 or digits
 data_dir = 'data'  # where the dataset is looked for and downloaded to; the environment variable DATA_DIR wins
@@ -21,14 +26,14 @@ padding = 0  # of every convolution of CONV
 normalization = 'weight'  # of every layer but the classifier: weight, batch or none; CONVBN and CONVRES want batch
 bias = False  # True: a bias in every layer; the bounds that do not cover biases then stay empty
 loss = 'MSE'  # MSE or L1 (means over samples and one-hot outputs) or CE
-epochs = 8  # passes over the training set
+epochs = 16  # passes over the training set
 batch_size = 32  # the last, smaller batch of an epoch is used too
 lr = 0.01  # learning rate of the first epochs
 milestones = [60, 120, 160]  # epochs after which the learning rate is multiplied by lr_decay
 lr_decay = 0.1  # factor of each learning-rate decay
 momentum = 0.9  # of SGD
 weight_decay = 0.003  # on every parameter, the scalars of weight normalization too
-target_loss = 0.0  # stop at this training loss, as evaluated over the whole training set; 0: never
+target_loss = 0.0  # end a training, or each round, at this training loss, as evaluated over the whole training set; 0: never
 early_stop_epoch = 0  # from this epoch on, stop a run that does not learn; 0: never
 early_stop_accuracy = 0.5  # ... when the training accuracy was below this at the last three evaluations
 seed = 0  # of the initialization and of the shuffles
