@@ -143,16 +143,19 @@ def training_loss(net, settings, dataset):
         return losses_and_margins(net, dataset.train_images, dataset.train_labels, LOSSES[settings.loss])[0]
 
 
-@torch.enable_grad()  # SNIP's masks need gradients
-def initial_network(settings, dataset):
-    """The network as its training started, made anew from its seed, so that no checkpoint has to keep it."""
-    images = dataset.train_images
+def new_network(settings, dataset):
+    """A network with the weights that its seed draws and without its initial masks, on the device of the dataset."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(settings.seed)
         net = get_network(settings, dataset.input_shape, dataset.num_classes)
-    net = net.to(images.device, memory_format=torch.channels_last)
-    targets = F.one_hot(dataset.train_labels, dataset.num_classes).float()
-    sparsify.initialize(net, settings, images, targets, LOSSES[settings.loss])
+    return net.to(dataset.train_images.device, memory_format=torch.channels_last)
+
+
+@torch.enable_grad()  # SNIP's masks need gradients
+def initial_network(settings, dataset):
+    """The network as its training started, made anew from its seed, so that no checkpoint has to keep it."""
+    net, targets = new_network(settings, dataset), F.one_hot(dataset.train_labels, dataset.num_classes).float()
+    sparsify.initialize(net, settings, dataset.train_images, targets, LOSSES[settings.loss])
     return net.eval()
 
 

@@ -320,7 +320,8 @@ def _pruning_scores(net, settings, round_, input_shape):
 
 def _random_scores(layers, generator):
     """A uniform draw for each weight of each layer, in their order."""
-    return [torch.from_numpy(generator.random(layer.weight.shape)).to(layer.weight.device) for layer in layers]
+    masks = [weight_mask(layer) for layer in layers]
+    return [torch.from_numpy(generator.random(mask.shape)).to(mask.device) for mask in masks]
 
 
 def _generator(seed, number, purpose):

@@ -40,6 +40,7 @@ from evaluation import (
     initial_network,
     last_epoch,
     learning_rate,
+    new_network,
     report,
     require_finite,
     schedule,
@@ -119,7 +120,8 @@ class Run:
         self.bf16 = choose_precision(settings.precision, device)
         torch.set_num_threads(settings.threads or TORCH_THREADS)
         self.targets = F.one_hot(dataset.train_labels, dataset.num_classes).float()
-        self.net = initial_network(settings, dataset)
+        resumed = (folder / 'model.pt').exists()
+        self.net = (new_network if resumed else initial_network)(settings, dataset)
         rates = {'lr': torch.tensor(settings.lr, device=device), 'momentum': settings.momentum}
         self.optimizer = torch.optim.SGD(self.net.parameters(), **rates, weight_decay=settings.weight_decay, fused=True)
         self.loss_sum = torch.zeros((), device=device)  # NaN from the first batch on whose loss is
@@ -131,7 +133,7 @@ class Run:
         self.rewind_to = None  # the network's state after rewind_epoch
         self.place = None  # the round and epoch that the weights are those of, where they are
         self.fingerprint = fingerprint(dataset)
-        if (folder / 'model.pt').exists():
+        if resumed:
             self.restore()
         elif (folder / 'metrics.csv').exists() and (folder / 'metrics.csv').read_bytes().count(b'\n') > 2:
             mend = f'put it back, or move {folder} away to train this network anew'

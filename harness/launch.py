@@ -16,7 +16,7 @@ from tqdm import tqdm
 import sparsify
 from conf import GLOBAL_SETTINGS, ROOT, BadInput, load_settings, parse_command_line, settings_text
 from datasets import fingerprint, load_dataset
-from evaluation import COLUMNS, Diverged, check_bounds, evaluate, finished, no_certificate, stopped_early
+from evaluation import COLUMNS, Diverged, check_bounds, evaluate, finished, new_network, no_certificate, stopped_early
 from harness import figures, ranking
 from harness.jobs import CHILD, resuming, train_side_by_side
 from harness.machine import check_memory, check_stop, choose_device, choose_precision, guarded, keep_freed_memory
@@ -264,8 +264,8 @@ def evaluate_all(runs, folder, flags):
         if not files:
             print(f'{path}: has no weights yet')
             continue
-        device, dataset = get_inputs(settings)
-        net = get_network(settings, dataset.input_shape, dataset.num_classes).to(device, memory_format=torch.channels_last)
+        _, dataset = get_inputs(settings)
+        net = new_network(settings, dataset)
         data, table = measure_data(net, dataset.train_images, skip_uncovered=True), path / 'evaluation.csv'
         before = read_metrics(table) if table.exists() else {}
         columns = list(dict.fromkeys([*COLUMNS, 'delta', 'gamma', *before]))  # a bound that went since stays in its rows
