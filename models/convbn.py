@@ -6,7 +6,7 @@ The networks CONV-L-H and CONVRES-L-H of Galanti, Galanti and Ben-Shaul (TMLR 20
 from torch import nn
 
 from conf import BadInput
-from models.layers import batch_norm, hidden_layer
+from models.layers import Flatten, batch_norm, hidden_layer
 
 
 class Stem(nn.Sequential):
@@ -71,4 +71,4 @@ def _stemmed(layer, settings, input_shape, num_classes):
     for _ in range(settings.depth):
         layers += layer(settings.width, settings.bias)
     features = settings.width * (height // 4) * (width // 4)
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, num_classes, bias=settings.bias))
+    return nn.Sequential(*layers, Flatten(), nn.Linear(features, num_classes, bias=settings.bias))

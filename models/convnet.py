@@ -6,7 +6,7 @@ Every layer but the classifier is weight-normalized with one scalar in the paper
 from torch import nn
 
 from conf import BadInput
-from models.layers import hidden_layer
+from models.layers import Flatten, hidden_layer
 
 
 def convnet(settings, input_shape, num_classes):
@@ -33,4 +33,4 @@ def convnet(settings, input_shape, num_classes):
         convolution = nn.Conv2d(channels, settings.width, kernel, stride, padding, bias=bias)
         layers += hidden_layer(convolution, settings.normalization)
         channels = settings.width
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size[0] * size[1], num_classes, bias=bias))
+    return nn.Sequential(*layers, Flatten(), nn.Linear(channels * size[0] * size[1], num_classes, bias=bias))
