@@ -25,7 +25,9 @@ from tqdm import tqdm
 
 from conf import BadInput
 
-MAX_BYTES = 2**29  # no file of these datasets holds more; a damaged one cannot ask for more memory than this
+MAX_BYTES = (
+    2**29
+)  # no file of these datasets holds more; a damaged one cannot ask for more memory than this
 PADDING = 4  # of `crops`
 _SHIFTS = 2 * PADDING + 1  # along either axis
 VARIANTS = 2 * _SHIFTS**2  # of an image
@@ -52,11 +54,20 @@ DOWNLOADS = {
             't10k-labels-idx1-ubyte.gz': 'bb300cfdad3c16e7a12a480ee83cd310',
         },
     ),
-    'CIFAR10': ('https://www.cs.toronto.edu/~kriz', {'cifar-10-binary.tar.gz': 'c32a1d4ab5d03f1284b67883e8d87530'}),
-    'CIFAR100': ('https://www.cs.toronto.edu/~kriz', {'cifar-100-binary.tar.gz': '03b5dce01913d631647c71ecec9e9cb8'}),
+    'CIFAR10': (
+        'https://www.cs.toronto.edu/~kriz',
+        {'cifar-10-binary.tar.gz': 'c32a1d4ab5d03f1284b67883e8d87530'},
+    ),
+    'CIFAR100': (
+        'https://www.cs.toronto.edu/~kriz',
+        {'cifar-100-binary.tar.gz': '03b5dce01913d631647c71ecec9e9cb8'},
+    ),
     'SVHN': (
         'http://ufldl.stanford.edu/housenumbers',
-        {'train_32x32.mat': 'e26dedcc434d2e4c54c9b2d4a06d8373', 'test_32x32.mat': 'eb5a983be6a315427106f1b164d9cef3'},
+        {
+            'train_32x32.mat': 'e26dedcc434d2e4c54c9b2d4a06d8373',
+            'test_32x32.mat': 'eb5a983be6a315427106f1b164d9cef3',
+        },
     ),
 }
 
@@ -82,8 +93,19 @@ def _readable(path):
         raise BadInput(f'{path}: {error}; delete the file to download it again') from None
     except PermissionError:
         raise BadInput(f'{path}: no permission to read it') from None
-    except (OSError, EOFError, ValueError, TypeError, KeyError, zlib.error, struct.error, tarfile.TarError) as error:
-        raise BadInput(f'{path}: damaged or truncated ({error}); delete the file to download it again') from None
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        TypeError,
+        KeyError,
+        zlib.error,
+        struct.error,
+        tarfile.TarError,
+    ) as error:
+        raise BadInput(
+            f'{path}: damaged or truncated ({error}); delete the file to download it again'
+        ) from None
 
 
 def read_idx(path, item_shape):
@@ -96,8 +118,14 @@ def read_idx(path, item_shape):
         dims = 1 + len(item_shape)
         right = 0x800 + dims
         magic, count, *shape = struct.unpack(f'>{1 + dims}I', file.read(4 + 4 * dims))
-        _demand(magic == right, f'its first bytes are {magic:#010x} where an IDX file of {dims} dimensions has {right:#010x}')
-        _demand(tuple(shape) == tuple(item_shape), f'holds items of shape {tuple(shape)}, not {tuple(item_shape)}')
+        _demand(
+            magic == right,
+            f'its first bytes are {magic:#010x} where an IDX file of {dims} dimensions has {right:#010x}',
+        )
+        _demand(
+            tuple(shape) == tuple(item_shape),
+            f'holds items of shape {tuple(shape)}, not {tuple(item_shape)}',
+        )
         size = count * math.prod(item_shape)
         _demand(size <= MAX_BYTES, f'declares {count} items, more than any of these datasets has')
         data = file.read(size + 1)  # one byte more, to see the end of the file
@@ -145,13 +173,19 @@ def read_cifar(archive, folder, members, label_bytes):
     """
     record = label_bytes + 3 * 32 * 32
     with _readable(archive):
-        found = _unpacked(archive, members) if Path(archive).is_dir() else _packed(archive, folder, members)
+        found = (
+            _unpacked(archive, members)
+            if Path(archive).is_dir()
+            else _packed(archive, folder, members)
+        )
         for member in members:
             _demand(member in found, f'has no {folder}/{member}')
             size = len(found[member])
             whole = 0 < size <= MAX_BYTES and size % record == 0
             _demand(whole, f'{member} is not a whole number of records of {record} bytes')
-        records = np.frombuffer(b''.join(found[member] for member in members), np.uint8).reshape(-1, record)
+        records = np.frombuffer(b''.join(found[member] for member in members), np.uint8).reshape(
+            -1, record
+        )
     return records[:, label_bytes:].reshape(-1, 3, 32, 32), records[:, label_bytes - 1]
 
 
@@ -160,12 +194,19 @@ def read_svhn(path):
     try:
         import scipy.io
     except ImportError:
-        raise BadInput('dataset_name = SVHN: its .mat files are read by scipy; pip install scipy') from None
+        raise BadInput(
+            'dataset_name = SVHN: its .mat files are read by scipy; pip install scipy'
+        ) from None
     with _readable(path):
         try:
             shapes = {name: (shape, kind) for name, shape, kind in scipy.io.whosmat(str(path))}
             (*size, count), kind = shapes['X']
-            right = kind == 'uint8' and size == [32, 32, 3] and shapes['y'][0] == (count, 1) and count * 3072 <= MAX_BYTES
+            right = (
+                kind == 'uint8'
+                and size == [32, 32, 3]
+                and shapes['y'][0] == (count, 1)
+                and count * 3072 <= MAX_BYTES
+            )
             _demand(right, 'X and y are not 32x32 colour images and their labels')
             content = scipy.io.loadmat(str(path), variable_names=['X', 'y'])
         except (BadInput, OSError):
@@ -210,7 +251,10 @@ def download(url, md5, path):
                     digest.update(chunk)
                     bar.update(len(chunk))
         found = digest.hexdigest()
-        _demand(found == md5, f'{url}: the download has MD5 {found}, not {md5}; try again or fetch it by hand')
+        _demand(
+            found == md5,
+            f'{url}: the download has MD5 {found}, not {md5}; try again or fetch it by hand',
+        )
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -222,7 +266,13 @@ def _idx_splits(dataset):
             arrays = []
             for kind, item_shape in (('images-idx3', (28, 28)), ('labels-idx1', ())):
                 file = f'{split}-{kind}-ubyte'
-                path = _locate(dataset, data_dir, (f'{dataset}/raw', dataset), (file, f'{file}.gz'), f'{file}.gz')
+                path = _locate(
+                    dataset,
+                    data_dir,
+                    (f'{dataset}/raw', dataset),
+                    (file, f'{file}.gz'),
+                    f'{file}.gz',
+                )
                 arrays.append(read_idx(path, item_shape))
             yield path, arrays[0][:, None], arrays[1]
 
@@ -240,12 +290,16 @@ def _cifar_splits(dataset, file, folder, splits, label_bytes):
 
 def _svhn_splits(data_dir):
     for split in ('train', 'test'):
-        path = _locate('SVHN', data_dir, ('', 'SVHN'), (f'{split}_32x32.mat',), f'{split}_32x32.mat')
+        path = _locate(
+            'SVHN', data_dir, ('', 'SVHN'), (f'{split}_32x32.mat',), f'{split}_32x32.mat'
+        )
         yield path, *read_svhn(path)
 
 
 def _digits_splits(data_dir):
-    path = Path(__file__).resolve().parent / 'data' / 'digits.npz'  # ships with the project, whatever data_dir says
+    path = (
+        Path(__file__).resolve().parent / 'data' / 'digits.npz'
+    )  # ships with the project, whatever data_dir says
     with _readable(path):
         content = np.load(path)
         images, labels = content['images'][:, None], content['labels']
@@ -253,8 +307,20 @@ def _digits_splits(data_dir):
     yield path, images[1437:], labels[1437:]
 
 
-_CIFAR10 = 'CIFAR10', 'cifar-10-binary.tar.gz', 'cifar-10-batches-bin', (_CIFAR10_BATCHES, ['test_batch.bin']), 1
-_CIFAR100 = 'CIFAR100', 'cifar-100-binary.tar.gz', 'cifar-100-binary', (['train.bin'], ['test.bin']), 2
+_CIFAR10 = (
+    'CIFAR10',
+    'cifar-10-binary.tar.gz',
+    'cifar-10-batches-bin',
+    (_CIFAR10_BATCHES, ['test_batch.bin']),
+    1,
+)
+_CIFAR100 = (
+    'CIFAR100',
+    'cifar-100-binary.tar.gz',
+    'cifar-100-binary',
+    (['train.bin'], ['test.bin']),
+    2,
+)
 
 # name -> (generator of (path, images (N, C, H, W), labels (N,)) for train and test, shape of an image, classes, largest pixel)
 DATASETS = {
@@ -267,7 +333,16 @@ DATASETS = {
 }
 
 
-def load_dataset(name, data_dir, normalize=False, device='cpu', train_samples=0, label_noise=0.0, clean_samples=0, data_seed=0):
+def load_dataset(
+    name,
+    data_dir,
+    normalize=False,
+    device='cpu',
+    train_samples=0,
+    label_noise=0.0,
+    clean_samples=0,
+    data_seed=0,
+):
     """A dataset, held on the device as one tensor per part.
 
     Args:
@@ -289,36 +364,62 @@ def load_dataset(name, data_dir, normalize=False, device='cpu', train_samples=0,
             yields is not what DATASETS declares; or more samples are asked for than there are.
     """
     splits, shape, num_classes, largest = DATASETS[name]
-    _demand(num_classes > 1, f'{name}: DATASETS declares {num_classes} class; a margin wants at least 2')
+    _demand(
+        num_classes > 1, f'{name}: DATASETS declares {num_classes} class; a margin wants at least 2'
+    )
     parts = []
     for part, (path, images, labels) in zip(('train', 'test'), splits(data_dir)):
         mixed_up = f'{path}: {len(labels)} labels for {len(images)} {part} images; the files of two sets are mixed up'
         _demand(len(images) == len(labels), mixed_up)
         _demand(len(images) > 0, f'{path}: holds no {part} images')
         found = tuple(images.shape[1:])
-        _demand(found == shape, f'{path}: {part} images of shape {found}; DATASETS declares {shape} for {name}')
+        _demand(
+            found == shape,
+            f'{path}: {part} images of shape {found}; DATASETS declares {shape} for {name}',
+        )
         top = images.max()  # nan where one is
-        _demand(top <= largest, f'{path}: a pixel of {top} in a {part} image; DATASETS declares {largest} as the largest')
+        _demand(
+            top <= largest,
+            f'{path}: a pixel of {top} in a {part} image; DATASETS declares {largest} as the largest',
+        )
         whole = labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer)
-        _demand(whole, f'{path}: {part} labels of {labels.dtype} and shape {labels.shape}; they must be integers, one an image')
+        _demand(
+            whole,
+            f'{path}: {part} labels of {labels.dtype} and shape {labels.shape}; they must be integers, one an image',
+        )
         for label in (labels.min(), labels.max()):
             right = 0 <= label < num_classes
-            _demand(right, f'{path}: label {label} is out of range; {name} has the labels 0 to {num_classes - 1}')
+            _demand(
+                right,
+                f'{path}: label {label} is out of range; {name} has the labels 0 to {num_classes - 1}',
+            )
         parts.append((images, labels.astype(np.int64)))
-    _demand(len(parts) == 2, f'{name}: its reader yields {len(parts)} of the two parts, training and test, that it must yield')
+    _demand(
+        len(parts) == 2,
+        f'{name}: its reader yields {len(parts)} of the two parts, training and test, that it must yield',
+    )
     if normalize:
         counted = np.issubdtype(parts[0][0].dtype, np.integer) and parts[0][0].min() >= 0
-        _demand(counted, f'normalize = True: the pixels of {name} are no integers from 0 to {largest}; set it to False')
+        _demand(
+            counted,
+            f'normalize = True: the pixels of {name} are no integers from 0 to {largest}; set it to False',
+        )
         mean, std = _mean_and_std(parts[0][0], largest)
     parts[0] = _draw(*parts[0], num_classes, train_samples, label_noise, clean_samples, data_seed)
 
     dataset = SimpleNamespace(name=name, num_classes=num_classes)
     for part, (images, labels) in zip(('train', 'test'), parts):
         # All on the CPU: another device could round differently, and a resume on it would find other data.
-        pixels = torch.from_numpy(images.astype(images.dtype.newbyteorder('='))).float().div_(largest)
+        pixels = (
+            torch.from_numpy(images.astype(images.dtype.newbyteorder('='))).float().div_(largest)
+        )
         if normalize:
             pixels.sub_(mean).div_(std)
-        setattr(dataset, f'{part}_images', pixels.contiguous(memory_format=torch.channels_last).to(device))
+        setattr(
+            dataset,
+            f'{part}_images',
+            pixels.contiguous(memory_format=torch.channels_last).to(device),
+        )
         setattr(dataset, f'{part}_labels', torch.from_numpy(labels).to(device))
     dataset.input_shape = tuple(dataset.train_images.shape[1:])
     return dataset
@@ -329,9 +430,13 @@ def _mean_and_std(images, largest):
 
     Taken from the counts of each value, so that they do not depend on the order of a sum and thus on the number of threads.
     """
-    counts = np.stack([np.bincount(channel.ravel(), minlength=largest + 1) for channel in images.swapaxes(0, 1)])
+    counts = np.stack(
+        [np.bincount(channel.ravel(), minlength=largest + 1) for channel in images.swapaxes(0, 1)]
+    )
     shares = counts / counts.sum(1, keepdims=True)
-    values = np.arange(counts.shape[1], dtype=np.float32) / np.float32(largest)  # as the images hold them
+    values = np.arange(counts.shape[1], dtype=np.float32) / np.float32(
+        largest
+    )  # as the images hold them
     mean = shares @ values.astype(float)
     std = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(1))
     std[std == 0] = 1  # a constant channel has nothing to scale
@@ -341,17 +446,27 @@ def _mean_and_std(images, largest):
 def _draw(images, labels, num_classes, train_samples, label_noise, clean_samples, data_seed):
     """The training samples that the settings ask for, some labels made wrong; see `load_dataset`."""
     m = len(images)
-    _demand(train_samples <= m, f'train_samples = {train_samples}: the training set holds {m}; ask for fewer, or 0 for all')
-    choice, noise = (np.random.default_rng(seed) for seed in np.random.SeedSequence(data_seed).spawn(2))
+    _demand(
+        train_samples <= m,
+        f'train_samples = {train_samples}: the training set holds {m}; ask for fewer, or 0 for all',
+    )
+    choice, noise = (
+        np.random.default_rng(seed) for seed in np.random.SeedSequence(data_seed).spawn(2)
+    )
     if train_samples:
         first = choice.permutation(len(images))[:train_samples]
         images, labels = images[first], labels[first]
     m = len(labels)
-    _demand(clean_samples <= m, f'clean_samples = {clean_samples}: there are {m} training samples; keep at most so many clean')
+    _demand(
+        clean_samples <= m,
+        f'clean_samples = {clean_samples}: there are {m} training samples; keep at most so many clean',
+    )
     _demand(0 <= label_noise <= 1, f'label_noise = {label_noise}: must be a share from 0 to 1')
     others = m - clean_samples
     wrong = noise.permutation(others)[: round(label_noise * others)]
-    steps = noise.integers(1, num_classes, others)  # drawn for all, so that a larger share only adds wrong labels
+    steps = noise.integers(
+        1, num_classes, others
+    )  # drawn for all, so that a larger share only adds wrong labels
     labels[clean_samples + wrong] = (labels[clean_samples + wrong] + steps[wrong]) % num_classes
     return images, labels
 
@@ -379,7 +494,12 @@ def crops(images, variants):
 def fingerprint(dataset):
     """A hash, as 32 hexadecimal digits, of the images and labels that a network is trained and tested on."""
     digest = hashlib.blake2b(digest_size=16)
-    for tensor in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels):
+    for tensor in (
+        dataset.train_images,
+        dataset.train_labels,
+        dataset.test_images,
+        dataset.test_labels,
+    ):
         digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
         for chunk in tensor.split(4096):
             digest.update(chunk.cpu().contiguous().numpy())

@@ -9,17 +9,21 @@ from torch.nn.utils import parametrize
 
 import sparsify
 from conf import RULES, BadInput
-from measures.geometry import ieee_float32, images_per_pass, not_covered, traced_once
 from measures.landscape import MEASURES, measure_landscape
 from measures.masks import density, masked_density, measure_masks, sharing
 from measures.norms import classification_margins, margin_error
 from measures.pac_bayes import COLUMNS as CERTIFICATES
 from measures.pac_bayes import certify, test_set_bound
 from measures.representations import measure_probes, measure_representations
+from measures.trace import ieee_float32, images_per_pass, not_covered, traced_once
 from models import get_network
 from utils import BOUNDS, evaluate_bounds
 
-LOSSES = {'MSE': F.mse_loss, 'CE': F.cross_entropy, 'L1': F.l1_loss}  # of outputs and one-hot targets
+LOSSES = {
+    'MSE': F.mse_loss,
+    'CE': F.cross_entropy,
+    'L1': F.l1_loss,
+}  # of outputs and one-hot targets
 
 _FIRST = (
     'epoch, round, density, lr, train_loss, test_loss, train_error, test_error, generalization_gap, train_margin_error, '
@@ -42,9 +46,15 @@ def check_bounds():
     """Raises BadInput where a name in BOUNDS cannot be a column beside those that the tables have."""
     for name in BOUNDS:
         if not (isinstance(name, str) and name.isidentifier()):
-            raise BadInput(f'BOUNDS of utils.py: {name!r} cannot be a column; name it by letters, digits and _')
-        if name in (*_FIRST, *_LAST, *_OTHERS, *RULES) or name.endswith('_setting'):  # summary.csv has knobs, renamed at need
-            raise BadInput(f'BOUNDS of utils.py: {name!r} is the name of another column; rename the bound')
+            raise BadInput(
+                f'BOUNDS of utils.py: {name!r} cannot be a column; name it by letters, digits and _'
+            )
+        if name in (*_FIRST, *_LAST, *_OTHERS, *RULES) or name.endswith(
+            '_setting'
+        ):  # summary.csv has knobs, renamed at need
+            raise BadInput(
+                f'BOUNDS of utils.py: {name!r} is the name of another column; rename the bound'
+            )
 
 
 class Diverged(Exception):
@@ -53,7 +63,9 @@ class Diverged(Exception):
 
 def learning_rate(settings, epoch):
     """The learning rate of an epoch, counted from 1: times lr_decay after each milestone."""
-    return settings.lr * settings.lr_decay ** sum(epoch > milestone for milestone in settings.milestones)
+    return settings.lr * settings.lr_decay ** sum(
+        epoch > milestone for milestone in settings.milestones
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -68,7 +80,9 @@ def schedule(settings):
     """
     again = [0, *range(max(settings.rewind_epoch, 0) + 1, settings.epochs + 1)]
     first = [(0, epoch) for epoch in range(settings.epochs + 1)]
-    return first + [(round_, epoch) for round_ in range(1, settings.prune_rounds + 1) for epoch in again]
+    return first + [
+        (round_, epoch) for round_ in range(1, settings.prune_rounds + 1) for epoch in again
+    ]
 
 
 def due(epoch, every, last=None):
@@ -88,13 +102,19 @@ def last_epoch(settings, epoch, train_loss):
 
 def stopped_early(settings, rows):
     """Why a run whose newest rows these are goes on no further, before the end of its schedule; None where it does."""
-    trained = rows and rows[-1]['round'] == settings.prune_rounds and (rows[-1]['epoch'] > 0 or not settings.prune_rounds)
+    trained = (
+        rows
+        and rows[-1]['round'] == settings.prune_rounds
+        and (rows[-1]['epoch'] > 0 or not settings.prune_rounds)
+    )
     if trained and at_target(settings, rows[-1]['train_loss']):
         return f'stopped at epoch {rows[-1]["epoch"]:.0f}: training loss at most {settings.target_loss:g}'
     if not (rows and settings.early_stop_epoch and rows[-1]['epoch'] >= settings.early_stop_epoch):
         return None
     recent = [row for row in rows[-3:] if row['epoch'] > 0 and row['round'] == rows[-1]['round']]
-    if len(recent) == 3 and all(1 - row['train_error'] < settings.early_stop_accuracy for row in recent):
+    if len(recent) == 3 and all(
+        1 - row['train_error'] < settings.early_stop_accuracy for row in recent
+    ):
         return f'stopped at epoch {rows[-1]["epoch"]:.0f}: accuracy below {settings.early_stop_accuracy:g}'
 
 
@@ -140,7 +160,9 @@ def training_loss(net, settings, dataset):
     """The mean loss on the training set, as `evaluate` logs it; leaves the network in evaluation mode."""
     net.eval()
     with ieee_float32():
-        return losses_and_margins(net, dataset.train_images, dataset.train_labels, LOSSES[settings.loss])[0]
+        return losses_and_margins(
+            net, dataset.train_images, dataset.train_labels, LOSSES[settings.loss]
+        )[0]
 
 
 def new_network(settings, dataset):
@@ -154,7 +176,10 @@ def new_network(settings, dataset):
 @torch.enable_grad()  # SNIP's masks need gradients
 def initial_network(settings, dataset):
     """The network as its training started, made anew from its seed, so that no checkpoint has to keep it."""
-    net, targets = new_network(settings, dataset), F.one_hot(dataset.train_labels, dataset.num_classes).float()
+    net, targets = (
+        new_network(settings, dataset),
+        F.one_hot(dataset.train_labels, dataset.num_classes).float(),
+    )
     sparsify.initialize(net, settings, dataset.train_images, targets, LOSSES[settings.loss])
     return net.eval()
 
@@ -172,21 +197,44 @@ def evaluate(net, settings, dataset, data, round_, epoch, delta=None, certificat
     start, loss = time.perf_counter(), LOSSES[settings.loss]
     net.eval()
     with ieee_float32():
-        train_loss, margins = losses_and_margins(net, dataset.train_images, dataset.train_labels, loss)
-        test_loss, test_margins = losses_and_margins(net, dataset.test_images, dataset.test_labels, loss)
+        train_loss, margins = losses_and_margins(
+            net, dataset.train_images, dataset.train_labels, loss
+        )
+        test_loss, test_margins = losses_and_margins(
+            net, dataset.test_images, dataset.test_labels, loss
+        )
     require_finite(*net.state_dict().values(), margins)
     train_error, test_error = margin_error(margins, 0), margin_error(test_margins, 0)
-    row = {'epoch': epoch, 'round': round_, 'density': density(net), 'lr': learning_rate(settings, max(epoch, 1))}
-    row |= {'train_loss': train_loss, 'test_loss': test_loss, 'train_error': train_error, 'test_error': test_error}
-    row |= {'generalization_gap': test_error - train_error, 'train_margin_error': margin_error(margins, settings.gamma)}
+    row = {
+        'epoch': epoch,
+        'round': round_,
+        'density': density(net),
+        'lr': learning_rate(settings, max(epoch, 1)),
+    }
+    row |= {
+        'train_loss': train_loss,
+        'test_loss': test_loss,
+        'train_error': train_error,
+        'test_error': test_error,
+    }
+    row |= {
+        'generalization_gap': test_error - train_error,
+        'train_margin_error': margin_error(margins, settings.gamma),
+    }
     row |= evaluate_bounds(net, data, margins, delta, settings.gamma, skip_uncovered=True)
     last = last_epoch(settings, epoch, train_loss)
     if certifies(settings, round_, epoch, last) and not not_covered(net, dataset.input_shape):
         row |= certify(net, dataset.train_images, dataset.train_labels, delta, certificates)
     row |= {'test_set_bound': test_set_bound(test_error, len(test_margins), settings.delta)}
-    row |= {'masked_density': masked_density(net), 'train_size': len(margins), 'test_size': len(test_margins)}
+    row |= {
+        'masked_density': masked_density(net),
+        'train_size': len(margins),
+        'test_size': len(test_margins),
+    }
     if (round_, epoch) > (0, 0) and due(epoch, settings.measures_every, last):
-        row |= measure_landscape(net, initial_network(settings, dataset), dataset.train_images, dataset.train_labels)
+        row |= measure_landscape(
+            net, initial_network(settings, dataset), dataset.train_images, dataset.train_labels
+        )
     return row | {'eval_seconds': time.perf_counter() - start}
 
 
@@ -210,9 +258,13 @@ def evaluate_layers(net, dataset, round_, epoch, probes=False):
         row |= values
     for row, values in zip(rows, measure_probes(net, *sets) if probes else ()):
         row |= values
-    if not any(getattr(module, 'is_layer', False) for module in net):  # a residual block is a layer of several weights
+    if not any(
+        getattr(module, 'is_layer', False) for module in net
+    ):  # a residual block is a layer of several weights
         masks = list(measure_masks(net).values())
-        for row, values in zip(rows[1:], masks[len(masks) - len(rows) + 1 :]):  # a stem comes before the first layer
+        for row, values in zip(
+            rows[1:], masks[len(masks) - len(rows) + 1 :]
+        ):  # a stem comes before the first layer
             row |= values
     if not not_covered(net, dataset.input_shape):
         for row, values in zip(rows[1:], sharing(net, dataset.train_images)):
@@ -240,7 +292,11 @@ def report(row, width=120):
     bounds = {'our_bound': 'ours', 'corrected_bound': 'corrected'}
     if math.isnan(row.get('corrected_bound', math.nan)):
         bounds['path_bound'] = 'path'
-    cells = {'test': ('test_error', '{:.4f}'), 'train': ('train_error', '{:.4f}'), 'gap': ('generalization_gap', '{:+.4f}')}
+    cells = {
+        'test': ('test_error', '{:.4f}'),
+        'train': ('train_error', '{:.4f}'),
+        'gap': ('generalization_gap', '{:+.4f}'),
+    }
     items = [f'{word} {text.format(row[column])}' for word, (column, text) in cells.items()]
     for column, word in bounds.items():
         if 0 < row.get(column, math.nan) < math.inf:

@@ -16,31 +16,49 @@ import torch
 from torch.nn.utils import parametrize
 
 from conf import BadInput
-from measures.geometry import weight_layers
 from measures.masks import hidden_readers, reads, weight_mask
 from measures.paths import path_magnitude, rescale_neurons
+from measures.trace import weight_layers
 from models.weight_norm import free_weight, set_mask
 
 SNIP_SAMPLES = 1000  # SNIP's gradient is the sum over so many training samples, in batches of 100
 SYNFLOW_ROUNDS = 100  # in one round SynFlow would empty layers
-CHANNEL_FLOOR = 0.5  # a layer keeps so much of what would be left to it if all layers lost the same share
-FACTORS = (1, 128, 4096)  # of rescaled neurons: powers of 2, so that the function stays the same bit for bit
+CHANNEL_FLOOR = (
+    0.5  # a layer keeps so much of what would be left to it if all layers lost the same share
+)
+FACTORS = (
+    1,
+    128,
+    4096,
+)  # of rescaled neurons: powers of 2, so that the function stays the same bit for bit
 
 
 def check(settings):
     """Raises BadInput where settings of sparsity do not go together."""
     if settings.initial_mask == 'none' and settings.density < 1:
-        raise BadInput(f'density = {settings.density}: needs an initial_mask: random, erk, snip or synflow')
+        raise BadInput(
+            f'density = {settings.density}: needs an initial_mask: random, erk, snip or synflow'
+        )
     if settings.regrow != 'none' and (settings.initial_mask == 'none' or settings.density == 1):
-        raise BadInput(f'regrow = {settings.regrow!r}: needs an initial_mask, with a density below 1; nothing is dead without')
+        raise BadInput(
+            f'regrow = {settings.regrow!r}: needs an initial_mask, with a density below 1; nothing is dead without'
+        )
     if settings.channel_sparsity and settings.regrow == 'none':
-        raise BadInput(f'channel_sparsity = {settings.channel_sparsity}: needs regrow: random or gradient')
+        raise BadInput(
+            f'channel_sparsity = {settings.channel_sparsity}: needs regrow: random or gradient'
+        )
     if settings.regrow != 'none' and settings.prune_rounds:
-        raise BadInput(f'prune_rounds = {settings.prune_rounds}: not with regrow = {settings.regrow!r}; set one of the two')
+        raise BadInput(
+            f'prune_rounds = {settings.prune_rounds}: not with regrow = {settings.regrow!r}; set one of the two'
+        )
     if settings.regrow == 'gradient' and settings.regrow_every == 1:
-        raise BadInput("regrow_every = 1: must be at least 2 with regrow = 'gradient', whose updates take the place of steps")
+        raise BadInput(
+            "regrow_every = 1: must be at least 2 with regrow = 'gradient', whose updates take the place of steps"
+        )
     if settings.prune_rounds and settings.target_loss and settings.rewind_epoch > 0:
-        raise BadInput(f'rewind_epoch = {settings.rewind_epoch}: must be 0 or -1 with target_loss, which may come before it')
+        raise BadInput(
+            f'rewind_epoch = {settings.rewind_epoch}: must be 0 or -1 with target_loss, which may come before it'
+        )
     if settings.prune_rounds and max(settings.rewind_epoch, 0) >= settings.epochs:
         raise BadInput(
             f'rewind_epoch = {settings.rewind_epoch}: must be below epochs = {settings.epochs}, to train after pruning'
@@ -49,7 +67,9 @@ def check(settings):
 
 def prunable(net):
     """{name: module} of the layers with masks."""
-    return {name: layer for name, layer in weight_layers(net).items() if weight_mask(layer) is not None}
+    return {
+        name: layer for name, layer in weight_layers(net).items() if weight_mask(layer) is not None
+    }
 
 
 def initialize(net, settings, images, targets, loss):
@@ -65,23 +85,37 @@ def initialize(net, settings, images, targets, loss):
     layers = prunable(net)
     if settings.channel_sparsity and not hidden_readers(net):
         chain = 'needs a chain, a network without skips and groups'
-        raise BadInput(f'channel_sparsity = {settings.channel_sparsity}: {chain}, unlike {settings.network}')
+        raise BadInput(
+            f'channel_sparsity = {settings.channel_sparsity}: {chain}, unlike {settings.network}'
+        )
     if settings.prune_rounds:
-        _pruning_scores(net, settings, 1, tuple(images.shape[1:]))  # refused before the training, not after it
+        _pruning_scores(
+            net, settings, 1, tuple(images.shape[1:])
+        )  # refused before the training, not after it
     if settings.density == 1:
         return
     if settings.initial_mask == 'synflow':
         masks = synflow_masks(net, layers, settings.density, tuple(images.shape[1:]))
     else:
         if settings.initial_mask == 'snip':
-            chosen = torch.from_numpy(_generator(settings.seed, 0, 'snip').permutation(len(images))[:SNIP_SAMPLES])
-            scores = snip_scores(net, layers, images[chosen.to(images.device)], targets[chosen.to(images.device)], loss)
+            chosen = torch.from_numpy(
+                _generator(settings.seed, 0, 'snip').permutation(len(images))[:SNIP_SAMPLES]
+            )
+            scores = snip_scores(
+                net,
+                layers,
+                images[chosen.to(images.device)],
+                targets[chosen.to(images.device)],
+                loss,
+            )
         else:
             scores = _random_scores(layers.values(), _generator(settings.seed, 0, 'random'))
         if settings.initial_mask == 'erk':
             scores = erk_scores(scores, settings.density)
         alive = [weight_mask(layer) for layer in layers.values()]
-        masks = best_masks(scores, alive, round(settings.density * sum(mask.numel() for mask in alive)))
+        masks = best_masks(
+            scores, alive, round(settings.density * sum(mask.numel() for mask in alive))
+        )
     for layer, mask in zip(layers.values(), masks):
         set_mask(layer, mask, keep_g=True)
 
@@ -97,7 +131,9 @@ def prune(net, settings, round_, input_shape):
         layers, scores = zip(*group)
         alive = [weight_mask(layer) for layer in layers]
         living = sum(int(mask.count_nonzero()) for mask in alive)
-        for layer, mask in zip(layers, best_masks(scores, alive, living - round(settings.prune_fraction * living))):
+        for layer, mask in zip(
+            layers, best_masks(scores, alive, living - round(settings.prune_fraction * living))
+        ):
             set_mask(layer, mask)
 
 
@@ -146,11 +182,15 @@ def regrow(net, optimizer, settings, step, steps, batch_loss):
     share = settings.regrow_fraction / 2 * (1 + math.cos(math.pi * done))
     readers = hidden_readers(net)
     channels = living_channels(readers, settings.channel_sparsity, done)
-    alive = [weight_mask(layer) & room for layer, room in zip(layers, _places(layers, readers, channels))]
+    alive = [
+        weight_mask(layer) & room for layer, room in zip(layers, _places(layers, readers, channels))
+    ]
     kept = []
     for weight, mask in zip(free, alive):
         living = int(mask.count_nonzero())
-        kept.append(_top(weight.detach().abs().masked_fill(~mask, -math.inf), living - int(share * living)))
+        kept.append(
+            _top(weight.detach().abs().masked_fill(~mask, -math.inf), living - int(share * living))
+        )
     if settings.channel_sparsity or not (settings.bias or settings.normalization == 'batch'):
         channels = _filled(readers, channels, dict(zip(layers, kept)))
     rooms = _places(layers, readers, channels)
@@ -189,7 +229,9 @@ def _filled(layers, channels, kept):
     is 0, so that weights that grew in it, and those that read it, would stay 0.
     """
     filled = [(kept[layer] & layer.weight.ne(0)).flatten(1).any(1) for layer in layers]
-    return [some & alive if (some & alive).any() else alive for some, alive in zip(filled, channels)]
+    return [
+        some & alive if (some & alive).any() else alive for some, alive in zip(filled, channels)
+    ]
 
 
 def _places(layers, readers, channels):
@@ -229,7 +271,9 @@ def best_masks(scores, alive, count, floors=None):
     Returns:
         A list of masks; ties go to the first weight, in the order of layers and entries.
     """
-    scores = [score.double().masked_fill(~mask, -math.inf).flatten() for score, mask in zip(scores, alive)]
+    scores = [
+        score.double().masked_fill(~mask, -math.inf).flatten() for score, mask in zip(scores, alive)
+    ]
     floors = floors or [1] * len(scores)
     for score, floor in zip(scores, floors):
         score[_top(score, floor)] = math.inf
@@ -254,8 +298,12 @@ def erk_scores(scores, density):
     raw = [sum(score.shape) / score.numel() for score in scores]
     dense = set()
     while True:
-        left = density * sum(score.numel() for score in scores) - sum(scores[index].numel() for index in dense)
-        eps = left / sum(sum(score.shape) for index, score in enumerate(scores) if index not in dense)
+        left = density * sum(score.numel() for score in scores) - sum(
+            scores[index].numel() for index in dense
+        )
+        eps = left / sum(
+            sum(score.shape) for index, score in enumerate(scores) if index not in dense
+        )
         above = {index for index, value in enumerate(raw) if index not in dense and eps * value > 1}
         if not above:
             break
@@ -264,7 +312,9 @@ def erk_scores(scores, density):
     for index, score in enumerate(scores):
         order = score.flatten().argsort(descending=True, stable=True)
         places = order.argsort().view(score.shape) + 0.5
-        worth.append(-places.double() / (score.numel() * (1 if index in dense else eps * raw[index])))
+        worth.append(
+            -places.double() / (score.numel() * (1 if index in dense else eps * raw[index]))
+        )
     return worth
 
 
@@ -275,7 +325,9 @@ def snip_scores(net, names, images, targets, loss):
         weights = [net.get_submodule(name).weight for name in names]
         gradients = [torch.zeros_like(weight) for weight in weights]
         for batch, target in zip(images.double().split(100), targets.double().split(100)):
-            for total, gradient in zip(gradients, torch.autograd.grad(loss(net(batch), target), weights)):
+            for total, gradient in zip(
+                gradients, torch.autograd.grad(loss(net(batch), target), weights)
+            ):
                 total.add_(gradient)
         return [(weight * total).abs().detach() for weight, total in zip(weights, gradients)]
 
@@ -285,7 +337,10 @@ def synflow_scores(net, layers, input_shape):
     with parametrize.cached():
         weights = [layer.weight for layer in layers]
         outputs = net(torch.ones(1, *input_shape, dtype=weights[0].dtype, device=weights[0].device))
-        return [(weight * flow).detach() for weight, flow in zip(weights, torch.autograd.grad(outputs.sum(), weights))]
+        return [
+            (weight * flow).detach()
+            for weight, flow in zip(weights, torch.autograd.grad(outputs.sum(), weights))
+        ]
 
 
 def synflow_masks(net, names, density, input_shape):
@@ -298,7 +353,11 @@ def synflow_masks(net, names, density, input_shape):
     size = sum(weight_mask(layer).numel() for layer in layers)
     for k in range(1, SYNFLOW_ROUNDS + 1):
         scores = synflow_scores(net, layers, input_shape)
-        masks = best_masks(scores, [weight_mask(layer) for layer in layers], round(density ** (k / SYNFLOW_ROUNDS) * size))
+        masks = best_masks(
+            scores,
+            [weight_mask(layer) for layer in layers],
+            round(density ** (k / SYNFLOW_ROUNDS) * size),
+        )
         for layer, mask in zip(layers, masks):
             set_mask(layer, mask)
     return masks
@@ -311,7 +370,9 @@ def _pruning_scores(net, settings, round_, input_shape):
         return _random_scores(layers.values(), _generator(settings.seed, round_, 'random'))
     if settings.rescale_neurons:
         generator = _generator(settings.seed, round_, 'rescale')
-        net = rescale_neurons(net, lambda channels: torch.from_numpy(generator.choice(FACTORS, channels)))
+        net = rescale_neurons(
+            net, lambda channels: torch.from_numpy(generator.choice(FACTORS, channels))
+        )
     if settings.prune_score == 'path':
         scores = path_magnitude(net, input_shape)
         return [scores[f'{name}.weight'] for name in layers]
@@ -326,4 +387,6 @@ def _random_scores(layers, generator):
 
 def _generator(seed, number, purpose):
     """A generator of its own for each seed, round or step, and purpose; none of them is one of the shuffles'."""
-    return np.random.default_rng((seed, number, 1 + ('random', 'snip', 'grow', 'rescale').index(purpose)))
+    return np.random.default_rng(
+        (seed, number, 1 + ('random', 'snip', 'grow', 'rescale').index(purpose))
+    )

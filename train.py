@@ -13,7 +13,9 @@ import signal
 import sys
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while torch is imported, Ctrl-C ends the program without a traceback
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # while torch is imported, Ctrl-C ends the program without a traceback
 
 import math
 import shutil
@@ -24,9 +26,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import launch
 import sparsify
 from conf import BadInput, Interrupted
 from datasets import VARIANTS, crops, fingerprint
+from device import check_stop, choose_precision, deferred_stop, graphed
 from evaluation import (
     COLUMNS,
     LAYER_COLUMNS,
@@ -47,12 +51,19 @@ from evaluation import (
     stopped_early,
     training_loss,
 )
-from harness import launch
-from harness.machine import check_stop, choose_precision, deferred_stop, graphed
-from harness.pace import heartbeat, progress_bar, say_pace
-from harness.records import append_lines, cells_of, csv_line, line_of, load_run, parse_line, save_checkpoint, write_table
 from measures.norms import measure_data
 from measures.representations import effective_depth
+from pace import heartbeat, progress_bar, say_pace
+from records import (
+    append_lines,
+    cells_of,
+    csv_line,
+    line_of,
+    load_run,
+    parse_line,
+    save_checkpoint,
+    write_table,
+)
 from utils import BOUNDS
 
 TORCH_THREADS = torch.get_num_threads()
@@ -83,7 +94,9 @@ def train(settings, dataset, folder, device):
     run = Run(settings, dataset, folder, device)
     step = step_of(run)
     if device.type == 'cuda':
-        step = graphed(step, settings.batch_size, device)  # the same five lines, captured once and replayed
+        step = graphed(
+            step, settings.batch_size, device
+        )  # the same five lines, captured once and replayed
     say_pace(run)
     try:
         with progress_bar(run) as bar:
@@ -93,7 +106,9 @@ def train(settings, dataset, folder, device):
                 elif epoch > 0:
                     for number, indices in run.batches(epoch):
                         regrows = sparsify.regrow_due(settings, number, settings.epochs * run.steps)
-                        if not regrows or settings.regrow == 'random':  # RigL's update takes the place of the gradient step
+                        if (
+                            not regrows or settings.regrow == 'random'
+                        ):  # RigL's update takes the place of the gradient step
                             step(indices)
                         if regrows:
                             run.regrow(number, indices)
@@ -102,7 +117,11 @@ def train(settings, dataset, folder, device):
                 with deferred_stop():
                     run.log(row, layers, bar)
                     run.advance()
-                    if not run.place or due(run.place[1], settings.checkpoint_every) or run.finished():
+                    if (
+                        not run.place
+                        or due(run.place[1], settings.checkpoint_every)
+                        or run.finished()
+                    ):
                         run.save()
     except Interrupted:
         run.save()
@@ -123,19 +142,39 @@ class Run:
         resumed = (folder / 'model.pt').exists()
         self.net = (new_network if resumed else initial_network)(settings, dataset)
         rates = {'lr': torch.tensor(settings.lr, device=device), 'momentum': settings.momentum}
-        self.optimizer = torch.optim.SGD(self.net.parameters(), **rates, weight_decay=settings.weight_decay, fused=True)
+        self.optimizer = torch.optim.SGD(
+            self.net.parameters(), **rates, weight_decay=settings.weight_decay, fused=True
+        )
         self.loss_sum = torch.zeros((), device=device)  # NaN from the first batch on whose loss is
         self.steps = launch.steps_of(settings, dataset)
-        self.state = {'round': 0, 'epoch': 0, 'step': 0, 'train_loss': math.inf, 'train_seconds': 0.0}
-        self.state |= {'columns': COLUMNS, 'lines': [], 'layer_columns': LAYER_COLUMNS, 'layer_lines': [], 'certificates': {}}
+        self.state = {
+            'round': 0,
+            'epoch': 0,
+            'step': 0,
+            'train_loss': math.inf,
+            'train_seconds': 0.0,
+        }
+        self.state |= {
+            'columns': COLUMNS,
+            'lines': [],
+            'layer_columns': LAYER_COLUMNS,
+            'layer_lines': [],
+            'certificates': {},
+        }
         # Of all that is drawn in a step, as by dropout: set anew in each, so that a resumed run draws the same.
-        self.generator = torch.cuda.default_generators[device.index] if device.type == 'cuda' else torch.default_generator
+        self.generator = (
+            torch.cuda.default_generators[device.index]
+            if device.type == 'cuda'
+            else torch.default_generator
+        )
         self.rewind_to = None  # the network's state after rewind_epoch
         self.place = None  # the round and epoch that the weights are those of, where they are
         self.fingerprint = fingerprint(dataset)
         if resumed:
             self.restore()
-        elif (folder / 'metrics.csv').exists() and (folder / 'metrics.csv').read_bytes().count(b'\n') > 2:
+        elif (folder / 'metrics.csv').exists() and (folder / 'metrics.csv').read_bytes().count(
+            b'\n'
+        ) > 2:
             mend = f'put it back, or move {folder} away to train this network anew'
             raise BadInput(f'{folder / "model.pt"}: is missing; {mend}')
         self.data = measure_data(self.net, dataset.train_images, skip_uncovered=True)
@@ -147,7 +186,9 @@ class Run:
 
     def restore(self):
         """Puts the checkpoint into the network, its optimizer and the state. Raises BadInput where it does not fit."""
-        checkpoint = load_run(self.folder / 'model.pt', self.settings, self.net, self.fingerprint, self.steps)
+        checkpoint = load_run(
+            self.folder / 'model.pt', self.settings, self.net, self.fingerprint, self.steps
+        )
         torch.set_num_threads(self.settings.threads or checkpoint.get('threads', TORCH_THREADS))
         self.net.load_state_dict(checkpoint['network'])
         for index, weight in enumerate(self.net.parameters()):
@@ -157,20 +198,32 @@ class Run:
         self.rewind_to, self.place = checkpoint.get('rewind_to'), checkpoint.get('place')
         place = f'epoch {self.state["epoch"]} after {self.state["step"]} of its {self.steps} steps'
         place = f'round {self.state["round"]}, {place}' if self.settings.prune_rounds else place
-        print(f'{self.settings.name}: {"finished already" if self.finished() else f"goes on in {place}"}', flush=True)
+        print(
+            f'{self.settings.name}: {"finished already" if self.finished() else f"goes on in {place}"}',
+            flush=True,
+        )
 
     def measure_start_again(self):
         """Says which bounds have changed, in whatever part, since the first row, that of the network before training.
 
         A bound that came since gets its cell in that row.
         """
-        net, first = initial_network(self.settings, self.dataset), cells_of(self.state['lines'][0], self.state['columns'])
+        net, first = (
+            initial_network(self.settings, self.dataset),
+            cells_of(self.state['lines'][0], self.state['columns']),
+        )
         now = evaluate(net, self.settings, self.dataset, self.data, 0, 0)
         if not math.isclose(float(first['train_loss'] or 'nan'), now['train_loss'], rel_tol=1e-4):
             return  # another version of the program, or of torch, began with other weights: nothing can be compared
         known = [name for name in BOUNDS if first.get(name)]
-        changed = [name for name in known if not math.isclose(float(first[name]), now[name], rel_tol=1e-6)]
-        first |= {name: str(now[name]) for name in BOUNDS if name not in known and not math.isnan(now[name])}
+        changed = [
+            name for name in known if not math.isclose(float(first[name]), now[name], rel_tol=1e-6)
+        ]
+        first |= {
+            name: str(now[name])
+            for name in BOUNDS
+            if name not in known and not math.isnan(now[name])
+        }
         self.state['lines'][0] = line_of(first, self.state['columns'])
         if changed:
             mend = '--evaluate measures anew those whose weights there are'
@@ -191,7 +244,9 @@ class Run:
     def places(self):
         """What is left of the schedule: the (round, epoch) under way and those after it, until the run is stopped early."""
         for place in schedule(self.settings):
-            if place >= (self.state['round'], self.state['epoch']) and not finished(self.settings, self.newest_rows()):
+            if place >= (self.state['round'], self.state['epoch']) and not finished(
+                self.settings, self.newest_rows()
+            ):
                 yield place
 
     def loss(self, net, indices):
@@ -201,7 +256,9 @@ class Run:
         """
         m, augment = len(self.targets), self.settings.augment == 'crop'
         samples = indices % m if augment else indices
-        images, targets = (part.index_select(0, samples) for part in (self.dataset.train_images, self.targets))
+        images, targets = (
+            part.index_select(0, samples) for part in (self.dataset.train_images, self.targets)
+        )
         images = crops(images, indices // m) if augment else images
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             outputs = net(images)
@@ -228,11 +285,15 @@ class Run:
                     if at_target(self.settings, self.state['train_loss']):
                         break
                     self.place, number = None, (epoch - 1) * self.steps + self.state['step']
-                    self.generator.manual_seed(hash((self.settings.seed, number)))  # of integers: the same everywhere
+                    self.generator.manual_seed(
+                        hash((self.settings.seed, number))
+                    )  # of integers: the same everywhere
                     yield number, indices
                     self.state['step'] += 1
                     self.watch_target()
-                require_finite(self.loss_sum, *self.net.state_dict().values())  # waits for the device
+                require_finite(
+                    self.loss_sum, *self.net.state_dict().values()
+                )  # waits for the device
         finally:
             self.state['train_seconds'] += time.perf_counter() - start
 
@@ -257,7 +318,14 @@ class Run:
 
     def regrow(self, number, indices):
         steps = self.settings.epochs * self.steps
-        sparsify.regrow(self.net, self.optimizer, self.settings, number, steps, lambda: self.loss(self.net, indices))
+        sparsify.regrow(
+            self.net,
+            self.optimizer,
+            self.settings,
+            number,
+            steps,
+            lambda: self.loss(self.net, indices),
+        )
 
     def evaluate(self, round_, epoch, bar):
         """The row of metrics.csv and the rows of layers.csv that are due at this place: either may be none."""
@@ -266,17 +334,24 @@ class Run:
 
         def beat(seconds):
             if bar.disable:
-                print(f'{settings.name} epoch {epoch}/{settings.epochs}: {doing} for {seconds:.0f} s', flush=True)
+                print(
+                    f'{settings.name} epoch {epoch}/{settings.epochs}: {doing} for {seconds:.0f} s',
+                    flush=True,
+                )
             else:
                 bar.set_postfix_str(f'{doing} {seconds:.0f} s')
 
         with heartbeat(beat, 30 if bar.disable else 1):
             if due(epoch, settings.eval_every, last):
                 found = self.state['certificates']  # before this evaluation was stopped
-                row = evaluate(self.net, settings, self.dataset, self.data, round_, epoch, certificates=found)
+                row = evaluate(
+                    self.net, settings, self.dataset, self.data, round_, epoch, certificates=found
+                )
                 row |= {'train_seconds': self.state['train_seconds']}
             if due(epoch, settings.layers_every, last):
-                layers = evaluate_layers(self.net, self.dataset, round_, epoch, probes=epoch == last)
+                layers = evaluate_layers(
+                    self.net, self.dataset, round_, epoch, probes=epoch == last
+                )
         return row, layers
 
     def log(self, row, layers, bar):
@@ -290,19 +365,31 @@ class Run:
         if due(place[1], settings.snapshot_every, self.last_epoch()):
             (self.folder / 'snapshots').mkdir(exist_ok=True)
             snapshot = {'network': self.net.state_dict(), 'place': place}
-            save_checkpoint(self.folder / 'snapshots' / f'{place[0]}-{place[1]}.pt', snapshot | self.origin())
+            save_checkpoint(
+                self.folder / 'snapshots' / f'{place[0]}-{place[1]}.pt', snapshot | self.origin()
+            )
         if layers and place[1] == self.last_epoch():
             errors = [layer['train_ncc_error'] for layer in layers[1:-1]]
-            depths = ', '.join(f'{effective_depth(errors, eps):g} (eps = {eps})' for eps in (0.01, 0.05))
-            tqdm.write(f'{settings.name}: effective depth {depths}; training accuracy {1 - row["train_error"]:.4f}')
+            depths = ', '.join(
+                f'{effective_depth(errors, eps):g} (eps = {eps})' for eps in (0.01, 0.05)
+            )
+            tqdm.write(
+                f'{settings.name}: effective depth {depths}; training accuracy {1 - row["train_error"]:.4f}'
+            )
         if row:
-            self.state |= {'train_seconds': 0.0, 'train_loss': row['train_loss'], 'certificates': {}}
+            self.state |= {
+                'train_seconds': 0.0,
+                'train_loss': row['train_loss'],
+                'certificates': {},
+            }
             where = f'{settings.name} ' + f'round {place[0]} ' * bool(settings.prune_rounds)
             where += f'epoch {place[1]}/{settings.epochs} '
             if bar.disable:
                 print(f'{where}{report(row, 120 - len(where))}', flush=True)
             else:
-                bar.set_postfix_str(report(row, shutil.get_terminal_size().columns - len(settings.name) - 58))
+                bar.set_postfix_str(
+                    report(row, shutil.get_terminal_size().columns - len(settings.name) - 58)
+                )
             if reason := stopped_early(settings, self.newest_rows()):
                 tqdm.write(f'{settings.name}: {reason}')
 
@@ -317,15 +404,24 @@ class Run:
             self.place, state['train_loss'] = None, math.inf
         last = here[1] > 0 and here[1] == self.last_epoch()
         end = (here[0], here[1] + 1)  # behind the last place, from which a longer run goes on
-        later = (place for place in schedule(settings) if place > here and not (last and place[0] == here[0]))
+        later = (
+            place
+            for place in schedule(settings)
+            if place > here and not (last and place[0] == here[0])
+        )
         state['round'], state['epoch'] = next(later, end)
         state['step'] = 0
 
     def save(self):
         require_finite(self.loss_sum, *self.net.state_dict().values())
-        saved = self.origin() | {'threads': torch.get_num_threads(), 'network': self.net.state_dict()}
+        saved = self.origin() | {
+            'threads': torch.get_num_threads(),
+            'network': self.net.state_dict(),
+        }
         saved |= {'momentum': self.optimizer.state_dict()['state'], 'state': self.state}
-        save_checkpoint(self.folder / 'model.pt', saved | {'place': self.place, 'rewind_to': self.rewind_to})
+        save_checkpoint(
+            self.folder / 'model.pt', saved | {'place': self.place, 'rewind_to': self.rewind_to}
+        )
 
     def origin(self):
         """What a file of weights says of where they come from."""

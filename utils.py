@@ -26,7 +26,9 @@ def our_bound(network, data, delta, gamma):
     log_paths = network.D * np.log(2) + np.log(network.deg[:-1]).sum() + np.log(network.c[-1])
     energy = np.sqrt(product(network.deg[:-1], data.E_max))
     complexity = (1 + np.sqrt(2 * log_paths)) * energy / data.m
-    return product(2 * np.sqrt(2) * (network.rho + 1) / gamma, complexity) + tail(network.rho, data.m, delta)
+    return product(2 * np.sqrt(2) * (network.rho + 1) / gamma, complexity) + tail(
+        network.rho, data.m, delta
+    )
 
 
 def golowich_bound(network, data, delta, gamma):
@@ -49,14 +51,22 @@ def ledent_bound(network, data, delta, gamma):
     """
     D, m = network.D, data.m
     q = [
-        product(data.P[l] / gamma, np.delete(network.s[:-1], l), network.r, network.a[l], np.sqrt(network.p[l]))
+        product(
+            data.P[l] / gamma,
+            np.delete(network.s[:-1], l),
+            network.r,
+            network.a[l],
+            np.sqrt(network.p[l]),
+        )
         for l in range(D - 1)
     ]
     q = np.array([*q, product(data.P[-1] / gamma, network.s[:-1], network.F[-1])])
     units = network.p * network.c
     Q = (q ** (2 / 3)).sum() ** (3 / 2)
     Gamma, Wbar = (q * units).max(), units.max()
-    R = 4 / m + product(768 * Q / np.sqrt(m), np.sqrt(np.log2(32 * Gamma * m**2 + 7 * Wbar * m)), np.log(m))
+    R = 4 / m + product(
+        768 * Q / np.sqrt(m), np.sqrt(np.log2(32 * Gamma * m**2 + 7 * Wbar * m)), np.log(m)
+    )
     return 2 * R + 3 * np.sqrt(np.log(2 / delta) / (2 * m))
 
 
@@ -66,7 +76,12 @@ def _graf_logs(network, data, gamma):
     A linear layer is a convolution with a 1x1 kernel at one position, as they say, so that it enters with R_l for b_l.
     """
     energy = np.sqrt(data.E_tot / data.m)
-    return np.array([log_product(4 / gamma, energy, np.delete(network.s, l), network.R[l]) for l in range(network.D)])
+    return np.array(
+        [
+            log_product(4 / gamma, energy, np.delete(network.s, l), network.R[l])
+            for l in range(network.D)
+        ]
+    )
 
 
 def graf_bound(network, data, delta, gamma):
@@ -117,15 +132,23 @@ def path_bound(network, data, delta, gamma):
     if network.chain:
         log_N = D * np.log(2) + np.log(data.inputs * network.outputs)
     else:
-        log_N = D * np.log((3 + 2 * P) * K) + np.log((3 + 2 * P) / (1 + P) * (data.inputs + 1) * network.outputs)
-    energy = max(data.E_coord, data.m) if network.biased else data.E_coord  # a bias is a coordinate that is always 1
-    return product(4 * (r + 1) / gamma, np.sqrt(2 * log_N * energy) / data.m) + tail(r, data.m, delta)
+        log_N = D * np.log((3 + 2 * P) * K) + np.log(
+            (3 + 2 * P) / (1 + P) * (data.inputs + 1) * network.outputs
+        )
+    energy = (
+        max(data.E_coord, data.m) if network.biased else data.E_coord
+    )  # a bias is a coordinate that is always 1
+    return product(4 * (r + 1) / gamma, np.sqrt(2 * log_N * energy) / data.m) + tail(
+        r, data.m, delta
+    )
 
 
 def graf_params_bound(network, data, delta, gamma):
     """Graf et al. 2022 (parameters): the second bound of the same theorem as `graf_bound`, which counts weights."""
     logs = 2 * np.log(network.D) + 2 * _graf_logs(network, data, gamma)  # of D^2 C_l^2
-    ceilings = np.log1p(np.ceil(np.exp(np.minimum(logs, 40)))) + np.maximum(logs - 40, 0)  # log(1 + ceil(D^2 C_l^2))
+    ceilings = np.log1p(np.ceil(np.exp(np.minimum(logs, 40)))) + np.maximum(
+        logs - 40, 0
+    )  # log(1 + ceil(D^2 C_l^2))
     psi = np.where(logs > -np.inf, 2.7, 0)
     R = 12 / np.sqrt(data.m) * np.sqrt((2 * network.W * (ceilings + psi)).sum())
     return 2 * R + 3 * np.sqrt(np.log(2 / delta) / (2 * data.m))
@@ -141,7 +164,9 @@ def bartlett_bound(network, data, delta, gamma):
     takes alpha = 1 / m, and is larger.
     """
     m = data.m
-    terms = np.array([product(np.delete(network.s, l), network.A[l]) for l in range(network.D)])  # lip A_l / s_l
+    terms = np.array(
+        [product(np.delete(network.s, l), network.A[l]) for l in range(network.D)]
+    )  # lip A_l / s_l
     covering = 2 / gamma * np.sqrt(data.E_tot * np.log(2 * network.u.max() ** 2))
     R = 4 / m + product(12 * np.log(m) / m * covering, (terms ** (2 / 3)).sum() ** (3 / 2))
     return 2 * R + 3 * np.sqrt(np.log(2 / delta) / (2 * m))
@@ -156,17 +181,26 @@ def neyshabur_bound(network, data, delta, gamma):
     """
     D, m, h = network.D, data.m, network.u.max()
     terms = [product(network.T[l], np.delete(network.s, l)) for l in range(D)]
-    root_KL = product(42 * D * data.B / gamma, np.sqrt(h * np.log(4 * D * h) / 2), np.hypot.reduce(terms))
-    return 4 * np.hypot(root_KL, np.sqrt(np.log(6 * m / delta))) / np.sqrt(m - 1) if m > 1 else np.inf
+    root_KL = product(
+        42 * D * data.B / gamma, np.sqrt(h * np.log(4 * D * h) / 2), np.hypot.reduce(terms)
+    )
+    return (
+        4 * np.hypot(root_KL, np.sqrt(np.log(6 * m / delta))) / np.sqrt(m - 1) if m > 1 else np.inf
+    )
 
 
-MARGINS = 2.0 ** np.arange(-4, 2.5, 0.5)  # the fixed grid of margins over which the certificate takes its union
+MARGINS = 2.0 ** np.arange(
+    -4, 2.5, 0.5
+)  # the fixed grid of margins over which the certificate takes its union
 
 
 def _certificates(network, data, delta):
     """err_S^gamma + the smaller of two bounds, each at confidence delta / (2 |MARGINS|), for each gamma of MARGINS."""
     delta = delta / (2 * len(MARGINS))
-    least = [min(bound(network, data, delta, gamma) for bound in (corrected_bound, path_bound)) for gamma in MARGINS]
+    least = [
+        min(bound(network, data, delta, gamma) for bound in (corrected_bound, path_bound))
+        for gamma in MARGINS
+    ]
     return [margin_error(network.margins, gamma) + bound for gamma, bound in zip(MARGINS, least)]
 
 
@@ -218,7 +252,9 @@ def evaluate_bounds(net, data, margins, delta=0.001, gamma=1.0, skip_uncovered=F
             delta or gamma is out of range, or a bound returns no number.
     """
     if np.shape(margins) != (data.m,):
-        raise BadInput(f'margins of shape {tuple(np.shape(margins))} for {data.m} training samples: must be ({data.m},)')
+        raise BadInput(
+            f'margins of shape {tuple(np.shape(margins))} for {data.m} training samples: must be ({data.m},)'
+        )
     if not 0 < delta < 1:
         raise BadInput(f'delta = {delta}: must lie between 0 and 1')
     if not 0 < gamma < np.inf:
@@ -237,5 +273,7 @@ def evaluate_bounds(net, data, margins, delta=0.001, gamma=1.0, skip_uncovered=F
             try:
                 row[column] = float(value)
             except (TypeError, ValueError, RuntimeError):
-                raise BadInput(f'{column} of BOUNDS returns a {type(value).__name__}; it must return a number') from None
+                raise BadInput(
+                    f'{column} of BOUNDS returns a {type(value).__name__}; it must return a number'
+                ) from None
     return {column: float(value) for column, value in row.items()}

@@ -55,7 +55,10 @@ def _milestones(value):
 
 
 _BOOLEAN = Rule('True or False', lambda value: value if type(value) is bool else None)
-_TEXT = Rule('a printable text', lambda value: value if type(value) is str and value.isprintable() and value else None)
+_TEXT = Rule(
+    'a printable text',
+    lambda value: value if type(value) is str and value.isprintable() and value else None,
+)
 
 
 def _later(before, rule):
@@ -103,9 +106,13 @@ RULES = {
     'rescale_neurons': _later(False, _BOOLEAN),
     'regrow': _later('none', _choice('none', 'random', 'gradient')),
     'regrow_every': _later(100, _integer(1)),
-    'regrow_fraction': _later(0.3, _number('a number between 0 and 1', lambda value: 0 < value < 1)),
+    'regrow_fraction': _later(
+        0.3, _number('a number between 0 and 1', lambda value: 0 < value < 1)
+    ),
     'regrow_until': _later(0.75, _number('a number from 0 to 1', lambda value: 0 <= value <= 1)),
-    'channel_sparsity': _later(0.0, _number('a number from 0 to below 1', lambda value: 0 <= value < 1)),
+    'channel_sparsity': _later(
+        0.0, _number('a number from 0 to below 1', lambda value: 0 <= value < 1)
+    ),
     'device': _TEXT,
     'precision': _choice('auto', 'float32', 'tf32', 'bf16'),
     'threads': _later(0, _integer(0, 1024)),
@@ -125,7 +132,13 @@ BEFORE = {name: rule.before for name, rule in RULES.items() if rule.before is no
 
 LATER = '_later(value, rule) in conf/__init__.py'
 FOLDERS = ('data_dir', 'results_dir')
-NOT_SWEPT = (*FOLDERS, 'milestones', 'device', 'threads', 'jobs')  # a list in one of these is not a sweep
+NOT_SWEPT = (
+    *FOLDERS,
+    'milestones',
+    'device',
+    'threads',
+    'jobs',
+)  # a list in one of these is not a sweep
 
 
 def _plain(value):
@@ -169,7 +182,9 @@ def read_settings(path):
         raise
     except BaseException as error:  # a settings file may raise anything
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)] or [getattr(error, 'lineno', None)]
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)] or [
+            getattr(error, 'lineno', None)
+        ]
         where = f'{path}, line {lines[-1]}' if lines[-1] else path
         raise BadInput(f'{where}: {type(error).__name__}: {error}') from None
     nodes = ast.walk(ast.parse(Path(path).read_bytes()))
@@ -181,7 +196,9 @@ def read_settings(path):
             if name in RULES:
                 settings[name] = _check(name, value)
             elif not (name.startswith('_') or isinstance(value, ModuleType) or name in imported):
-                raise BadInput(f'unknown setting {name}{closest(name, RULES)}; a name of your own starts with _')
+                raise BadInput(
+                    f'unknown setting {name}{closest(name, RULES)}; a name of your own starts with _'
+                )
         except BadInput as error:
             raise BadInput(f'{path}: {error}') from None
     return settings
@@ -208,13 +225,26 @@ def load_settings(path=GLOBAL_SETTINGS, flags=None, before=None):
             raise BadInput(f'{path}: is empty; put back the settings of this launch')
         sweep = sweep | given
     if missing := [name for name in RULES if name not in sweep]:
-        mend = 'put its line back' if before is None else f'if it is a new knob, give its rule the value of older runs: {LATER}'
-        raise BadInput(f'{GLOBAL_SETTINGS if before is None else path}: the setting {missing[0]} is missing; {mend}')
-    sweep = {name: sweep[name] for name in RULES}  # the order of runs and of the knobs in their names, whatever the file's
+        mend = (
+            'put its line back'
+            if before is None
+            else f'if it is a new knob, give its rule the value of older runs: {LATER}'
+        )
+        raise BadInput(
+            f'{GLOBAL_SETTINGS if before is None else path}: the setting {missing[0]} is missing; {mend}'
+        )
+    sweep = {
+        name: sweep[name] for name in RULES
+    }  # the order of runs and of the knobs in their names, whatever the file's
     sweep |= {name: _check(name, value) for name, value in (flags or {}).items()}
 
-    swept = {name: value if name not in NOT_SWEPT and isinstance(value, list) else [value] for name, value in sweep.items()}
-    varied = [name for name in swept if len(swept[name]) > 1 and name not in ('network', 'depth', 'width')]
+    swept = {
+        name: value if name not in NOT_SWEPT and isinstance(value, list) else [value]
+        for name, value in sweep.items()
+    }
+    varied = [
+        name for name in swept if len(swept[name]) > 1 and name not in ('network', 'depth', 'width')
+    ]
     runs = []
     for values in itertools.product(*swept.values()):
         run = SimpleNamespace(**dict(zip(swept, values)))
@@ -277,7 +307,12 @@ def parse_command_line(argv=None):
     add('--settings', metavar='FILE', help='settings file (default: conf/global_settings.py)')
     add('--results-path', metavar='DIR', help='results folder to make, to resume or to plot')
     add('--resume', action='store_true', help='go on from the checkpoints in --results-path')
-    add('--run', metavar='K', type=int, help='train only the K-th network of the sweep, counted from 1')
+    add(
+        '--run',
+        metavar='K',
+        type=int,
+        help='train only the K-th network of the sweep, counted from 1',
+    )
     either = parser.add_mutually_exclusive_group()
     prepare = 'check everything, make the results folder, print the number of networks and the folder, train nothing'
     either.add_argument('--prepare', action='store_true', help=prepare)
@@ -285,12 +320,19 @@ def parse_command_line(argv=None):
     either.add_argument('--plot', action='store_true', help=plot)
     again = 'measure the snapshots and checkpoints of --results-path anew, with the bounds of today, into evaluation.csv'
     either.add_argument('--evaluate', action='store_true', help=again)
-    either.add_argument('--status', action='store_true', help='show which networks of --results-path are finished')
+    either.add_argument(
+        '--status', action='store_true', help='show which networks of --results-path are finished'
+    )
     words = 'the settings of conf/global_settings.py, each with its comment there'
-    knobs, about = parser.add_argument_group('knobs', words, argument_default=argparse.SUPPRESS), comments()
+    knobs, about = (
+        parser.add_argument_group('knobs', words, argument_default=argparse.SUPPRESS),
+        comments(),
+    )
     for name in RULES:
         flags = dict.fromkeys([f'--{name.replace("_", "-")}', f'--{name}'])
-        kind = os.path.abspath if name in FOLDERS else _literal  # a folder is relative to where the command is given
+        kind = (
+            os.path.abspath if name in FOLDERS else _literal
+        )  # a folder is relative to where the command is given
         several = None if name in FOLDERS else '*' if name == 'milestones' else '+'
         help_text = about.get(name, '').replace('%', '%%')
         knobs.add_argument(*flags, dest=name, type=kind, nargs=several, metavar='X', help=help_text)
@@ -298,9 +340,15 @@ def parse_command_line(argv=None):
     options, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
-        raise BadInput(f'unknown argument {unknown[0]}{closest(unknown[0], known)}; see python train.py --help')
+        raise BadInput(
+            f'unknown argument {unknown[0]}{closest(unknown[0], known)}; see python train.py --help'
+        )
     flags = {name: vars(options).pop(name) for name in RULES if name in options}
     for name, values in flags.items():  # one value of the command line is no sweep
-        if name not in FOLDERS and len(values) == 1 and (name != 'milestones' or isinstance(values[0], list)):
+        if (
+            name not in FOLDERS
+            and len(values) == 1
+            and (name != 'milestones' or isinstance(values[0], list))
+        ):
             flags[name] = values[0]
     return options, flags

@@ -25,9 +25,15 @@ def plain_layers(net):
     for index, step in enumerate(forward_steps(net)[1:]):
         kind, *how = step.op
         if step.inputs != (index,):
-            raise BadInput(f'{step.name}: reads something else than the layer before it; only chains are covered')
+            raise BadInput(
+                f'{step.name}: reads something else than the layer before it; only chains are covered'
+            )
         if kind == 'conv' and not flat and how[3] == 1 and not isinstance(how[1], str):
-            layers.append(Plain(step.weight, step.bias, False, dict(zip(('stride', 'padding', 'dilation'), how))))
+            layers.append(
+                Plain(
+                    step.weight, step.bias, False, dict(zip(('stride', 'padding', 'dilation'), how))
+                )
+            )
         elif kind == 'linear' and flat:
             layers.append(Plain(step.weight, step.bias, False, {}))
         elif kind == 'flatten' and how in ([1, -1], [1, 3]):

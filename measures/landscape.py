@@ -16,9 +16,9 @@ import math
 import torch
 
 from conf import BadInput
-from measures.geometry import evaluation_mode, plain_copy, weight_layers
 from measures.norms import classification_margins, margin_error, product
 from measures.paths import path_metric, path_norm
+from measures.trace import evaluation_mode, plain_copy, weight_layers
 
 SHARPNESS_SAMPLES, SHARPNESS_DRAWS, SHARPNESS_RISE = 500, 5, 0.1
 
@@ -29,7 +29,10 @@ def _weights(net):
 
 def _moved(net, initial):
     """The Frobenius distance of each layer from its start."""
-    return [(weight - start).norm().item() for weight, start in zip(_weights(net), _weights(initial), strict=True)]
+    return [
+        (weight - start).norm().item()
+        for weight, start in zip(_weights(net), _weights(initial), strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -93,7 +96,10 @@ def sharpness(net, initial, images, labels):
     trained = [weight.clone() for weight in weights]
     generator = torch.Generator().manual_seed(0)
     draws = [
-        [torch.randn(weight.shape, generator=generator).to(weight) * (weight != 0) for weight in trained]
+        [
+            torch.randn(weight.shape, generator=generator).to(weight) * (weight != 0)
+            for weight in trained
+        ]
         for _ in range(SHARPNESS_DRAWS)
     ]
 
@@ -127,7 +133,9 @@ def input_gradient(net, initial, images, labels):
             batch = batch.detach().clone().requires_grad_()
             margins = classification_margins(net(batch), own)
             (gradient,) = torch.autograd.grad(margins.sum(), batch)
-            ratios.append(gradient.flatten(1).norm(dim=1).double() / margins.detach().clamp(min=1e-6))
+            ratios.append(
+                gradient.flatten(1).norm(dim=1).double() / margins.detach().clamp(min=1e-6)
+            )
     return torch.cat(ratios).median().item()
 
 
@@ -151,7 +159,9 @@ def measure_landscape(net, initial, images, labels):
     Raises:
         BadInput: images and labels do not fit each other or the network.
     """
-    margin_10(net, initial, images, labels)  # refuses what does not fit, so that what is refused below is not covered
+    margin_10(
+        net, initial, images, labels
+    )  # refuses what does not fit, so that what is refused below is not covered
     row = {}
     for column, measure in MEASURES.items():
         try:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from conf import BadInput
 from measures.chains import plain_layers, sequential
-from measures.geometry import images_per_pass, trace, trace_layers, weight_layers
+from measures.trace import images_per_pass, trace, trace_layers, weight_layers
 
 
 def weight_mask(layer):
@@ -32,14 +32,22 @@ def density(net):
     layers = weight_layers(net).values()
     total = sum(layer.weight.numel() for layer in layers)
     if not total:
-        raise BadInput(f'{type(net).__name__}: has no Conv2d or Linear module, whose weights could live')
+        raise BadInput(
+            f'{type(net).__name__}: has no Conv2d or Linear module, whose weights could live'
+        )
     return sum(_living(layer) for layer in layers) / total
 
 
 def masked_density(net):
     """The share of living entries among the weights of the layers that have a mask; it is 1 where none has."""
-    masks = [mask for layer in weight_layers(net).values() if (mask := weight_mask(layer)) is not None]
-    return sum(int(mask.count_nonzero()) for mask in masks) / sum(mask.numel() for mask in masks) if masks else 1.0
+    masks = [
+        mask for layer in weight_layers(net).values() if (mask := weight_mask(layer)) is not None
+    ]
+    return (
+        sum(int(mask.count_nonzero()) for mask in masks) / sum(mask.numel() for mask in masks)
+        if masks
+        else 1.0
+    )
 
 
 def _living(layer):
@@ -66,7 +74,9 @@ def topology(weight):
         BadInput: not a matrix or a kernel, or a NaN or an infinity in it.
     """
     if weight.ndim not in (2, 4) or not weight.isfinite().all():
-        raise BadInput(f'weight of shape {tuple(weight.shape)}: must be (out, in) or (out, in, kh, kw), of finite numbers')
+        raise BadInput(
+            f'weight of shape {tuple(weight.shape)}: must be (out, in) or (out, in, kh, kw), of finite numbers'
+        )
     magnitudes = weight.detach().flatten(1).T.abs().double().cpu()
     edges = (magnitudes != 0).double()
     degrees = edges.sum(1)
@@ -105,9 +115,14 @@ def measure_masks(net):
         living, weight = _living(layer), layer.weight
         dead = weight.eq(0).flatten(1).all(1)
         if readers and None not in readers[name]:
-            dead |= ~torch.stack([reads(layers[reader], len(dead)) for reader in readers[name]]).any(0)
+            dead |= ~torch.stack(
+                [reads(layers[reader], len(dead)) for reader in readers[name]]
+            ).any(0)
         dead_channels = int(dead.sum()) if readers else math.nan
-        measured[name] = {'density': living / weight.numel(), 'dead_channels': dead_channels} | topology(weight)
+        measured[name] = {
+            'density': living / weight.numel(),
+            'dead_channels': dead_channels,
+        } | topology(weight)
     return measured
 
 
@@ -115,7 +130,9 @@ def hidden_readers(net):
     """{hidden layer: the layer that reads it} of a chain, in its order; nothing with skips or groups."""
     layers, readers = weight_layers(net), _readers(net) or {}
     one = all(len(names) == 1 for names in readers.values())
-    if not one or len(set().union(*readers.values())) < len(readers):  # read by several, or several read
+    if not one or len(set().union(*readers.values())) < len(
+        readers
+    ):  # read by several, or several read
         return {}
     if any(getattr(layer, 'groups', 1) > 1 for layer in layers.values()):
         return {}
@@ -166,7 +183,10 @@ def neuron_norms(net, input_shape):
         positions, and out (K,) those of all weights out of channel k.
     """
     weights = [layer.kernel.flatten(2) for layer in trace_layers(net, input_shape)]
-    return [(into.norm(dim=(1, 2)), out.norm(dim=(0, 2)), out.norm(dim=2)) for into, out in itertools.pairwise(weights)]
+    return [
+        (into.norm(dim=(1, 2)), out.norm(dim=(0, 2)), out.norm(dim=2))
+        for into, out in itertools.pairwise(weights)
+    ]
 
 
 @torch.no_grad()
@@ -190,14 +210,18 @@ def sharing(net, images):
         BadInput: a network that is not covered, or images of another shape or with NaN or infinite pixels.
     """
     if images.ndim != 4 or not images.isfinite().all():
-        raise BadInput(f'images of shape {tuple(images.shape)}: must be (N, channels, height, width), of finite pixels')
+        raise BadInput(
+            f'images of shape {tuple(images.shape)}: must be (N, channels, height, width), of finite pixels'
+        )
     layers = trace_layers(net, tuple(images.shape[1:]))[:-1]
     norms = neuron_norms(net, tuple(images.shape[1:]))
     fired = [torch.zeros_like(inc, dtype=torch.bool) for inc, _, _ in norms]
 
     def note(fires):
         def hook(module, inputs, output):
-            fires.logical_or_((output > 0).flatten(2).any(2).any(0) if output.ndim == 4 else (output > 0).any(0))
+            fires.logical_or_(
+                (output > 0).flatten(2).any(2).any(0) if output.ndim == 4 else (output > 0).any(0)
+            )
 
         return hook
 
@@ -223,7 +247,10 @@ def sharing(net, images):
                 'feeds': (per > 1e-3 * per.amax(0)).double().sum(0)[active].mean().item(),
                 'participation': (squares.sum(0).square() / squares.square().sum(0)).mean().item(),
                 'path': through.sum().item(),
-                'balance': (ratio.mean().item(), (ratio - ratio.mean()).square().mean().sqrt().item()),
+                'balance': (
+                    ratio.mean().item(),
+                    (ratio - ratio.mean()).square().mean().sqrt().item(),
+                ),
             }
         )
     return measured
@@ -257,7 +284,9 @@ def drop_dead(net):
         kept[0] |= ~kept.any()
         constant = _columns(reader, layer).sum(2) @ torch.where(kept, 0, value)
         if constant.any():
-            reader = reader._replace(bias=constant if reader.bias is None else reader.bias + constant)
+            reader = reader._replace(
+                bias=constant if reader.bias is None else reader.bias + constant
+            )
         layers[index : index + 2] = _without(layer, reader, kept)
     for index in reversed(range(len(layers) - 1)):
         layer, reader = layers[index : index + 2]
@@ -274,6 +303,8 @@ def _columns(reader, layer):
 
 def _without(layer, reader, kept):
     """Two layers of a chain that has only the `kept` (boolean) of the channels between them."""
-    weight = _columns(reader, layer)[:, kept].reshape(len(reader.weight), -1, *reader.weight.shape[2:])
+    weight = _columns(reader, layer)[:, kept].reshape(
+        len(reader.weight), -1, *reader.weight.shape[2:]
+    )
     bias = None if layer.bias is None else layer.bias[kept]
     return layer._replace(weight=layer.weight[kept], bias=bias), reader._replace(weight=weight)

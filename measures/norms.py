@@ -8,11 +8,28 @@ import torch
 import torch.nn.functional as F
 
 from conf import BadInput
-from measures.geometry import not_covered, trace_layers
 from measures.paths import measure_paths
+from measures.trace import not_covered, trace_layers
 
 # What `measure_network` measures of the layers of a chain, and what `measure_paths` measures of more networks.
-LAYER_MEASURES = 'F', 'T', 's', 'a', 'b', 'R', 'deg', 'A', 'p', 'c', 'W', 'u', 'r', 'rho', 'D', 'prod_ratio'
+LAYER_MEASURES = (
+    'F',
+    'T',
+    's',
+    'a',
+    'b',
+    'R',
+    'deg',
+    'A',
+    'p',
+    'c',
+    'W',
+    'u',
+    'r',
+    'rho',
+    'D',
+    'prod_ratio',
+)
 PATH_MEASURES = 'path_norm', 'path_depth', 'pool', 'biased', 'chain', 'outputs'
 
 
@@ -48,7 +65,9 @@ def operator_norm(weight, in_size, stride=1, padding=0, dilation=1, tolerance=1e
     generator = torch.Generator().manual_seed(0)
 
     def start():
-        vector = torch.randn(math.prod(shape), generator=generator, dtype=torch.float64).to(weight.device)
+        vector = torch.randn(math.prod(shape), generator=generator, dtype=torch.float64).to(
+            weight.device
+        )
         return vector / vector.norm()
 
     def square(vector):
@@ -57,7 +76,9 @@ def operator_norm(weight, in_size, stride=1, padding=0, dilation=1, tolerance=1e
 
     starts = [start(), start()]
     nothing = 1e-10 * max((square(vector) @ vector).item() for vector in starts)
-    return math.sqrt(max(0.0, *(_lanczos(square, vector, start, nothing, tolerance) for vector in starts)))
+    return math.sqrt(
+        max(0.0, *(_lanczos(square, vector, start, nothing, tolerance) for vector in starts))
+    )
 
 
 def _lanczos(square, vector, start, nothing, tolerance):
@@ -67,7 +88,9 @@ def _lanczos(square, vector, start, nothing, tolerance):
     diagonal, betas beside it.
     """
     size = len(vector)
-    basis = vector.new_empty(min(size, 64), size)  # it grows where it must: few steps are the rule, and `size` may be millions
+    basis = vector.new_empty(
+        min(size, 64), size
+    )  # it grows where it must: few steps are the rule, and `size` may be millions
     alphas, betas = [], []
 
     def orthogonal(image):
@@ -90,13 +113,17 @@ def _lanczos(square, vector, start, nothing, tolerance):
         # Not at every step, since the small eigenproblem costs more than a convolution, and each waits for the device.
         if step % 8 == 7 or step == size - 1:
             off = torch.stack(betas)
-            ritz = torch.diag(torch.stack(alphas)) + torch.diag(off[:-1], 1) + torch.diag(off[:-1], -1)
+            ritz = (
+                torch.diag(torch.stack(alphas)) + torch.diag(off[:-1], 1) + torch.diag(off[:-1], -1)
+            )
             values, vectors = torch.linalg.eigh(ritz.cpu())
             # |A'A x - largest x| of the Ritz vector x = V y is the last beta times the last entry of y.
             largest, residual = values[-1].item(), off[-1].item() * abs(vectors[-1, -1].item())
             if residual <= tolerance * largest and step >= 15:
                 break
-        if not betas[-1] and step < size - 1:  # a larger eigenvalue may lie outside the invariant space: go on from there
+        if (
+            not betas[-1] and step < size - 1
+        ):  # a larger eigenvalue may lie outside the invariant space: go on from there
             image = orthogonal(start())
             norm = image.norm()
         vector = image / norm
@@ -121,10 +148,21 @@ def dft_norm(weight, in_size, padding=0, dilation=1):
         return 0.0
     phases = []  # per axis, (frequencies, taps)
     for axis, (size, taps) in enumerate(zip(in_size, weight.shape[2:])):
-        pad, step = ((value, value)[axis] if isinstance(value, int) else value[axis] for value in (padding, dilation))
+        pad, step = (
+            (value, value)[axis] if isinstance(value, int) else value[axis]
+            for value in (padding, dilation)
+        )
         size = max(size + 2 * pad, step * (taps - 1) + 1)
-        count = size if axis == 0 else size // 2 + 1  # the others are complex conjugates, as the weights are real
-        turns = torch.arange(count, dtype=torch.float64)[:, None] * torch.arange(taps) * step % size / size
+        count = (
+            size if axis == 0 else size // 2 + 1
+        )  # the others are complex conjugates, as the weights are real
+        turns = (
+            torch.arange(count, dtype=torch.float64)[:, None]
+            * torch.arange(taps)
+            * step
+            % size
+            / size
+        )
         phases.append(torch.polar(torch.ones_like(turns), -2 * math.pi * turns).to(weight.device))
     rows, columns = phases
     phases = (rows[:, None, :, None] * columns[None, :, None, :]).flatten(0, 1).flatten(1)
@@ -209,9 +247,13 @@ def _measure_layers(layers, input_shape):
         scale = weight.abs().max().item()  # taken out, so that no square over- or underflows
         weight = weight / (scale or 1.0)
         rows, columns = layer.taps
-        counts = np.outer(rows.sum((1, 2)), columns.sum((1, 2)))  # output positions at which a tap reads the input
+        counts = np.outer(
+            rows.sum((1, 2)), columns.sum((1, 2))
+        )  # output positions at which a tap reads the input
         squares = weight.square().sum(1)  # of each filter at each tap
-        read = [torch.from_numpy(axis.any(2)).to(squares) for axis in (rows, columns)]  # is the tap's position in the input?
+        read = [
+            torch.from_numpy(axis.any(2)).to(squares) for axis in (rows, columns)
+        ]  # is the tap's position in the input?
         incoming = torch.einsum('fkl,ko,lp->fop', squares, *read)  # of each output unit
         tap_squares = squares.sum(0).cpu().numpy()
         filters = weight.flatten(1)
@@ -221,7 +263,9 @@ def _measure_layers(layers, input_shape):
             gram = filters @ filters.T if len(filters) <= filters.shape[1] else filters.T @ filters
             spectral = math.sqrt(torch.linalg.eigvalsh(gram)[-1].item())
         else:
-            spectral = operator_norm(weight, layer.in_size, layer.stride, layer.padding, layer.dilation)
+            spectral = operator_norm(
+                weight, layer.in_size, layer.stride, layer.padding, layer.dilation
+            )
         table['F'].append(scale * weight.norm().item())
         table['T'].append(scale * math.sqrt((tap_squares * counts).sum()))
         table['s'].append(scale * spectral)
@@ -233,7 +277,9 @@ def _measure_layers(layers, input_shape):
         table['p'].append(rows.shape[1] * columns.shape[1])
         table['c'].append(layer.shape[0])
         table['W'].append(weight.numel())
-    network = SimpleNamespace(**{symbol: np.array(values, dtype=float) for symbol, values in table.items()})
+    network = SimpleNamespace(
+        **{symbol: np.array(values, dtype=float) for symbol, values in table.items()}
+    )
     network.r = scale * filters.norm(dim=1).max().item()
     network.a[-1] = network.F[-1]
     network.u = np.array([math.prod(input_shape), *network.p * network.c])
@@ -266,7 +312,9 @@ def measure_data(net, images, skip_uncovered=False):
         BadInput: the network is not covered, or the images are none, or contain NaN or infinity.
     """
     if images.dim() != 4 or not len(images):
-        raise BadInput(f'images of shape {tuple(images.shape)}: must be (m, channels, height, width), with m >= 1')
+        raise BadInput(
+            f'images of shape {tuple(images.shape)}: must be (m, channels, height, width), with m >= 1'
+        )
     input_shape = tuple(images.shape[1:])
     reach = [np.eye(size) for size in input_shape[1:]]
     fields = []  # per hidden layer and axis, (outputs, pixels): does this output position see this pixel?
@@ -274,12 +322,17 @@ def measure_data(net, images, skip_uncovered=False):
     for layer in () if reason else trace_layers(net, input_shape)[:-1]:
         reach = [(taps.any(0) @ seen > 0).astype(float) for taps, seen in zip(layer.taps, reach)]
         fields.append([torch.from_numpy(axis).to(images.device) for axis in reach])
-    coordinates, largest = 0.0, torch.zeros(len(fields) + 1, dtype=torch.float64, device=images.device)
+    coordinates, largest = (
+        0.0,
+        torch.zeros(len(fields) + 1, dtype=torch.float64, device=images.device),
+    )
     for chunk in images.split(2048):
         squares = chunk.double().square()
         coordinates = coordinates + squares.sum(0)
         squares = squares.sum(1)
-        seen = [(rows @ squares @ columns.T).max() for rows, columns in fields] + [squares.sum((1, 2)).max()]
+        seen = [(rows @ squares @ columns.T).max() for rows, columns in fields] + [
+            squares.sum((1, 2)).max()
+        ]
         largest = torch.maximum(largest, torch.stack(seen))
     energy = coordinates.sum(0)
     E_max, E_tot = energy.max().item(), energy.sum().item()
@@ -309,7 +362,9 @@ def classification_margins(outputs, labels):
         shapes = f'outputs {tuple(outputs.shape)} and labels {tuple(labels.shape)}'
         raise BadInput(f'{shapes}: must be (m, classes) and (m,)')
     if labels.is_floating_point() or ((labels < 0) | (labels >= outputs.shape[1])).any():
-        raise BadInput(f'labels out of range: {outputs.shape[1]} outputs want whole numbers from 0 to {outputs.shape[1] - 1}')
+        raise BadInput(
+            f'labels out of range: {outputs.shape[1]} outputs want whole numbers from 0 to {outputs.shape[1] - 1}'
+        )
     outputs, labels = outputs.double(), labels.long()
     own = outputs.gather(1, labels[:, None])
     return own[:, 0] - outputs.scatter(1, labels[:, None], -math.inf).amax(1)

@@ -10,14 +10,20 @@ import torch
 import torch.nn.functional as F
 
 from conf import BadInput
-from measures.geometry import features, ieee_float32, trace_layers
 from measures.norms import dft_norm
+from measures.trace import features, ieee_float32, trace_layers
 
-PRIOR_IMAGES = 2000  # n0, images set aside for the prior and the losses; never more than a tenth of the sample
+PRIOR_IMAGES = (
+    2000  # n0, images set aside for the prior and the losses; never more than a tenth of the sample
+)
 RANK = 512  # R, directions of the features in which the classifier's noise is held back
 SEARCH = 500, 128, 1000  # images set aside, rank and other images that a search makes do with
-MAX_PIXEL = 1e25  # so that the features, which are no longer than an image, stay far from float32's end
-MAX_CLASSES = 1000  # up to which the quadrature of `noisy_errors` is known to be within its allowance
+MAX_PIXEL = (
+    1e25  # so that the features, which are no longer than an image, stay far from float32's end
+)
+MAX_CLASSES = (
+    1000  # up to which the quadrature of `noisy_errors` is known to be within its allowance
+)
 MAX_FLOATS = 2**28  # of the features of the images set aside, held at a time: 1 GiB
 CHOICES = 1000  # designs of prior and loss among which this one was chosen by looking at MNIST; delta pays for them
 
@@ -46,7 +52,11 @@ def kl_inverse(q, a):
     low, high = q, 1.0
     for _ in range(60):
         p = (low + high) / 2
-        kl = math.inf if p == 1 else (q and q * math.log(q / p)) + (1 - q) * math.log((1 - q) / (1 - p))
+        kl = (
+            math.inf
+            if p == 1
+            else (q and q * math.log(q / p)) + (1 - q) * math.log((1 - q) / (1 - p))
+        )
         low, high = (p, high) if kl <= a else (low, p)
     return high
 
@@ -57,13 +67,17 @@ def test_set_bound(error, n, delta):
     kl_inverse(error, log(1 / delta) / n), Chernoff's bound inverted (Langford 2005, theorem 3.3).
     """
     if not (n >= 1 and 0 < delta < 1):
-        raise BadInput(f'n = {n}, delta = {delta}: wants a sample or more, and delta between 0 and 1')
+        raise BadInput(
+            f'n = {n}, delta = {delta}: wants a sample or more, and delta between 0 and 1'
+        )
     return kl_inverse(error, math.log(1 / delta) / n)
 
 
 def _cells(values):
     """P(k) of each of these values (U,) for a rounded Gaussian of each scale, (scales, U) float64."""
-    edges = torch.stack([values - 0.5, values + 0.5])[:, None] / (SCALES.to(values.device)[:, None] * math.sqrt(2))
+    edges = torch.stack([values - 0.5, values + 0.5])[:, None] / (
+        SCALES.to(values.device)[:, None] * math.sqrt(2)
+    )
     lower, upper = torch.special.erfc(edges)  # and not ndtr, which has no tail
     return (lower - upper) / 2
 
@@ -89,7 +103,10 @@ def noisy_errors(margins, v, gamma):
         v: (N,) float64, standard deviation of each output.
     """
     nodes, weights = np.polynomial.hermite_e.hermegauss(32 if margins.shape[1] <= 10 else 128)
-    nodes, weights = (torch.from_numpy(part).to(margins.device) for part in (nodes, weights / math.sqrt(2 * math.pi)))
+    nodes, weights = (
+        torch.from_numpy(part).to(margins.device)
+        for part in (nodes, weights / math.sqrt(2 * math.pi))
+    )
     kept = 0.0
     for node, weight in zip(nodes, weights):
         shifted = margins / v.clamp_min(1e-300)[:, None] + (node - gamma * math.sqrt(2))
@@ -102,8 +119,16 @@ def _climb(score, point, strides):
     score, point = lru_cache(None)(score), tuple(point)
     least = score(point)
     for stride in strides:
-        moves = [tuple(sign * stride * (i == j) for j in range(len(point))) for i in range(len(point)) for sign in (1, -1)]
-        while point and score(near := min((tuple(map(sum, zip(point, move))) for move in moves), key=score)) < least:
+        moves = [
+            tuple(sign * stride * (i == j) for j in range(len(point)))
+            for i in range(len(point))
+            for sign in (1, -1)
+        ]
+        while (
+            point
+            and score(near := min((tuple(map(sum, zip(point, move))) for move in moves), key=score))
+            < least
+        ):
             point, least = near, score(near)
     return point, least
 
@@ -147,7 +172,9 @@ def _measure(layers, kernels, data):
     """
     *hidden, classifier = (kernel.float() for kernel in kernels)
     images, labels, prior, sample = data.images, data.labels, data.prior, data.sample
-    step = max(64, 2**21 // classifier[0].numel())  # images at once: 8 MiB of features, enough for fast matrix products
+    step = max(
+        64, 2**21 // classifier[0].numel()
+    )  # images at once: 8 MiB of features, enough for fast matrix products
     phi = classifier.new_empty(len(prior), classifier[0].numel())
     for rows, indices in zip(phi.split(step), prior.split(step)):
         rows.copy_(features(layers, hidden, images[indices].float()).flatten(1))
@@ -162,7 +189,9 @@ def _measure(layers, kernels, data):
     phi *= scale  # from here on the prior's images have E_h = 1, and the grids fit any network
     lam, vectors = torch.linalg.eigh(gram * (scale**2 / len(phi)))
     lam, vectors = lam.flip(0), vectors.flip(1)
-    vectors = vectors[:, lam > 1e-7 * lam[0]]  # the others are rounding of the float32 features, and no directions
+    vectors = vectors[
+        :, lam > 1e-7 * lam[0]
+    ]  # the others are rounding of the float32 features, and no directions
     lam = lam[: vectors.shape[1]]
     top = lam[: data.rank]
     directions = phi.T @ (vectors[:, : data.rank] / (len(phi) * top).sqrt()).float()
@@ -172,14 +201,22 @@ def _measure(layers, kernels, data):
 
     # v^2 = phi' (I + beta Phi)^-1 phi: along Phi's directions the noise shrinks, and on the rest of phi all of it acts.
     shrink = 1 / (1 + BETAS.to(lam.device) * top[:, None])
-    coordinates_and_outputs = torch.cat([directions, weights], 1)  # one pass over the features gives both
+    coordinates_and_outputs = torch.cat(
+        [directions, weights], 1
+    )  # one pass over the features gives both
     # Filled in place: small tensors that stay, allocated between large ones that go, would tear the heap to pieces.
-    problem = SimpleNamespace(m1=data.m1, scale=scale, margins=lam.new_empty(len(sample), len(classifier)))
+    problem = SimpleNamespace(
+        m1=data.m1, scale=scale, margins=lam.new_empty(len(sample), len(classifier))
+    )
     problem.v, problem.x = lam.new_empty(len(sample), len(BETAS)), lam.new_empty(len(sample))
-    for indices, margins, v, x in zip(*(part.split(step) for part in (sample, problem.margins, problem.v, problem.x))):
+    for indices, margins, v, x in zip(
+        *(part.split(step) for part in (sample, problem.margins, problem.v, problem.x))
+    ):
         batch, own = images[indices].float(), labels[indices, None]
         z = features(layers, hidden, batch).flatten(1) * scale
-        coordinates, outputs = (z @ coordinates_and_outputs).double().split([len(top), len(classifier)], 1)
+        coordinates, outputs = (
+            (z @ coordinates_and_outputs).double().split([len(top), len(classifier)], 1)
+        )
         squares = coordinates.square()
         rest = (torch.linalg.vector_norm(z, dim=1).double().square() - squares.sum(1)).clamp_min(0)
         margins.copy_((outputs.gather(1, own) - outputs).scatter(1, own, math.inf))
@@ -202,8 +239,12 @@ def _classifier_kl(lam, rank, vectors, means, square, labels):
     """
     classes = means.shape[1]
     targets = F.one_hot(labels, classes).double() - 1 / classes
-    target = (lam / len(labels)).sqrt()[:, None] * (vectors.T @ targets)  # of the ridge solution, times lam + ridge
-    betas, prior_betas, ridges, sizes = (grid.to(lam.device) for grid in (BETAS, PRIOR_BETAS, RIDGES, SIZES))
+    target = (lam / len(labels)).sqrt()[:, None] * (
+        vectors.T @ targets
+    )  # of the ridge solution, times lam + ridge
+    betas, prior_betas, ridges, sizes = (
+        grid.to(lam.device) for grid in (BETAS, PRIOR_BETAS, RIDGES, SIZES)
+    )
     inverse = torch.ones(len(lam), len(prior_betas), dtype=torch.float64, device=lam.device)
     inverse[:rank] += lam[:rank, None] * prior_betas
     ridge = 1 / (lam + ridges[:, None])
@@ -237,7 +278,11 @@ def _bound(problem, point, count=None):
         count: it is computed on the first so many samples; None: on all.
     """
     c, beta, gamma = 2 ** (point[0] / 8), point[1], point[2]
-    if not (0 <= beta < len(BETAS) and 0 <= gamma < (1 if problem.gibbs else len(GAMMAS)) and problem.scale):
+    if not (
+        0 <= beta < len(BETAS)
+        and 0 <= gamma < (1 if problem.gibbs else len(GAMMAS))
+        and problem.scale
+    ):
         return math.inf
     place = bisect.bisect_left(THETAS, c * problem.gap)
     if place == len(THETAS):
@@ -245,7 +290,9 @@ def _bound(problem, point, count=None):
     margins = c * problem.margins[:count] - THETAS[place] * problem.x[:count, None]
     error = noisy_errors(margins, problem.v[:count, beta], GAMMAS[gamma]).mean().item()
     kl = (problem.nats + problem.kl(c, beta)) / problem.m1
-    bound = kl_inverse(error, kl) / (1 if problem.gibbs else math.erfc(-GAMMAS[gamma] / math.sqrt(2)) * 0.5)
+    bound = kl_inverse(error, kl) / (
+        1 if problem.gibbs else math.erfc(-GAMMAS[gamma] / math.sqrt(2)) * 0.5
+    )
     return bound if bound < 1 else 1 + error + kl
 
 
@@ -269,7 +316,11 @@ def _nats(kernels, bits):
     total = 0.0
     for kernel, bit in zip(kernels[:-1], bits):
         equal = kernel.flatten(1).unique(dim=0, return_counts=True)[1].double()
-        total += code_length(kernel * 2.0**bit) - math.lgamma(len(kernel) + 1) + torch.lgamma(equal + 1).sum().item()
+        total += (
+            code_length(kernel * 2.0**bit)
+            - math.lgamma(len(kernel) + 1)
+            + torch.lgamma(equal + 1).sum().item()
+        )
     return total
 
 
@@ -302,24 +353,42 @@ def certify(net, images, labels, delta=0.001, found=None):
     layers = trace_layers(net, tuple(images.shape[1:]))
     m, classes = len(images), layers[-1].shape[0]
     if m < 10 or labels.shape != (m,):
-        raise BadInput(f'{m} images, labels of shape {tuple(labels.shape)}: wants 10 images or more, and a label for each')
+        raise BadInput(
+            f'{m} images, labels of shape {tuple(labels.shape)}: wants 10 images or more, and a label for each'
+        )
     if labels.dtype != torch.int64 or labels.min() < 0 or labels.max() >= classes:
-        raise BadInput(f'labels: must be int64 from 0 to {classes - 1}, since the network has {classes} outputs')
+        raise BadInput(
+            f'labels: must be int64 from 0 to {classes - 1}, since the network has {classes} outputs'
+        )
     if not 0 < delta < 1:
         raise BadInput(f'delta = {delta!r}: must be between 0 and 1')
     kernels = [layer.kernel for layer in layers]
     if not all(tensor.isfinite().all() for tensor in (images, *kernels)):
         raise BadInput(f'{type(net).__name__}: the images or its weights contain NaN or infinity')
     if (largest := images.abs().max().item()) > MAX_PIXEL:
-        raise BadInput(f'images: a pixel of {largest:g}; float32 wants them below {MAX_PIXEL:g}: scale the images down')
+        raise BadInput(
+            f'images: a pixel of {largest:g}; float32 wants them below {MAX_PIXEL:g}: scale the images down'
+        )
     if classes > MAX_CLASSES:
-        raise BadInput(f'{classes} classes: the errors of noisy outputs are computed for at most {MAX_CLASSES}')
+        raise BadInput(
+            f'{classes} classes: the errors of noisy outputs are computed for at most {MAX_CLASSES}'
+        )
 
     n0 = max(1, min(PRIOR_IMAGES, m // 10, MAX_FLOATS // kernels[-1][0].numel()))
-    prior, sample = torch.from_numpy(np.random.default_rng(0).permutation(m)).to(images.device).split([n0, m - n0])
-    data = SimpleNamespace(images=images, labels=labels, prior=prior, sample=sample, rank=RANK, m1=m - n0)
-    data.fixed = math.log(2 * math.sqrt(data.m1) * CHOICES * LOSSES / delta)  # nats that every network pays
-    data.fixed += sum(math.log(len(kernel)) for kernel in kernels[:-1])  # of how many channels of a layer live
+    prior, sample = (
+        torch.from_numpy(np.random.default_rng(0).permutation(m))
+        .to(images.device)
+        .split([n0, m - n0])
+    )
+    data = SimpleNamespace(
+        images=images, labels=labels, prior=prior, sample=sample, rank=RANK, m1=m - n0
+    )
+    data.fixed = math.log(
+        2 * math.sqrt(data.m1) * CHOICES * LOSSES / delta
+    )  # nats that every network pays
+    data.fixed += sum(
+        math.log(len(kernel)) for kernel in kernels[:-1]
+    )  # of how many channels of a layer live
     few_images, few_directions, few_samples = SEARCH
     smaller = {'prior': prior[:few_images], 'sample': sample[:few_samples], 'rank': few_directions}
     data.search = SimpleNamespace(**(vars(data) | smaller))
@@ -333,19 +402,31 @@ def certify(net, images, labels, delta=0.001, found=None):
         if COLUMNS[0] not in found:
             found[COLUMNS[0]] = min(1.0, _trained(layers, hidden, classifier, data))
         if COLUMNS[2] not in found:
-            found |= zip(COLUMNS[1:], (min(1.0, bound) for bound in _rounded(layers, hidden, classifier, data)))
+            found |= zip(
+                COLUMNS[1:],
+                (min(1.0, bound) for bound in _rounded(layers, hidden, classifier, data)),
+            )
     return found
 
 
 def _trained(layers, hidden, classifier, data):
     """Certificate A, where it is below 1; the arguments are those of `certify`."""
-    problem = _measure(layers, [*hidden, classifier], data.search)  # the search takes the trained network for the rounded one
+    problem = _measure(
+        layers, [*hidden, classifier], data.search
+    )  # the search takes the trained network for the rounded one
     problem.gibbs = False
     bits = [_bits(kernel) + 8 for kernel in hidden]
-    norms = [_operator_norm(k - _round(k, bit), layer) * 2.0**bit for k, bit, layer in zip(hidden, bits, layers)]
+    norms = [
+        _operator_norm(k - _round(k, bit), layer) * 2.0**bit
+        for k, bit, layer in zip(hidden, bits, layers)
+    ]
     spread = torch.pdist(classifier.flatten(1)).max().item()
     length = lru_cache(None)(
-        lambda l, bit: code_length(rounded * 2.0**bit) if (rounded := _round(hidden[l], bit)).any() else math.inf
+        lambda l, bit: (
+            code_length(rounded * 2.0**bit)
+            if (rounded := _round(hidden[l], bit)).any()
+            else math.inf
+        )
     )
 
     def score(point):
@@ -353,7 +434,9 @@ def _trained(layers, hidden, classifier, data):
         if not all(0 <= bit <= MAX_BITS for bit in bits):
             return math.inf
         problem.nats = data.fixed + sum(length(l, bit) for l, bit in enumerate(bits))
-        problem.gap = spread * problem.scale * _slack(norm / 2.0**bit for norm, bit in zip(norms, bits))
+        problem.gap = (
+            spread * problem.scale * _slack(norm / 2.0**bit for norm, bit in zip(norms, bits))
+        )
         return _bound(problem, point[:3])
 
     point, value = _climb(score, (*START, *bits), (2, 1))
@@ -374,12 +457,16 @@ def _rounded(layers, hidden, classifier, data):
     def certificate(bits, data):
         if not all(0 <= bit <= MAX_BITS for bit in bits):
             return math.inf, None, None
-        live = live_channels([*(_round(kernel, bit) for kernel, bit in zip(hidden, bits)), classifier])
+        live = live_channels(
+            [*(_round(kernel, bit) for kernel, bit in zip(hidden, bits)), classifier]
+        )
         problem = _measure(layers, live, data)
         problem.nats, problem.gap, problem.gibbs = data.fixed + _nats(live, bits), 0.0, False
         return *_least_bound(problem, START), problem
 
-    bits, value = _climb(lambda bits: certificate(bits, data.search)[0], [_bits(kernel) for kernel in hidden], (1,))
+    bits, value = _climb(
+        lambda bits: certificate(bits, data.search)[0], [_bits(kernel) for kernel in hidden], (1,)
+    )
     if value >= 1:
         return 1.0, 1.0
     value, point, problem = certificate(bits, data)

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch.nn.modules.utils import _pair
 
 from conf import BadInput
-from measures.geometry import plain_copy
 from measures.steps import LAYERS, along, channels, forward_steps
+from measures.trace import plain_copy
 
 
 def _power_sums(steps, input_shape, q=1):
@@ -35,7 +35,9 @@ def _power_sums(steps, input_shape, q=1):
         terms, exponent = _aligned([results[index] for index in step.inputs])
         shape = tuple(terms[0].shape[1:])
         if step.op[0] == 'linear' and step.norm and len(shape) != 1:
-            raise BadInput(f'{step.norm}: batch normalization behind a linear layer of maps is not covered')
+            raise BadInput(
+                f'{step.norm}: batch normalization behind a linear layer of maps is not covered'
+            )
         if step.op[0] == 'cat' and step.op[1] % terms[0].dim() == 0:
             raise BadInput(f'{step.name}: concatenates images, which is not covered')
         try:
@@ -43,10 +45,14 @@ def _power_sums(steps, input_shape, q=1):
             if step.bias is not None:
                 bias, top = _powers(step.bias, q)
                 bias = bias if step.op[0] == 'linear' else bias.view(-1, *[1] * (values.dim() - 2))
-                terms, exponent = _aligned([(values, exponent + shift), (bias.expand_as(values), top)])
+                terms, exponent = _aligned(
+                    [(values, exponent + shift), (bias.expand_as(values), top)]
+                )
                 values, shift = sum(terms), 0
         except (RuntimeError, ValueError):
-            raise BadInput(f'{step.name}: does not fit its input of shape {shape}, from images {tuple(input_shape)}') from None
+            raise BadInput(
+                f'{step.name}: does not fit its input of shape {shape}, from images {tuple(input_shape)}'
+            ) from None
         values, top = _scaled(values)
         results.append((values, exponent + shift + top))
     values, exponent = results[-1]
@@ -58,7 +64,9 @@ def _scaled(tensor):
     top = tensor.detach().max().item()
     exponent = math.frexp(top)[1]
     half = exponent // 2  # 2^exponent itself may have no float
-    return (tensor * 2.0**-half * 2.0 ** (half - exponent), exponent) if top else (tensor, -(2**60))  # 0 yields to any number
+    return (
+        (tensor * 2.0**-half * 2.0 ** (half - exponent), exponent) if top else (tensor, -(2**60))
+    )  # 0 yields to any number
 
 
 def _powers(weight, q):
@@ -114,7 +122,9 @@ def _axes(values, function, *how):
     _, _, height, width = values.shape
 
     def outputs(maps):
-        return torch.cat([function(part.expand(-1, 1, height, width), *how) for part in maps.split(32)])
+        return torch.cat(
+            [function(part.expand(-1, 1, height, width), *how) for part in maps.split(32)]
+        )
 
     total = outputs(values.new_ones(1, 1, 1, 1))
     if not total.isfinite().all():
@@ -142,7 +152,9 @@ def path_norm(net, input_shape, q=1, r=None):
     """
     r = q if r is None else r
     if not 0 < q < math.inf or not r > 0:
-        raise BadInput(f'q = {q}, r = {r}: a path-norm wants a positive, finite q, and an r that is positive or None')
+        raise BadInput(
+            f'q = {q}, r = {r}: a path-norm wants a positive, finite q, and an r that is positive or None'
+        )
     values, exponent = _power_sums(forward_steps(net), input_shape, q)
     if q == r == 1:
         return float(_number(values.sum().item(), exponent))
@@ -171,15 +183,21 @@ def path_metric(net, other, input_shape, outputs=False):
     sides = [[(step.op, step.inputs, *(value if value is None else value.shape for value in step[3:5])) for step in side]
              for side in (steps, others)]  # fmt: skip
     if sides[0] != sides[1]:
-        raise BadInput(f'{type(net).__name__} and {type(other).__name__}: not two networks of the same structure')
+        raise BadInput(
+            f'{type(net).__name__} and {type(other).__name__}: not two networks of the same structure'
+        )
     between = [
-        step._replace(weight=_between(step.weight, twin.weight), bias=_between(step.bias, twin.bias))
+        step._replace(
+            weight=_between(step.weight, twin.weight), bias=_between(step.bias, twin.bias)
+        )
         for step, twin in zip(steps, others)
     ]
     sums = [_power_sums(side, input_shape) for side in (steps, others, between)]
     (of_net, of_other, of_between), top = _aligned(sums)
     values = ((of_net - of_between) + (of_other - of_between)).clamp(min=0)
-    exact = any(all(map(torch.equal, _numbers(side), _numbers(between))) for side in (steps, others))
+    exact = any(
+        all(map(torch.equal, _numbers(side), _numbers(between))) for side in (steps, others)
+    )
     if outputs:
         return torch.from_numpy(_number(values.cpu().numpy(), top)).to(values.device), exact
     return float(_number(values.sum().item(), top)), exact
@@ -191,7 +209,11 @@ def _numbers(steps):
 
 def _between(a, b):
     """Elementwise the one of smaller absolute value, 0 where the signs differ."""
-    return None if a is None else torch.where(a.sign() == b.sign(), torch.where(a.abs() < b.abs(), a, b), 0.0)
+    return (
+        None
+        if a is None
+        else torch.where(a.sign() == b.sign(), torch.where(a.abs() < b.abs(), a, b), 0.0)
+    )
 
 
 def path_magnitude(net, input_shape):
@@ -215,12 +237,19 @@ def path_magnitude(net, input_shape):
     scores = {}
     for step, gradient in zip(layers, gradients):
         score = (step.weight.detach() * gradient).cpu().numpy()
-        scores[f'{step.name}.weight'] = torch.from_numpy(_number(score, exponent)).to(gradient.device)
+        scores[f'{step.name}.weight'] = torch.from_numpy(_number(score, exponent)).to(
+            gradient.device
+        )
     return scores
 
 
 def _used_once(steps):
-    names = [name for step in steps if step.weight is not None for name in {step.name, step.norm} - {None}]
+    names = [
+        name
+        for step in steps
+        if step.weight is not None
+        for name in {step.name, step.norm} - {None}
+    ]
     for name in names:
         if names.count(name) > 1:
             raise BadInput(f'{name} is used twice in the forward pass, which is not covered here')
@@ -243,16 +272,25 @@ def rescale_neurons(net, factors):
     net = plain_copy(net)
     steps = _used_once(forward_steps(net))
     for index, step in enumerate(steps):
-        if step.op[0] not in LAYERS or (found := _behind(steps, index, step.op[0] == 'linear')) is None:
+        if (
+            step.op[0] not in LAYERS
+            or (found := _behind(steps, index, step.op[0] == 'linear')) is None
+        ):
             continue
         (norms, readers), count = found, channels(step)
         module = net.get_submodule(step.name)
         factor = torch.as_tensor(factors(count)).to(module.weight)
         if factor.shape != (count,) or not (factor > 0).all() or not factor.isfinite().all():
-            raise BadInput(f'{step.name}: factors must be {count} positive numbers, one for each channel')
+            raise BadInput(
+                f'{step.name}: factors must be {count} positive numbers, one for each channel'
+            )
         module.weight.mul_(along(factor, step))
         norms = [net.get_submodule(norm) for norm in norms]
-        for moved in (module.bias, *(norm.running_mean for norm in norms), *(norm.bias for norm in norms)):
+        for moved in (
+            module.bias,
+            *(norm.running_mean for norm in norms),
+            *(norm.bias for norm in norms),
+        ):
             if moved is not None:
                 moved.mul_(factor)
         for reader in readers:
@@ -270,7 +308,9 @@ def _behind(steps, index, flat):
     for number in followers:
         kind, *how = steps[number].op
         mixes = kind in ('add', 'cat', *LAYERS) or (flat and kind in ('max', 'mean', 'flatten'))
-        mixes = mixes or (kind == 'flatten' and how not in ([1, -1], [1, 3]))  # channels may lie elsewhere then
+        mixes = mixes or (
+            kind == 'flatten' and how not in ([1, -1], [1, 3])
+        )  # channels may lie elsewhere then
         if kind in (('linear',) if flat else ('conv', 'transposed')):
             readers.append(steps[number])
         elif mixes or (behind := _behind(steps, number, flat or kind == 'flatten')) is None:
@@ -297,16 +337,27 @@ def measure_paths(net, input_shape):
     """
     steps = forward_steps(net)
     values, exponent = _power_sums(steps, input_shape)
-    depth, linear = [0], [True]  # per step: neurons behind it, and whether it combines their values linearly
+    depth, linear = (
+        [0],
+        [True],
+    )  # per step: neurons behind it, and whether it combines their values linearly
     for step in steps[1:]:
         kind, before = step.op[0], step.inputs
-        neurons = {'relu': 1, 'max': 2}.get(kind, 0) if any(linear[i] for i in before) else int(kind == 'max')
+        neurons = (
+            {'relu': 1, 'max': 2}.get(kind, 0)
+            if any(linear[i] for i in before)
+            else int(kind == 'max')
+        )
         depth.append(max(depth[i] for i in before) + neurons)
         passes_on = kind in ('flatten', 'cat')
         linear.append(any(linear[i] for i in before) if passes_on else kind not in ('relu', 'max'))
     biased = any(step.bias is not None for step in steps)
     pool = max((math.prod(_pair(step.op[2])) for step in steps if step.op[0] == 'max'), default=0)
-    simple = all(len(step.inputs) <= 1 and not (step.op[0] == 'relu' and step.op[1]) for step in steps)
+    simple = all(
+        len(step.inputs) <= 1 and not (step.op[0] == 'relu' and step.op[1]) for step in steps
+    )
     chain = simple and not biased and not pool
     norm, depth = float(_number(values.sum().item(), exponent)), depth[-1] + 1
-    return SimpleNamespace(path_norm=norm, path_depth=depth, pool=pool, biased=biased, chain=chain, outputs=len(values))
+    return SimpleNamespace(
+        path_norm=norm, path_depth=depth, pool=pool, biased=biased, chain=chain, outputs=len(values)
+    )

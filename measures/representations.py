@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from conf import BadInput
-from measures.coded import binomial_inverse
-from measures.geometry import evaluation_mode, ieee_float32, images_per_pass
 from measures.norms import classification_margins, margin_error
+from measures.trace import evaluation_mode, ieee_float32, images_per_pass
+from studies.coded.message import binomial_inverse
 
 PROBE_SIZE = 2048  # coordinates that a linear probe reads at most of the maps of a layer
 PROBE_RIDGE = 1e-3  # lambda of a probe, as a share of the mean of H'H's diagonal
@@ -50,23 +50,36 @@ def measure_representations(net, train_images, train_labels, test_images, test_l
     Raises:
         BadInput: another kind of network, images and labels that do not fit, or representations with NaN or infinity.
     """
-    modules, train, test = _layered_modules(net), (train_images, train_labels), (test_images, test_labels)
+    modules, train, test = (
+        _layered_modules(net),
+        (train_images, train_labels),
+        (test_images, test_labels),
+    )
     _require_sets(train, test)
     with evaluation_mode(net), ieee_float32(), parametrize.cached():
         centers = _class_means(modules, *train)
         classes = train_labels.unique()
-        train_errors, train_cdnvs, nearest, nc1 = _compare(modules, *train, centers, classes, centers)
+        train_errors, train_cdnvs, nearest, nc1 = _compare(
+            modules, *train, centers, classes, centers
+        )
         means = _class_means(modules, *test)
         test_errors, test_cdnvs, _, _ = _compare(modules, *test, centers, classes, means)
         batches = train_images.split(images_per_pass(net, train_images))
         outputs = torch.cat([net(batch).flatten(1) for batch in batches]).double()
-    sizes, nc2 = [center.shape[1] for center in centers], [_off_simplex(_centered(center)) for center in centers]
+    sizes, nc2 = (
+        [center.shape[1] for center in centers],
+        [_off_simplex(_centered(center)) for center in centers],
+    )
     nc3, nc4 = [math.nan] * len(centers), [math.nan] * len(centers)
     if len(classes) > 1:
         nc4 = [(classes[own] != outputs.argmax(1)).double().mean().item() for own in nearest]
     if len(classes) == outputs.shape[1]:
-        class_outputs = torch.stack([outputs[members].mean(0) for _, members in _by_class(train_labels)])
-        nc3[-1] = _off_simplex(_centered(class_outputs), gram=False)  # (WM')': a bias is the same in every class
+        class_outputs = torch.stack(
+            [outputs[members].mean(0) for _, members in _by_class(train_labels)]
+        )
+        nc3[-1] = _off_simplex(
+            _centered(class_outputs), gram=False
+        )  # (WM')': a bias is the same in every class
     columns = sizes, train_errors, test_errors, train_cdnvs, test_cdnvs, nc1, nc2, nc3, nc4
     names = 'size train_ncc_error test_ncc_error train_cdnv test_cdnv nc1 nc2 nc3 nc4'.split()
     return [dict(zip(names, row)) for row in zip(*columns)]
@@ -87,9 +100,16 @@ def _off_simplex(m, gram=True):
 def _require_sets(train, test):
     """Raises BadInput where the images and labels of a set do not fit."""
     for part, (images, labels) in (('train', train), ('test', test)):
-        if images.dim() < 2 or labels.shape != images.shape[:1] or labels.is_floating_point() or not len(labels):
+        if (
+            images.dim() < 2
+            or labels.shape != images.shape[:1]
+            or labels.is_floating_point()
+            or not len(labels)
+        ):
             shapes = f'{tuple(images.shape)} and {tuple(labels.shape)}'
-            raise BadInput(f'{part} images and labels of shapes {shapes}: must be (m, ...) and integers (m,), m at least 1')
+            raise BadInput(
+                f'{part} images and labels of shapes {shapes}: must be (m, ...) and integers (m,), m at least 1'
+            )
 
 
 def _ends_layer(module):
@@ -99,12 +119,16 @@ def _ends_layer(module):
 def _layered_modules(net):
     """The children of a network up to its last layer's end, as an nn.Sequential."""
     if not isinstance(net, nn.Sequential) or type(net).forward is not nn.Sequential.forward:
-        raise BadInput(f'{type(net).__name__}: give its modules as a plain nn.Sequential, so that layers can be told apart')
+        raise BadInput(
+            f'{type(net).__name__}: give its modules as a plain nn.Sequential, so that layers can be told apart'
+        )
     modules = list(net)
     while modules and not _ends_layer(modules[-1]):
         modules.pop()
     if not modules:
-        raise BadInput(f'{type(net).__name__}: none of its children is an nn.ReLU, with which a layer ends')
+        raise BadInput(
+            f'{type(net).__name__}: none of its children is an nn.ReLU, with which a layer ends'
+        )
     return nn.Sequential(*modules)
 
 
@@ -141,7 +165,9 @@ def _class_means(modules, images, labels):
             layer_means[row] /= len(members)
     for layer, layer_means in enumerate(means):
         if not layer_means.isfinite().all():
-            raise BadInput(f'layer {layer}: the representation contains NaN or infinity (layer 0 is the input)')
+            raise BadInput(
+                f'layer {layer}: the representation contains NaN or infinity (layer 0 is the input)'
+            )
     return means
 
 
@@ -160,13 +186,23 @@ def _compare(modules, images, labels, centers, candidates, means):
     right, nearest = labels.new_zeros(len(means)), labels.new_zeros(len(means), len(labels))
     # With M = USV', sum_j (v_j'e)^2 / s_j^2 = ||pinv(MM') Me||^2 = ||pinv(MM') we||^2: the rows of w are those of M
     # less one vector, and pinv(MM') takes constants to 0.
-    grams = [(m @ m.T) for m in (scale * _centered(center) for scale, center in zip(scales, centers))]
-    inverses, within = [torch.linalg.pinv(g, rtol=1e-10, hermitian=True) for g in grams], [0.0 for _ in means]
+    grams = [
+        (m @ m.T) for m in (scale * _centered(center) for scale, center in zip(scales, centers))
+    ]
+    inverses, within = (
+        [torch.linalg.pinv(g, rtol=1e-10, hermitian=True) for g in grams],
+        [0.0 for _ in means],
+    )
     for row, (label, members) in enumerate(_by_class(labels)):
         shifts = []
         for scale, layer_centers, layer_means in zip(scales, centers, means):
             w = scale * (layer_centers - layer_means[row])
-            shifts.append([shift.to(images.dtype) for shift in (-scale * layer_means[row], w, w.square().sum(1) / 2)])
+            shifts.append(
+                [
+                    shift.to(images.dtype)
+                    for shift in (-scale * layer_means[row], w, w.square().sum(1) / 2)
+                ]
+            )
         scores, squares = [[[] for _ in means] for _ in range(2)]
         for layer, h in _batches(modules, images, members):
             minus_mean, w, b = shifts[layer]
@@ -178,11 +214,18 @@ def _compare(modules, images, labels, centers, candidates, means):
             variances[layer][row] = torch.stack(squares[layer]).double().sum() / len(members)
             score = torch.cat(scores[layer])
             nearest[layer, members] = score.argmax(1)
-            within[layer] += ((score + shifts[layer][2]).double() @ inverses[layer]).square().sum().item()
+            within[layer] += (
+                ((score + shifts[layer][2]).double() @ inverses[layer]).square().sum().item()
+            )
             if own.any() and not own.all():
                 right[layer] += (score[:, own] > score[:, ~own].amax(1, keepdim=True)).sum()
-    errors = [(len(labels) - count) / len(labels) if len(candidates) > 1 else math.nan for count in right.tolist()]
-    cdnvs = [_cdnv(scale * layer_means, v) for scale, layer_means, v in zip(scales, means, variances)]
+    errors = [
+        (len(labels) - count) / len(labels) if len(candidates) > 1 else math.nan
+        for count in right.tolist()
+    ]
+    cdnvs = [
+        _cdnv(scale * layer_means, v) for scale, layer_means, v in zip(scales, means, variances)
+    ]
     nc1 = [total / len(labels) if gram.any() else math.nan for total, gram in zip(within, grams)]
     return errors, cdnvs, nearest, nc1
 
@@ -223,7 +266,11 @@ def measure_probes(net, train_images, train_labels, test_images, test_labels):
     Raises:
         BadInput: as `measure_representations`; or a negative label.
     """
-    modules, train, test = _layered_modules(net), (train_images, train_labels), (test_images, test_labels)
+    modules, train, test = (
+        _layered_modules(net),
+        (train_images, train_labels),
+        (test_images, test_labels),
+    )
     _require_sets(train, test)
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
     with evaluation_mode(net), ieee_float32(), parametrize.cached():
@@ -234,7 +281,9 @@ def measure_probes(net, train_images, train_labels, test_images, test_labels):
         means = [layer_sums / len(train_labels) for layer_sums in sums]
         for layer, mean in enumerate(means):
             if not mean.isfinite().all():
-                raise BadInput(f'layer {layer}: the representation contains NaN or infinity (layer 0 is the input)')
+                raise BadInput(
+                    f'layer {layer}: the representation contains NaN or infinity (layer 0 is the input)'
+                )
         frequencies = train_labels.bincount(minlength=classes).double() / len(train_labels)
         squares = [mean.new_zeros(len(mean), len(mean)) for mean in means]  # H'H
         products = [mean.new_zeros(len(mean), classes) for mean in means]  # H'Y
@@ -242,7 +291,9 @@ def measure_probes(net, train_images, train_labels, test_images, test_labels):
             for layer, h in enumerate(features):
                 h -= means[layer]
                 squares[layer].addmm_(h.T, h)
-                products[layer].addmm_(h.T, F.one_hot(train_labels[start : start + len(h)], classes).double())
+                products[layer].addmm_(
+                    h.T, F.one_hot(train_labels[start : start + len(h)], classes).double()
+                )
         probes = [_ridge(*layer_sums) for layer_sums in zip(squares, products)]
         rows = [{} for _ in probes]
         for part, (images, labels) in (('train', train), ('test', test)):
@@ -290,7 +341,9 @@ def effective_depth(train_ncc_errors, eps):
     """
     if not 0 <= eps < 1:
         raise BadInput(f'eps = {eps!r}: must be a number from 0 to below 1')
-    return next((float(layer) for layer, error in enumerate(train_ncc_errors, 1) if error <= eps), math.inf)
+    return next(
+        (float(layer) for layer, error in enumerate(train_ncc_errors, 1) if error <= eps), math.inf
+    )
 
 
 def comparative_estimate(depths, noisy_depths, noise, alpha):
@@ -314,9 +367,17 @@ def comparative_estimate(depths, noisy_depths, noise, alpha):
         BadInput: the lists do not fit, or noise and alpha are out of range.
     """
     if not (0 < noise < 0.5 and 0 < alpha < 1):
-        raise BadInput(f'noise = {noise!r}, alpha = {alpha!r}: noise must lie between 0 and 0.5, alpha between 0 and 1')
-    if not depths or len(depths) != len(noisy_depths) or not all(map(len, [*depths, *noisy_depths])):
-        raise BadInput(f'depths of {len(depths)} and {len(noisy_depths)} draws: must be as many, each of one network or more')
+        raise BadInput(
+            f'noise = {noise!r}, alpha = {alpha!r}: noise must lie between 0 and 0.5, alpha between 0 and 1'
+        )
+    if (
+        not depths
+        or len(depths) != len(noisy_depths)
+        or not all(map(len, [*depths, *noisy_depths]))
+    ):
+        raise BadInput(
+            f'depths of {len(depths)} and {len(noisy_depths)} draws: must be as many, each of one network or more'
+        )
     a, b = [sum(draw) / len(draw) for draw in depths], [min(draw) for draw in noisy_depths]
     share = sum(depth >= noisy for depth, noisy in zip(a, b)) / len(a)
     limit = binomial_inverse(round(share * len(a)), len(a), math.log(0.05))  # Clopper and Pearson

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from conf import BadInput
-from measures.geometry import MEANS, SIZES, averages, flattens, rectifies, trace
+from measures.trace import MEANS, SIZES, averages, flattens, rectifies, trace
 
 # A step of the forward pass: the module's name; what it does, as a tuple that two networks of the same
 # structure share; the indices of the steps that it reads (the first step is the input); its weights, folded;
@@ -64,13 +64,19 @@ def forward_steps(net):
             continue
         ops = _ops(node, module, what)
         kind = ops[0][0] if ops else None
-        reads = [*{'add': node.args, 'cat': _argument(node, 0, 'tensors', ())}.get(kind, node.args[:1])]
+        reads = [
+            *{'add': node.args, 'cat': _argument(node, 0, 'tensors', ())}.get(kind, node.args[:1])
+        ]
         if {*reads} != {*node.all_input_nodes} or (module and (len(node.args) > 1 or node.kwargs)):
-            raise BadInput(f'{what}: called with more than its input, or by keyword, which is not covered')
+            raise BadInput(
+                f'{what}: called with more than its input, or by keyword, which is not covered'
+            )
         if not node.users:
             raise BadInput(f'{what}: its output is not used, which is not covered')
         if _in_place(node, module) and len(reads[0].users) > 1:
-            raise BadInput(f'{what} works in place on a value that is used elsewhere too; not covered')
+            raise BadInput(
+                f'{what} works in place on a value that is used elsewhere too; not covered'
+            )
         inputs, weight, bias, norm = tuple(index[read] for read in reads), None, None, None
         if kind == 'diagonal':
             (weight, bias), norm = folded_norm(module, what), node.target
@@ -85,11 +91,15 @@ def forward_steps(net):
         elif kind in LAYERS:
             weight, bias = _doubles(what, module.weight, module.bias)
         for op in ops:
-            steps.append(Step(getattr(node.target, '__name__', node.target), op, inputs, weight, bias, norm))
+            steps.append(
+                Step(getattr(node.target, '__name__', node.target), op, inputs, weight, bias, norm)
+            )
             inputs = (len(steps) - 1,)
         index[node] = inputs[0]
     if index.get(output.args[0] if isinstance(output.args[0], fx.Node) else None) != len(steps) - 1:
-        raise BadInput(f"{type(net).__name__}: its output is not the last layer's, which is not covered")
+        raise BadInput(
+            f"{type(net).__name__}: its output is not the last layer's, which is not covered"
+        )
     return steps
 
 
@@ -105,13 +115,17 @@ def along(factor, layer, incoming=False):
         return factor.view(-1, 1, *[1] * len(kernel))
     groups = _groups(layer)
     factor = factor.view(groups, -1)
-    factor = factor.repeat_interleave(columns // factor.shape[1], 1).repeat_interleave(rows // groups, 0)
+    factor = factor.repeat_interleave(columns // factor.shape[1], 1).repeat_interleave(
+        rows // groups, 0
+    )
     return factor.view(*factor.shape, *[1] * len(kernel))
 
 
 def channels(layer):
     """How many channels a layer makes."""
-    return layer.weight.shape[1] * _groups(layer) if layer.op[0] == 'transposed' else len(layer.weight)
+    return (
+        layer.weight.shape[1] * _groups(layer) if layer.op[0] == 'transposed' else len(layer.weight)
+    )
 
 
 def _groups(layer):
@@ -124,7 +138,11 @@ def _argument(node, place, name, default):
 
 def _in_place(node, module):
     marks = getattr(module, 'inplace', False) or node.kwargs.get('inplace', False)
-    return marks or node.target is operator.iadd or (node.op == 'call_method' and node.target.endswith('_'))
+    return (
+        marks
+        or node.target is operator.iadd
+        or (node.op == 'call_method' and node.target.endswith('_'))
+    )
 
 
 def _doubles(what, *tensors):
@@ -137,7 +155,9 @@ def _doubles(what, *tensors):
 def folded_norm(norm, what):
     """Batch normalization with running statistics as x -> weight * x + bias."""
     if norm.running_mean is None:
-        raise BadInput(f'{what} keeps no running statistics; it depends on the batch, which is not covered')
+        raise BadInput(
+            f'{what} keeps no running statistics; it depends on the batch, which is not covered'
+        )
     scale, shift = (norm.weight, norm.bias) if norm.affine else (1, 0)
     weight = scale * (norm.running_var.double() + norm.eps).rsqrt()
     return _doubles(what, weight, shift - weight * norm.running_mean)
@@ -153,12 +173,16 @@ def _ops(node, module, what):
     for kind, (op, *names) in _LAYERS.items():
         if isinstance(module, kind):
             if getattr(module, 'padding_mode', 'zeros') != 'zeros':
-                raise BadInput(f"{what}: padding_mode = '{module.padding_mode}' is not covered, only zeros")
+                raise BadInput(
+                    f"{what}: padding_mode = '{module.padding_mode}' is not covered, only zeros"
+                )
             return [(op, *(getattr(module, name) for name in names))]
     for kind, (op, function, *names) in _MAPS.items():
         if isinstance(module, kind):
             if getattr(module, 'mode', 'nearest') not in ('nearest', 'nearest-exact', 'bilinear'):
-                raise BadInput(f"{what}: mode = '{module.mode}' is not covered, only nearest and bilinear")
+                raise BadInput(
+                    f"{what}: mode = '{module.mode}' is not covered, only nearest and bilinear"
+                )
             if getattr(module, 'return_indices', False):
                 raise BadInput(f'{what}: return_indices is not covered')
             return [(op, function, *(getattr(module, name) for name in names))]
@@ -174,7 +198,9 @@ def _ops(node, module, what):
         if dims[0] < 1:
             raise BadInput(f'{what}: a flattening from dimension {dims[0]} on is not covered')
         return [('flatten', *dims)]
-    if isinstance(module, _PASSED) or (node.target is F.dropout and not _argument(node, 2, 'training', True)):
+    if isinstance(module, _PASSED) or (
+        node.target is F.dropout and not _argument(node, 2, 'training', True)
+    ):
         return []
     if node.op in ('call_function', 'call_method'):
         values = [isinstance(argument, fx.Node) for argument in node.args]
@@ -184,11 +210,15 @@ def _ops(node, module, what):
             return [('cat', _argument(node, 1, 'dim', 0))]
         if node.target in MEANS and {*node.kwargs} <= {'dim', 'keepdim'}:
             if not averages(node):
-                raise BadInput(f'{what}: only a mean over all positions, the dimensions 2 and 3, is covered')
+                raise BadInput(
+                    f'{what}: only a mean over all positions, the dimensions 2 and 3, is covered'
+                )
             flat = [] if _argument(node, 2, 'keepdim', False) else [('flatten', 1, -1)]
             return [('mean', F.adaptive_avg_pool2d, 1), *flat]
         if node.target in SIZES:
-            raise BadInput(f'{what}: a shape or a part of a value is not covered; write sizes as numbers')
+            raise BadInput(
+                f'{what}: a shape or a part of a value is not covered; write sizes as numbers'
+            )
     raise BadInput(
         f'{what}: not covered; paths go through convolutions, transposed too, Linear, BatchNorm, ReLU, LeakyReLU, '
         'Flatten, pooling, means, upsampling, and sums and concatenations of what is computed from the input'

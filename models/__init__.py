@@ -24,5 +24,7 @@ def get_network(settings, input_shape, num_classes):
     """
     if settings.network not in NETWORKS:
         hint = closest(settings.network, NETWORKS)
-        raise BadInput(f'network = {settings.network!r}: must be one of {", ".join(NETWORKS)}{hint}')
+        raise BadInput(
+            f'network = {settings.network!r}: must be one of {", ".join(NETWORKS)}{hint}'
+        )
     return add_masks(NETWORKS[settings.network](settings, input_shape, num_classes), settings)

@@ -62,11 +62,15 @@ def _stemmed(layer, settings, input_shape, num_classes):
     """
     if settings.normalization != 'batch':
         norm = f'normalization = {settings.normalization!r}'
-        raise BadInput(f"{norm}: {settings.network} is made of batch normalization; set normalization = 'batch'")
+        raise BadInput(
+            f"{norm}: {settings.network} is made of batch normalization; set normalization = 'batch'"
+        )
     channels, height, width = input_shape
     if min(height, width) < 4:
         image = f'an image of {height}x{width}'
-        raise BadInput(f'network = {settings.network!r}: {image} is too small for its stem, which wants 4x4 at least')
+        raise BadInput(
+            f'network = {settings.network!r}: {image} is too small for its stem, which wants 4x4 at least'
+        )
     layers = [Stem(channels, settings.width, settings.bias)]
     for _ in range(settings.depth):
         layers += layer(settings.width, settings.bias)

@@ -19,18 +19,29 @@ def convnet(settings, input_shape, num_classes):
     Raises:
         BadInput: the image is too small for that many convolutions, or the padding as large as the kernel.
     """
-    kernel, stride, padding, bias = settings.kernel_size, settings.stride, settings.padding, settings.bias
+    kernel, stride, padding, bias = (
+        settings.kernel_size,
+        settings.stride,
+        settings.padding,
+        settings.bias,
+    )
     if padding >= kernel:
-        raise BadInput(f'padding = {padding}: must be below kernel_size = {kernel}; beyond it an output reads padding alone')
+        raise BadInput(
+            f'padding = {padding}: must be below kernel_size = {kernel}; beyond it an output reads padding alone'
+        )
     channels, *size = input_shape
     layers = []
     for depth in range(settings.depth):
         if min(size) + 2 * padding < kernel:
             image = f'an image of {input_shape[1]}x{input_shape[2]}'
             geometry = f'kernel_size = {kernel}, stride = {stride}, padding = {padding}'
-            raise BadInput(f'depth = {settings.depth}: {image} allows at most {depth} convolutions with {geometry}')
+            raise BadInput(
+                f'depth = {settings.depth}: {image} allows at most {depth} convolutions with {geometry}'
+            )
         size = [(n + 2 * padding - kernel) // stride + 1 for n in size]
         convolution = nn.Conv2d(channels, settings.width, kernel, stride, padding, bias=bias)
         layers += hidden_layer(convolution, settings.normalization)
         channels = settings.width
-    return nn.Sequential(*layers, Flatten(), nn.Linear(channels * size[0] * size[1], num_classes, bias=bias))
+    return nn.Sequential(
+        *layers, Flatten(), nn.Linear(channels * size[0] * size[1], num_classes, bias=bias)
+    )

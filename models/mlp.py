@@ -19,5 +19,7 @@ def mlp(settings, input_shape, num_classes):
     sizes = [math.prod(input_shape)] + settings.depth * [settings.width]
     layers = [nn.Flatten()]
     for inputs, outputs in itertools.pairwise(sizes):
-        layers += hidden_layer(nn.Linear(inputs, outputs, bias=settings.bias), settings.normalization)
+        layers += hidden_layer(
+            nn.Linear(inputs, outputs, bias=settings.bias), settings.normalization
+        )
     return nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes, bias=settings.bias))

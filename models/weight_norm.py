@@ -28,7 +28,9 @@ class Mask(nn.Module):
         self.register_buffer('mask', torch.ones_like(weight, dtype=torch.bool))
 
     def forward(self, weight):
-        return torch.where(self.mask, weight, 0)  # unlike a product it keeps the strides, on which the last digits depend
+        return torch.where(
+            self.mask, weight, 0
+        )  # unlike a product it keeps the strides, on which the last digits depend
 
     def right_inverse(self, weight):
         return torch.where(self.mask, weight, 0)

@@ -26,9 +26,9 @@ from torch.nn.utils import parametrize  # noqa: E402
 
 import train  # noqa: E402
 from conf import load_settings  # noqa: E402
+from device import choose_device, graphed, keep_freed_memory  # noqa: E402
 from evaluation import LOSSES, losses_and_margins  # noqa: E402
-from harness.machine import choose_device, graphed, keep_freed_memory  # noqa: E402
-from measures.geometry import images_per_pass, trace_layers  # noqa: E402
+from measures.trace import images_per_pass, trace_layers  # noqa: E402
 from models import get_network  # noqa: E402
 from utils import evaluate_bounds  # noqa: E402
 
@@ -41,7 +41,11 @@ def random_dataset(device, samples=60000, test_samples=10000, shape=(1, 28, 28),
     for part, count in (('train', samples), ('test', test_samples)):
         labels = torch.randint(classes, (count,), generator=generator)
         images = (patterns[labels] + torch.rand(count, *shape, generator=generator)) / 2
-        setattr(dataset, f'{part}_images', images.contiguous(memory_format=torch.channels_last).to(device))
+        setattr(
+            dataset,
+            f'{part}_images',
+            images.contiguous(memory_format=torch.channels_last).to(device),
+        )
         setattr(dataset, f'{part}_labels', labels.to(device))
     return dataset
 
@@ -73,7 +77,9 @@ def alternate(calls, device, repeats, budget=0.4, warm_up=6):
         for _ in range(warm_up):  # six let a CUDA graph be captured
             call()
         counts.append(max(1, int(budget / seconds(call, device))))
-    times = [[seconds(call, device, count) for call, count in zip(calls, counts)] for _ in range(repeats)]
+    times = [
+        [seconds(call, device, count) for call, count in zip(calls, counts)] for _ in range(repeats)
+    ]
     return [statistics.median(column) for column in zip(*times)]
 
 
@@ -85,10 +91,16 @@ def bare_step(settings, dataset, device):
         if parametrize.is_parametrized(module):
             parametrize.remove_parametrizations(module, 'weight')
     net.to(device, memory_format=torch.channels_last)
-    rates = {'lr': torch.tensor(1e-4, device=device), 'momentum': settings.momentum, 'weight_decay': settings.weight_decay}
+    rates = {
+        'lr': torch.tensor(1e-4, device=device),
+        'momentum': settings.momentum,
+        'weight_decay': settings.weight_decay,
+    }
     optimizer = torch.optim.SGD(net.parameters(), **rates, fused=True)
     images = dataset.train_images[: settings.batch_size].clone()
-    targets = torch.eye(dataset.num_classes, device=device)[dataset.train_labels[: settings.batch_size]]
+    targets = torch.eye(dataset.num_classes, device=device)[
+        dataset.train_labels[: settings.batch_size]
+    ]
     loss = LOSSES[settings.loss]
 
     def step(indices):
@@ -129,19 +141,28 @@ def measure(settings, dataset, device, repeats):
     run.net.eval()
     with torch.no_grad():
         chunk = images_per_pass(run.net, dataset.train_images)
-        many = slice(0, chunk * (100 if device.type == 'cpu' else 10))  # its end, which comes once, must not count
+        many = slice(
+            0, chunk * (100 if device.type == 'cpu' else 10)
+        )  # its end, which comes once, must not count
         images, labels = dataset.train_images[many], dataset.train_labels[many]
         loss, fixed_images = LOSSES[settings.loss], images[:chunk].clone()
         evaluated = [
             lambda: losses_and_margins(run.net, images, labels, loss),
             lambda: [bare(fixed_images) for _ in range(0, len(images), chunk)],
         ]
-        eval_s, bare_eval_s = (value / len(images) for value in alternate(evaluated, device, repeats, 0.1, 1))
+        eval_s, bare_eval_s = (
+            value / len(images) for value in alternate(evaluated, device, repeats, 0.1, 1)
+        )
     margins = torch.rand(len(dataset.train_images), dtype=torch.float64, device=device)
-    (bounds_s,) = alternate([lambda: evaluate_bounds(run.net, run.data, margins)], device, min(repeats, 3), 0, 1)
+    (bounds_s,) = alternate(
+        [lambda: evaluate_bounds(run.net, run.data, margins)], device, min(repeats, 3), 0, 1
+    )
 
     layers = trace_layers(run.net, dataset.input_shape)
-    flops = [2 * math.prod(layer.shape) * math.prod(axis.shape[1] for axis in layer.taps) for layer in layers]
+    flops = [
+        2 * math.prod(layer.shape) * math.prod(axis.shape[1] for axis in layer.taps)
+        for layer in layers
+    ]
     pixels = len(dataset.train_images) + len(dataset.test_images)
     return SimpleNamespace(
         run=run, bare=bare, flops=flops, step=step_s, bare_step=bare_s, image=eval_s, bare_image=bare_eval_s, bounds=bounds_s,
@@ -156,7 +177,9 @@ def convolution_rate(table, dataset, device, repeats):
     matrix = torch.rand(2048, 2048, device=device)
     with torch.no_grad():
         convolution, features = table.bare[2 * index], table.bare[: 2 * index](batch)
-        conv_s, matrix_s = alternate([lambda: convolution(features), lambda: matrix @ matrix], device, repeats)
+        conv_s, matrix_s = alternate(
+            [lambda: convolution(features), lambda: matrix @ matrix], device, repeats
+        )
     matrix_rate = 2 * 2048**3 / matrix_s
     return len(batch) * table.flops[index] / conv_s / matrix_rate, matrix_rate
 
@@ -183,7 +206,7 @@ def start_up():
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
-from harness import launch
+import launch
 def first_step(indices):
     raise SystemExit
 train.step_of = lambda run: first_step
@@ -192,12 +215,18 @@ raise AssertionError('no step was taken')
 """
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        subprocess.run([sys.executable, '-c', code, f'{folder}/run'], stdout=subprocess.DEVNULL, check=True)
+        subprocess.run(
+            [sys.executable, '-c', code, f'{folder}/run'], stdout=subprocess.DEVNULL, check=True
+        )
         return time.perf_counter() - start
 
 
 def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{torch.get_num_threads()} threads'
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == 'cuda'
+        else f'{torch.get_num_threads()} threads'
+    )
 
 
 def main():
@@ -221,7 +250,10 @@ def main():
         table = measure(settings, dataset, device, options.repeats)
         share, rate = convolution_rate(table, dataset, device, options.repeats)
         lines = report(table)
-        lines.insert(3, f'  convolution {share:10.2f} of the rate of a 2048 x 2048 matrix product, {rate / 1e9:.0f} GFLOP/s')
+        lines.insert(
+            3,
+            f'  convolution {share:10.2f} of the rate of a 2048 x 2048 matrix product, {rate / 1e9:.0f} GFLOP/s',
+        )
         print('\n'.join(lines), flush=True)
 
 

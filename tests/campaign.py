@@ -32,7 +32,9 @@ def campaign(folder, runs, number, chance, flags):
         path, interruptions, slowest, complaint = folder / str(index), 0, 0.0, ''
         while not complaint:
             started = (path / 'global_settings.py').exists()
-            process = start(*(('--resume',) if started else (*DIGITS, *flags)), '--results-path', path)
+            process = start(
+                *(('--resume',) if started else (*DIGITS, *flags)), '--results-path', path
+            )
             try:
                 _, stderr = process.communicate(timeout=chance.uniform(0.2, seconds * 1.1))
                 if process.returncode:
@@ -52,7 +54,10 @@ def campaign(folder, runs, number, chance, flags):
         if not complaint and number != signal.SIGKILL and slowest > 2:
             complaint = f'took {slowest:.1f} s to end'
         failures += bool(complaint)
-        print(f'run {index}: {interruptions} interruptions, slowest end {slowest:.2f} s, {complaint or "equal"}', flush=True)
+        print(
+            f'run {index}: {interruptions} interruptions, slowest end {slowest:.2f} s, {complaint or "equal"}',
+            flush=True,
+        )
     return failures
 
 

@@ -20,22 +20,29 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
+import launch  # noqa: E402
 import sparsify  # noqa: E402
 import train  # noqa: E402
 from conf import load_settings  # noqa: E402
 from datasets import load_dataset  # noqa: E402
-from harness import launch  # noqa: E402
 
 DIGITS = ('--settings', str(ROOT / 'conf' / 'digits.py'))
 SMALL = ('--settings', str(ROOT / 'tests' / 'small.py'))
 TIMINGS = ('train_seconds', 'eval_seconds')
 DRAW = launch.draw
-LONGEST = [f'test_{name}.py' for name in 'slurm launch train results records recipes pac_bayes compress'.split()]
+LONGEST = [
+    f'test_{name}.py'
+    for name in 'slurm launch train results records recipes pac_bayes compress'.split()
+]
 
 
 def pytest_collection_modifyitems(items):
     """The files that take longest come first: where files run side by side, none of them is left for the end."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    items.sort(
+        key=lambda item: (
+            LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
+        )
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +73,10 @@ def out_of_time(*_):
 @contextlib.contextmanager
 def signals_as_before():
     """Puts the handlers of signals back that a command of the program has changed in this process; it has 300 seconds."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    }
     hook = sys.unraisablehook
     signal.signal(signal.SIGALRM, out_of_time)
     signal.alarm(300)
@@ -81,7 +91,10 @@ def signals_as_before():
 
 def main(*arguments):
     """As `run`, in this process, which is quicker."""
-    with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as stdout,
+        contextlib.redirect_stderr(io.StringIO()) as stderr,
+    ):
         with signals_as_before(), pytest.MonkeyPatch.context() as patch:
             if '--plot' in arguments:
                 patch.setattr(launch, 'draw', DRAW)
@@ -153,7 +166,12 @@ def kill_at(monkeypatch):
 
     for name in ('prune', 'evaluate', 'log', 'advance', 'save'):
         monkeypatch.setattr(train.Run, name, watched(name, getattr(train.Run, name)))
-    for owner, name in ((os, 'replace'), (sparsify, 'regrow'), (sparsify, 'prune'), (sparsify, 'rewind')):
+    for owner, name in (
+        (os, 'replace'),
+        (sparsify, 'regrow'),
+        (sparsify, 'prune'),
+        (sparsify, 'rewind'),
+    ):
         monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))
     monkeypatch.setattr(torch.optim.SGD, 'step', watched('step', torch.optim.SGD.step))
     return kill
@@ -168,7 +186,10 @@ def numbers(path, without=TIMINGS):
 
 def same(folder, other, name='CONV-3-4'):
     """Whether a network has the same tables in two results folders, timings aside."""
-    tables, others = ({path.name: numbers(path) for path in (results / name).glob('*.csv')} for results in (folder, other))
+    tables, others = (
+        {path.name: numbers(path) for path in (results / name).glob('*.csv')}
+        for results in (folder, other)
+    )
     return tables == others
 
 

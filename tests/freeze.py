@@ -47,12 +47,22 @@ TIMINGS = 'train_seconds', 'eval_seconds'
 
 def machine():
     """What the last digits of a training depend on."""
-    return {'cpu': torch.backends.cpu.get_cpu_capability(), 'threads': 1, 'torch': torch.__version__}
+    return {
+        'cpu': torch.backends.cpu.get_cpu_capability(),
+        'threads': 1,
+        'torch': torch.__version__,
+    }
 
 
 def train_kind(kind, folder):
     """Trains a kind of run into `folder` and returns {file name: rows}, timings left out."""
-    command = [sys.executable, ROOT / 'train.py', '--settings', ROOT / 'tests' / 'small.py', *KINDS[kind].split()]
+    command = [
+        sys.executable,
+        ROOT / 'train.py',
+        '--settings',
+        ROOT / 'tests' / 'small.py',
+        *KINDS[kind].split(),
+    ]
     command += ['--results-path', folder]
     environment = os.environ | {'OMP_NUM_THREADS': '1'}
     subprocess.run(command, env=environment, check=True, capture_output=True)
@@ -69,13 +79,15 @@ def read_rows(path):
 def recipes():
     """{settings file: hash of the names and knobs of the networks that it describes}."""
     from conf import load_settings
-    from harness.records import folder_settings
+    from records import folder_settings
 
     hashes = {}
     for path in sorted([*ROOT.glob('conf/*.py'), *ROOT.glob('results/**/global_settings.py')]):
         if path.name == '__init__.py' or path.parts[-2].isdecimal():
             continue
-        runs = folder_settings(path.parent)[1] if 'results' in path.parts else load_settings(path)[1]
+        runs = (
+            folder_settings(path.parent)[1] if 'results' in path.parts else load_settings(path)[1]
+        )
         text = json.dumps([sorted(vars(run).items()) for run in runs])
         hashes[str(path.relative_to(ROOT))] = [len(runs), hashlib.sha256(text.encode()).hexdigest()]
     return hashes
@@ -83,7 +95,7 @@ def recipes():
 
 def networks():
     """{folder of a shipped network: hash of its weights}."""
-    from harness import load_network
+    from records import load_network
 
     hashes = {}
     for path in sorted(ROOT.glob('results/**/weights.pt')):

@@ -9,13 +9,22 @@ any device and any size.
 import sys
 
 import torch
-from benchmark import device_name, measure, new_run, peak_memory, random_dataset, report, seconds, synchronize
+from benchmark import (
+    device_name,
+    measure,
+    new_run,
+    peak_memory,
+    random_dataset,
+    report,
+    seconds,
+    synchronize,
+)
 
 import sparsify
 import train
 from conf import load_settings
+from device import choose_device, graphed
 from evaluation import evaluate
-from harness.machine import choose_device, graphed
 from measures.pac_bayes import certify
 
 # Of a loss, relative, beyond what two plain trainings differ by: atomic sums of a GPU come in any order, and 24 steps add up.
@@ -53,10 +62,24 @@ def compare(precision, device, width=32):
     Every sixth is on an uneven batch and before an evaluation; the rate changes after 12, the masks after every fifth;
     images are cropped.
     """
-    flags = {'precision': precision, 'width': width, 'epochs': 4, 'milestones': [2], 'certify_every': 0}
-    flags |= {'density': 0.5, 'initial_mask': 'erk', 'regrow': 'random', 'regrow_every': 5, 'augment': 'crop'}
+    flags = {
+        'precision': precision,
+        'width': width,
+        'epochs': 4,
+        'milestones': [2],
+        'certify_every': 0,
+    }
+    flags |= {
+        'density': 0.5,
+        'initial_mask': 'erk',
+        'regrow': 'random',
+        'regrow_every': 5,
+        'augment': 'crop',
+    }
     settings, dataset = settings_of(**flags), random_dataset(device, 5 * 32 + 16, 64)
-    graph, plain, again = (losses(settings, dataset, device, graph) for graph in (True, False, False))
+    graph, plain, again = (
+        losses(settings, dataset, device, graph) for graph in (True, False, False)
+    )
     return tuple(((other - plain).abs() / plain).max().item() for other in (graph, again))
 
 
@@ -64,7 +87,9 @@ def certificate(run, dataset, device):
     """(seconds, value) of the certificate of the network that a training has arrived at."""
     found = {}
     images, labels = dataset.train_images, dataset.train_labels
-    took = seconds(lambda: found.update(certify(run.net.eval(), images, labels, run.settings.delta)), device)
+    took = seconds(
+        lambda: found.update(certify(run.net.eval(), images, labels, run.settings.delta)), device
+    )
     return took, found['pac_bayes_error']
 
 
@@ -76,15 +101,23 @@ def longest_kernels(settings, dataset, device, steps=30, count=12):
     indices = torch.arange(settings.batch_size, device=device)
     for _ in range(3):
         step(indices)
-    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    activities = [torch.profiler.ProfilerActivity.CPU] + [
+        torch.profiler.ProfilerActivity.CUDA
+    ] * cuda
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(steps):
             step(indices)
         synchronize(device)
     kind, time = ('CUDA', 'self_device_time_total') if cuda else ('CPU', 'self_cpu_time_total')
-    kernels = [(getattr(event, time), event) for event in profiler.key_averages() if event.device_type.name == kind]
+    kernels = [
+        (getattr(event, time), event)
+        for event in profiler.key_averages()
+        if event.device_type.name == kind
+    ]
     total, calls = sum(took for took, _ in kernels), sum(event.count for _, event in kernels)
-    lines = [f'{settings.name}: {calls / steps:.0f} kernels in {total / steps:.0f} us a plain step; share, calls, name']
+    lines = [
+        f'{settings.name}: {calls / steps:.0f} kernels in {total / steps:.0f} us a plain step; share, calls, name'
+    ]
     for took, event in sorted(kernels, key=lambda kernel: -kernel[0])[:count]:
         lines.append(f'  {100 * took / total:5.1f} % {event.count / steps:6.1f}  {event.key[:100]}')
     return lines
@@ -94,7 +127,9 @@ def survey(device, widths, samples, test_samples, certified, repeats=5):
     """Prints everything, as it comes, of CONV-3-H for these widths; those up to `certified` are certified."""
     versions = f'torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}'
     print(f'{versions}, {device_name(device)}')
-    print('\n24 losses with a CUDA graph, the largest relative difference from plain steps (and of two plain trainings):')
+    print(
+        '\n24 losses with a CUDA graph, the largest relative difference from plain steps (and of two plain trainings):'
+    )
     for precision in ('float32', 'tf32', 'bf16') if device.type == 'cuda' else ('float32', 'bf16'):
         graph, plain = compare(precision, device)
         verdict = 'equal' if graph <= plain + TOLERANCE[precision] else 'DIFFERENT'
@@ -107,22 +142,43 @@ def survey(device, widths, samples, test_samples, certified, repeats=5):
         if settings.width <= certified:
             took, value = certificate(table.run, dataset, device)
             passes = took / table.image / samples
-            print(f'  certificate {took:10.1f} s, that of {passes:.1f} evaluations of the training set; it says {value:.3f}')
-            print(f'  memory      {peak_memory(device)[0]:10.0f} MiB at the peak, the certificate included', flush=True)
+            print(
+                f'  certificate {took:10.1f} s, that of {passes:.1f} evaluations of the training set; it says {value:.3f}'
+            )
+            print(
+                f'  memory      {peak_memory(device)[0]:10.0f} MiB at the peak, the certificate included',
+                flush=True,
+            )
         hours = settings.epochs * table.epoch / 3600
         certificates = settings.epochs // 10 * passes * samples * table.image / 3600
-        lines.append(f'  {settings.name:12} {hours:6.2f} h, and {certificates:.2f} h of certificates')
+        lines.append(
+            f'  {settings.name:12} {hours:6.2f} h, and {certificates:.2f} h of certificates'
+        )
         del table  # and with it the memory of its graph
-    print(f'\n{settings.epochs} epochs, with every bound at each and a certificate at every tenth:', *lines, '', sep='\n')
+    print(
+        f'\n{settings.epochs} epochs, with every bound at each and a certificate at every tenth:',
+        *lines,
+        '',
+        sep='\n',
+    )
     shown = max(width for width in widths if width <= certified)
     print(*longest_kernels(settings_of(width=shown), dataset, device), sep='\n')
 
 
 def main():
     if not torch.cuda.is_available():
-        print('tests/gpu.py: torch finds no GPU on this machine; tests/benchmark.py measures a CPU', file=sys.stderr)
+        print(
+            'tests/gpu.py: torch finds no GPU on this machine; tests/benchmark.py measures a CPU',
+            file=sys.stderr,
+        )
         return 2
-    survey(choose_device('auto'), [32, 200, 600, 1000], samples=60000, test_samples=10000, certified=200)
+    survey(
+        choose_device('auto'),
+        [32, 200, 600, 1000],
+        samples=60000,
+        test_samples=10000,
+        certified=200,
+    )
     return 0
 
 

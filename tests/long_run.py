@@ -14,12 +14,14 @@ from pathlib import Path
 
 from conftest import DIGITS, start
 
-from harness.records import read_metrics
+from records import read_metrics
 
 
 def resident(pid):
     """Resident memory of a process in MiB."""
-    status = dict(line.split(':', 1) for line in Path(f'/proc/{pid}/status').read_text().splitlines())
+    status = dict(
+        line.split(':', 1) for line in Path(f'/proc/{pid}/status').read_text().splitlines()
+    )
     return int(status['VmRSS'].split()[0]) / 1024
 
 
@@ -30,8 +32,17 @@ def main():
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, 'run', f'CONV-3-{options.width}', 'metrics.csv')
-        flags = ('--epochs', options.epochs, '--width', options.width, '--results-path', Path(folder, 'run'))
-        process = start(*DIGITS, *flags, stdout=subprocess.DEVNULL)  # a pipe that nobody reads would fill up and stop it
+        flags = (
+            '--epochs',
+            options.epochs,
+            '--width',
+            options.width,
+            '--results-path',
+            Path(folder, 'run'),
+        )
+        process = start(
+            *DIGITS, *flags, stdout=subprocess.DEVNULL
+        )  # a pipe that nobody reads would fill up and stop it
         memory, begin = {}, time.monotonic()
         for lines, reached in ((52, 50), (options.epochs - 8, options.epochs - 10)):
             while not (path.exists() and path.read_text().count('\n') >= lines):
@@ -44,9 +55,15 @@ def main():
     seconds = table['train_seconds'] + table['eval_seconds']
     first, last = (statistics.median(part) for part in (seconds[10:210], seconds[-200:]))
     (_, early), (_, late) = memory.items()
-    print(f'{options.epochs} epochs in {time.monotonic() - begin:.0f} s, exit status {process.returncode} {stderr}')
-    print(f'memory {early:.0f} MiB after 50 epochs, {late:.0f} MiB 10 epochs before the end: {100 * (late / early - 1):+.1f} %')
-    print(f'median epoch {first:.4f} s among the first 200, {last:.4f} s among the last: {100 * (last / first - 1):+.1f} %')
+    print(
+        f'{options.epochs} epochs in {time.monotonic() - begin:.0f} s, exit status {process.returncode} {stderr}'
+    )
+    print(
+        f'memory {early:.0f} MiB after 50 epochs, {late:.0f} MiB 10 epochs before the end: {100 * (late / early - 1):+.1f} %'
+    )
+    print(
+        f'median epoch {first:.4f} s among the first 200, {last:.4f} s among the last: {100 * (last / first - 1):+.1f} %'
+    )
     sys.exit(late > 1.05 * early or last > 1.1 * first or process.returncode != 0)
 
 

@@ -13,10 +13,10 @@ import conftest  # noqa: F401, for the path to the project
 import numpy as np
 import torch
 
-from harness.launch import get_dataset
-from harness.records import load_network
-from measures.geometry import trace_layers, weight_layers
+from launch import get_dataset
 from measures.norms import measure_data, measure_network
+from measures.trace import trace_layers, weight_layers
+from records import load_network
 from utils import golowich_bound, graf_bound, our_bound, sedghi_bound
 
 
@@ -28,11 +28,17 @@ def changed(table, **values):
 
 def main(path):
     net, settings = load_network(path)
-    raw, standardized = (get_dataset(settings.dataset_name, settings.data_dir, normalize) for normalize in (False, True))
+    raw, standardized = (
+        get_dataset(settings.dataset_name, settings.data_dir, normalize)
+        for normalize in (False, True)
+    )
     for layer in weight_layers(net).values():
         layer.bias = None
     network = measure_network(net, raw.input_shape)
-    raw_data, standardized_data = measure_data(net, raw.train_images), measure_data(net, standardized.train_images)
+    raw_data, standardized_data = (
+        measure_data(net, raw.train_images),
+        measure_data(net, standardized.train_images),
+    )
     data = standardized_data if settings.normalize else raw_data
 
     def value(bound, network, data):
@@ -42,11 +48,17 @@ def main(path):
         print(f'{what:60} {factor:8.3f} times {quantity}')
 
     def compare(what, bound, network_there, data_there):
-        show(what, value(bound, network_there, data_there) / value(bound, network, data), bound.__name__)
+        show(
+            what,
+            value(bound, network_there, data_there) / value(bound, network, data),
+            bound.__name__,
+        )
 
     print(path)
     show(
-        'inputs: standardized', value(our_bound, network, standardized_data) / value(our_bound, network, raw_data), 'our_bound'
+        'inputs: standardized',
+        value(our_bound, network, standardized_data) / value(our_bound, network, raw_data),
+        'our_bound',
     )
     golowich = [value(golowich_bound, network, inputs) for inputs in (standardized_data, raw_data)]
     show('inputs: standardized', golowich[0] / golowich[1], 'golowich_bound')
@@ -57,9 +69,14 @@ def main(path):
     log_factor = (1 + (2 * log_there) ** 0.5) / (1 + (2 * log_here) ** 0.5)
     show('log factor: D log(2 max deg)', log_factor, 'our_bound')
 
-    weights = [layer.module.weight.detach().double().flatten(1) for layer in trace_layers(net, raw.input_shape)]
+    weights = [
+        layer.module.weight.detach().double().flatten(1)
+        for layer in trace_layers(net, raw.input_shape)
+    ]
     reshaped = np.array([torch.linalg.matrix_norm(weight, 2).item() for weight in weights])
-    print(f'{"operator norms over those of the reshaped kernels":60} {np.round(network.s / reshaped, 3)}')
+    print(
+        f'{"operator norms over those of the reshaped kernels":60} {np.round(network.s / reshaped, 3)}'
+    )
     compare('s: of the reshaped kernels', sedghi_bound, changed(network, s=reshaped), data)
     compare('s: of the reshaped kernels', graf_bound, changed(network, s=reshaped), data)
     largest = changed(data, E_tot=data.m * data.B**2)
@@ -70,17 +87,26 @@ def main(path):
     compare('Graf: the classifier cut into positions', graf_bound, cut, data)
     four, m = changed(network, s=reshaped), 50000
     energy = m * data.B**2
-    for what, network_there in (('the four', four), ('all five, the classifier cut', changed(four, R=network.b))):
+    for what, network_there in (
+        ('the four', four),
+        ('all five, the classifier cut', changed(four, R=network.b)),
+    ):
         there = value(graf_bound, network_there, changed(data, m=m, E_tot=energy))
-        show(f'Graf: {what}', there * log_2W / value(graf_bound, network, data), 'graf_bound, nearly')
+        show(
+            f'Graf: {what}', there * log_2W / value(graf_bound, network, data), 'graf_bound, nearly'
+        )
     level = np.log2(value(graf_bound, network, data))
-    print(f'graf_bound: 2^{level:.2f}, with the classifier cut 2^{np.log2(value(graf_bound, cut, data)):.2f}')
+    print(
+        f'graf_bound: 2^{level:.2f}, with the classifier cut 2^{np.log2(value(graf_bound, cut, data)):.2f}'
+    )
     ours = value(our_bound, network, changed(raw_data, m=m)) * log_factor
     golowich, sedghi = (
         value(bound, table, changed(standardized_data, m=m))
         for bound, table in ((golowich_bound, network), (sedghi_bound, four))
     )
-    print(f'as released: ours 2^{np.log2(ours):.1f}, Golowich et al. 2^{np.log2(golowich):.1f}, Sedghi 2^{np.log2(sedghi):.1f}')
+    print(
+        f'as released: ours 2^{np.log2(ours):.1f}, Golowich et al. 2^{np.log2(golowich):.1f}, Sedghi 2^{np.log2(sedghi):.1f}'
+    )
 
 
 if __name__ == '__main__':

@@ -22,20 +22,37 @@ from torch import nn
 
 import evaluation
 import models
-from compress import balance, compress, compress_layer, compress_run, drop_dead, load, load_source, save
-from compress import main as compress_main
 from conf import BadInput
-from docs.width_theorem import FIGURES, arguments, draw_problem, exact_lasso, main, vertex, width_bound
-from harness import load_network
-from measures import linear
-from measures import narrow as room
-from measures.geometry import trace_layers
-from measures.lasso import group_lasso, norms, ridge, scaled
 from measures.masks import neuron_norms
 from measures.norms import classification_margins, measure_data, measure_network
 from measures.pac_bayes import test_set_bound as set_bound
+from measures.trace import trace_layers
 from models import get_network
 from models.weight_norm import weight_norm
+from records import load_network
+from studies.compress import linear
+from studies.compress import narrow as room
+from studies.compress.__main__ import (
+    balance,
+    compress,
+    compress_layer,
+    compress_run,
+    drop_dead,
+    load,
+    load_source,
+    save,
+)
+from studies.compress.__main__ import main as compress_main
+from studies.compress.lasso import group_lasso, norms, ridge, scaled
+from studies.width_theorem import (
+    FIGURES,
+    arguments,
+    draw_problem,
+    exact_lasso,
+    main,
+    vertex,
+    width_bound,
+)
 from utils import evaluate_bounds
 
 IMAGES = torch.rand(40, 1, 7, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -46,7 +63,9 @@ def chain(widths=(4, 5), seed=0, wrap=lambda layer: layer):
     torch.manual_seed(seed)
     first = wrap(nn.Conv2d(1, widths[0], 3, stride=2, padding=1, bias=False))
     second = wrap(nn.Conv2d(widths[0], widths[1], 2, stride=2, padding=2, dilation=2, bias=False))
-    net = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(9 * widths[1], 3, bias=False))
+    net = nn.Sequential(
+        first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(9 * widths[1], 3, bias=False)
+    )
     return net.double()
 
 
@@ -54,7 +73,9 @@ def mlp(widths=(6, 5), seed=0):
     torch.manual_seed(seed)
     sizes = (49, *widths, 3)
     layers = [nn.Linear(*pair, bias=False) for pair in itertools.pairwise(sizes)]
-    return nn.Sequential(nn.Flatten(), *(module for layer in layers for module in (layer, nn.ReLU())))[:-1].double()
+    return nn.Sequential(
+        nn.Flatten(), *(module for layer in layers for module in (layer, nn.ReLU()))
+    )[:-1].double()
 
 
 def rescaled(net, layer, factors):
@@ -75,7 +96,9 @@ def random_problem(K=6, taps=3, D=4, N=30, seed=0):
     psi = V0.flatten(1) @ phi
     gram = phi @ phi.T / N
     cross, energy = (psi @ phi.T / N).view(V0.shape), (psi.square().sum() / N).item()
-    return SimpleNamespace(gram=lambda V: (V.flatten(1) @ gram).view(-1, K, taps), cross=cross, energy=energy), V0
+    return SimpleNamespace(
+        gram=lambda V: (V.flatten(1) @ gram).view(-1, K, taps), cross=cross, energy=energy
+    ), V0
 
 
 # The solver
@@ -90,9 +113,13 @@ def test_solution_meets_the_optimality_conditions(lam):
     R, active = problem.cross - problem.gram(V), norms(V) > 0
     assert active.any()
     assert (norms(R) <= report['penalty'] * (1 + 1e-4)).all()
-    wanted = report['penalty'] * V / norms(V)[:, None]  # on the active set R_k is the penalty in the direction of V_k
+    wanted = (
+        report['penalty'] * V / norms(V)[:, None]
+    )  # on the active set R_k is the penalty in the direction of V_k
     assert torch.allclose(R[:, active], wanted[:, active], atol=1e-3 * report['penalty'])
-    assert norms(V).sum() <= norms(start).sum()  # the start fits exactly, so the penalty can only fall
+    assert (
+        norms(V).sum() <= norms(start).sum()
+    )  # the start fits exactly, so the penalty can only fall
 
 
 @pytest.mark.parametrize('steps', [0, 10, 50, 200])
@@ -127,7 +154,9 @@ def test_orthonormal_features_have_a_closed_form():
     cross = torch.randn(3, 5, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     problem = SimpleNamespace(gram=lambda V: V, cross=cross, energy=cross.square().sum().item())
     V, report = group_lasso(problem, 0.6, torch.ones_like(cross), tolerance=1e-12)
-    assert torch.allclose(V, cross * (1 - report['penalty'] / norms(cross)).clamp(min=0)[:, None], atol=1e-6)
+    assert torch.allclose(
+        V, cross * (1 - report['penalty'] / norms(cross)).clamp(min=0)[:, None], atol=1e-6
+    )
 
 
 def test_signed_features_whose_largest_eigenvector_is_orthogonal_to_the_start():
@@ -137,7 +166,9 @@ def test_signed_features_whose_largest_eigenvector_is_orthogonal_to_the_start():
     V0 = torch.randn(3, 4, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     cross = (V0.flatten(1) @ gram).unflatten(1, (4, 1))
     energy = (V0 * cross).sum().item()
-    problem = SimpleNamespace(gram=lambda V: (V.flatten(1) @ gram).unflatten(1, (4, 1)), cross=cross, energy=energy)
+    problem = SimpleNamespace(
+        gram=lambda V: (V.flatten(1) @ gram).unflatten(1, (4, 1)), cross=cross, energy=energy
+    )
     V, report = group_lasso(problem, 0.2, torch.ones_like(V0), tolerance=1e-8)
     assert 0 <= report['gap'] <= 1e-8 and report['steps'] < 1000
     assert (norms(cross - problem.gram(V)) <= report['penalty'] * (1 + 1e-3)).all()
@@ -150,8 +181,13 @@ def test_ridge_solves_its_normal_equations():
     assert not kept.all()
     decay = 0.1 * report['penalty'] / norms(V)
     refitted = ridge(problem, decay, V)
-    gradient = problem.cross - problem.gram(refitted) - torch.where(kept, decay, 0)[:, None] * refitted
-    assert gradient[:, kept].abs().max() < 1e-6 * problem.cross.abs().max() and refitted[:, ~kept].abs().max() == 0
+    gradient = (
+        problem.cross - problem.gram(refitted) - torch.where(kept, decay, 0)[:, None] * refitted
+    )
+    assert (
+        gradient[:, kept].abs().max() < 1e-6 * problem.cross.abs().max()
+        and refitted[:, ~kept].abs().max() == 0
+    )
 
 
 # The problem of a layer
@@ -175,7 +211,10 @@ def test_gram_is_that_of_explicit_toeplitz_rows(net, index, monkeypatch):
     rows, columns = (torch.from_numpy(axis).double() for axis in layers[index].taps)
     maps = maps.view(len(maps), shape[1], rows.shape[2], columns.shape[2])
     phi = torch.einsum('nchw,aph,bqw->cabnpq', maps, rows, columns).flatten(3).flatten(0, 2)
-    gram, psi = phi @ phi.T / phi.shape[1], targets.reshape(len(maps), shape[0], -1).transpose(0, 1).flatten(1)
+    gram, psi = (
+        phi @ phi.T / phi.shape[1],
+        targets.reshape(len(maps), shape[0], -1).transpose(0, 1).flatten(1),
+    )
     V = torch.randn(2, shape[1], shape[2] * shape[3], dtype=torch.float64)
     for problem in (made, kept, chunks):
         assert torch.allclose(problem.gram(V).flatten(1), V.flatten(1) @ gram)
@@ -187,13 +226,17 @@ def test_few_images_are_taken_evenly(monkeypatch):
     monkeypatch.setattr(room, 'FIT_IMAGES', 10)
     layers, weights = room._tensors(chain(), (1, 7, 7))
     few = room._layer_problem(layers[:2], weights[:1], weights[:2], IMAGES)
-    assert few.energy == pytest.approx(room._layer_problem(layers[:2], weights[:1], weights[:2], IMAGES[::4]).energy)
+    assert few.energy == pytest.approx(
+        room._layer_problem(layers[:2], weights[:1], weights[:2], IMAGES[::4]).energy
+    )
 
 
 # Balance
 
 
-@pytest.mark.parametrize('net', [chain(), mlp(), chain(wrap=weight_norm)], ids=['conv', 'mlp', 'weight norm'])
+@pytest.mark.parametrize(
+    'net', [chain(), mlp(), chain(wrap=weight_norm)], ids=['conv', 'mlp', 'weight norm']
+)
 def test_balanced_network_is_the_same_function_with_equal_norms(net):
     balanced = balance(net, (1, 7, 7))
     assert torch.allclose(balanced(IMAGES), net(IMAGES), rtol=1e-12, atol=1e-14)
@@ -242,13 +285,17 @@ def test_copies_of_a_channel_are_merged(refit):
     assert torch.allclose(net(IMAGES), copied(IMAGES))
     one, _ = compress(net, IMAGES, 0.02, refit, 1e-7)
     other, _ = compress(copied, IMAGES, 0.02, refit, 1e-7)
-    assert torch.allclose(one(IMAGES), other(IMAGES), rtol=0, atol=2e-3 * one(IMAGES).abs().max().item())
+    assert torch.allclose(
+        one(IMAGES), other(IMAGES), rtol=0, atol=2e-3 * one(IMAGES).abs().max().item()
+    )
 
 
 def test_rescaling_and_permuting_change_nothing():
     net, generator = chain((6, 7)), torch.Generator().manual_seed(3)
     narrow, report = compress(net, IMAGES, 0.1, 'ridge', 1e-5)
-    lost = (narrow(IMAGES) - net(IMAGES)).norm() / net(IMAGES).norm()  # the last fit's targets are the original's outputs
+    lost = (narrow(IMAGES) - net(IMAGES)).norm() / net(
+        IMAGES
+    ).norm()  # the last fit's targets are the original's outputs
     assert report[-1]['residual'] == pytest.approx(lost.item(), rel=1e-6)
     assert 0 < report[0]['channels'] < 6 or 0 < report[1]['channels'] < 7
     for layer, width in ((0, 6), (1, 7)):
@@ -261,7 +308,9 @@ def test_rescaling_and_permuting_change_nothing():
     with torch.no_grad():
         permuted[0].weight.copy_(permuted[0].weight[order].clone())
         permuted[2].weight.copy_(permuted[2].weight[:, order].clone())
-    other, again = compress(permuted, IMAGES[torch.randperm(40, generator=generator)], 0.1, 'ridge', 1e-5)
+    other, again = compress(
+        permuted, IMAGES[torch.randperm(40, generator=generator)], 0.1, 'ridge', 1e-5
+    )
     assert [row['channels'] for row in again] == [row['channels'] for row in report]
     assert torch.allclose(other(IMAGES), narrow(IMAGES), rtol=1e-4, atol=1e-6)
 
@@ -310,7 +359,10 @@ def test_digits_within_one_image_at_two_thirds_of_the_weights(digits, trained):
 
     with torch.no_grad():
         assert error(narrow) <= error(net) + 1
-    before, after = (measure_network(each, digits.input_shape) for each in (balance(net, digits.input_shape), narrow))
+    before, after = (
+        measure_network(each, digits.input_shape)
+        for each in (balance(net, digits.input_shape), narrow)
+    )
     assert after.W.sum() < 0.65 * before.W.sum()
     assert after.rho <= before.rho
     plain, _ = compress(net, digits.train_images, 1e-3, 'none')
@@ -326,7 +378,14 @@ def test_digits_within_one_image_at_two_thirds_of_the_weights(digits, trained):
         ({'refit': 'least squares'}, 'refit'),
         ({'images': IMAGES * math.nan}, 'images'),
         ({'images': IMAGES[:0]}, 'images'),
-        ({'net': nn.Sequential(nn.Flatten(), nn.Linear(49, 4), nn.ReLU(), nn.Linear(4, 3)).double()}, 'bias'),
+        (
+            {
+                'net': nn.Sequential(
+                    nn.Flatten(), nn.Linear(49, 4), nn.ReLU(), nn.Linear(4, 3)
+                ).double()
+            },
+            'bias',
+        ),
     ],
 )
 def test_bad_arguments_are_named(arguments, words):
@@ -348,7 +407,13 @@ def test_a_layer_that_dies_is_named():
 def alexnet(seed=0):
     """AlexNet in small, with batch normalization in front of a ReLU and behind one; images of 3 x 16 x 16."""
     torch.manual_seed(seed)
-    features = nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 12, 3, padding=1), nn.BatchNorm2d(12)
+    features = (
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 12, 3, padding=1),
+        nn.BatchNorm2d(12),
+    )
     pooled = nn.ReLU(), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d((3, 3)), nn.Flatten(), nn.Dropout()
     first = nn.Linear(108, 20), nn.ReLU(), nn.Dropout()
     last = nn.Linear(20, 16), nn.ReLU(inplace=True), nn.BatchNorm1d(16), nn.Linear(16, 4)
@@ -361,8 +426,14 @@ def alexnet(seed=0):
     return net.eval()
 
 
-PICTURES = torch.randn(60, 3, 16, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-LINEAR = {'10': (12, 9), '13': (20, 1), '16': (16, 1)}  # of alexnet: channels that the layer reads, and inputs of each
+PICTURES = torch.randn(
+    60, 3, 16, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+)
+LINEAR = {
+    '10': (12, 9),
+    '13': (20, 1),
+    '16': (16, 1),
+}  # of alexnet: channels that the layer reads, and inputs of each
 
 
 @pytest.mark.parametrize('name', LINEAR)
@@ -372,12 +443,20 @@ def test_a_layer_of_alexnet_is_fitted_and_its_channels_are_cut(name, refit):
     net, (channels, taps) = alexnet().train(), LINEAR[name]
     narrow, report = compress_layer(net, PICTURES, name, 0.02, refit)
     assert net.training and narrow.training
-    assert 0 < report['channels'] == report['kept'].sum() < channels == len(report['kept']) and report['removed']
+    assert (
+        0 < report['channels'] == report['kept'].sum() < channels == len(report['kept'])
+        and report['removed']
+    )
     layer, zeroed = narrow.get_submodule(name), net.eval().get_submodule(name)
     wanted = net(PICTURES)
     inputs = report['kept'].repeat_interleave(taps)
-    assert layer.weight.shape == (zeroed.out_features, inputs.sum()) and layer.in_features == inputs.sum()
-    assert torch.equal(layer.bias, zeroed.bias) == (name != '16')  # a batch norm behind the ReLU leaves its shift
+    assert (
+        layer.weight.shape == (zeroed.out_features, inputs.sum())
+        and layer.in_features == inputs.sum()
+    )
+    assert torch.equal(layer.bias, zeroed.bias) == (
+        name != '16'
+    )  # a batch norm behind the ReLU leaves its shift
     with torch.no_grad():
         zeroed.weight.zero_()[:, inputs] = layer.weight
         zeroed.bias.copy_(layer.bias)
@@ -385,24 +464,34 @@ def test_a_layer_of_alexnet_is_fitted_and_its_channels_are_cut(name, refit):
     assert torch.allclose(found, net(PICTURES), rtol=1e-10, atol=1e-12)
     assert (found - wanted).norm() < 0.5 * wanted.norm()
     if name == '16':  # the classifier, whose fit is that of the outputs less what is held
-        shift = net[15].bias - net[15].running_mean * net[15].weight / (net[15].running_var + net[15].eps).sqrt()
+        shift = (
+            net[15].bias
+            - net[15].running_mean * net[15].weight / (net[15].running_var + net[15].eps).sqrt()
+        )
         held = alexnet().get_submodule(name)
         targets = wanted - held(shift)
-        assert report['residual'] == pytest.approx(((found - wanted).norm() / targets.norm()).item(), rel=1e-6)
+        assert report['residual'] == pytest.approx(
+            ((found - wanted).norm() / targets.norm()).item(), rel=1e-6
+        )
 
 
 @pytest.mark.parametrize('name', LINEAR)
 def test_tiny_lam_keeps_the_function_of_alexnet(name):
     net = alexnet()
     narrow, report = compress_layer(net, PICTURES, name, 1e-6, tolerance=1e-5)
-    assert (narrow(PICTURES) - net(PICTURES)).norm() < 2e-3 * net(PICTURES).norm() and report['residual'] < 5e-3
+    assert (narrow(PICTURES) - net(PICTURES)).norm() < 2e-3 * net(PICTURES).norm() and report[
+        'residual'
+    ] < 5e-3
 
 
 @pytest.mark.parametrize('name, producer, norm', [('10', 3, 4), ('13', 10, None), ('16', 13, 15)])
 def test_rescaled_channels_of_alexnet_stay_or_go_all_the_same(name, producer, norm):
     """A channel's filter and bias times a, what reads it divided by a; batch norms move what they take over."""
     net, (channels, taps) = alexnet(), LINEAR[name]
-    factors = 2.0 ** torch.randint(-4, 5, (channels,), generator=torch.Generator().manual_seed(0)).double()
+    factors = (
+        2.0
+        ** torch.randint(-4, 5, (channels,), generator=torch.Generator().manual_seed(0)).double()
+    )
     other = alexnet()
     with torch.no_grad():
         layer = other[producer]
@@ -425,7 +514,9 @@ def test_the_last_layer_of_a_chain_is_fitted_as_the_chain_is():
     net = mlp((8,))
     chain_, (report,) = compress(net, IMAGES, 0.1, 'ridge', 1e-8)
     narrow, alone = compress_layer(net, IMAGES, '3', 0.1, 'ridge', 1e-8)
-    assert alone['channels'] == report['channels'] < 8 and alone['residual'] == pytest.approx(report['residual'], rel=1e-5)
+    assert alone['channels'] == report['channels'] < 8 and alone['residual'] == pytest.approx(
+        report['residual'], rel=1e-5
+    )
     assert torch.allclose(narrow(IMAGES), chain_(IMAGES), rtol=1e-4, atol=1e-7)
 
 
@@ -446,7 +537,9 @@ def test_columns_stay_as_zeros_where_the_channels_cannot_be_cut():
     net = Residual().double()
     narrow, report = compress_layer(net, IMAGES, 'last', 0.2)
     assert not report['removed'] and 0 < report['channels'] < 6
-    assert torch.equal(narrow.last.weight.ne(0).any(0), report['kept']) and torch.equal(narrow.last.bias, net.last.bias)
+    assert torch.equal(narrow.last.weight.ne(0).any(0), report['kept']) and torch.equal(
+        narrow.last.bias, net.last.bias
+    )
     assert torch.equal(narrow.stem.weight, net.stem.weight)
 
 
@@ -465,13 +558,22 @@ def test_several_layers_are_fitted_from_the_input_on():
     """Each to the original pre-activations, from the features of what is narrower in front of it; in any order of names."""
     net = alexnet()
     narrow, reports = compress_layer(net, PICTURES, ['16', '13', '10'], 0.02, tolerance=1e-4)
-    assert list(reports) == ['10', '13', '16'] and all(report['removed'] for report in reports.values())
+    assert list(reports) == ['10', '13', '16'] and all(
+        report['removed'] for report in reports.values()
+    )
     for (name, report), widths in zip(reports.items(), (9, 1, 1)):
         assert narrow.get_submodule(name).in_features == report['channels'] * widths
     first, alone = compress_layer(net, PICTURES, '10', 0.02, tolerance=1e-4)
-    assert torch.equal(reports['10']['kept'], alone['kept']) and torch.equal(first[3].weight, narrow[3].weight)
-    with torch.no_grad():  # the residual of the last layer is that of the outputs, less what is held
-        held = net[16](net[15].bias - net[15].running_mean * net[15].weight / (net[15].running_var + net[15].eps).sqrt())
+    assert torch.equal(reports['10']['kept'], alone['kept']) and torch.equal(
+        first[3].weight, narrow[3].weight
+    )
+    with (
+        torch.no_grad()
+    ):  # the residual of the last layer is that of the outputs, less what is held
+        held = net[16](
+            net[15].bias
+            - net[15].running_mean * net[15].weight / (net[15].running_var + net[15].eps).sqrt()
+        )
         lost = (narrow(PICTURES) - net(PICTURES)).norm() / (net(PICTURES) - held).norm()
     assert reports['16']['residual'] == pytest.approx(lost.item(), rel=1e-6)
     second, _ = compress_layer(first, PICTURES, '13', 0.02, tolerance=1e-4)
@@ -487,18 +589,30 @@ def test_costs_of_one_and_zeros_that_stay():
         net[13].weight[:, 1] /= 100
     narrow, report = compress_layer(net, PICTURES, '13', 0.002)
     zeroed, same = compress_layer(net, PICTURES, '13', 0.002, remove=False)
-    assert torch.equal(report['kept'], same['kept']) and (same['removed'], same['why']) == (False, 'remove = False')
-    assert zeroed[10].weight.equal(net[10].weight) and torch.equal(zeroed[13].weight.ne(0).any(0), report['kept'])
+    assert torch.equal(report['kept'], same['kept']) and (same['removed'], same['why']) == (
+        False,
+        'remove = False',
+    )
+    assert zeroed[10].weight.equal(net[10].weight) and torch.equal(
+        zeroed[13].weight.ne(0).any(0), report['kept']
+    )
     assert torch.allclose(zeroed(PICTURES), narrow(PICTURES), rtol=1e-10)
     one, other = compress_layer(net, PICTURES, '13', 0.002, cost='one')
-    assert other['channels'] < report['channels'] and other['kept'][1] and one[10].out_features == other['channels']
+    assert (
+        other['channels'] < report['channels']
+        and other['kept'][1]
+        and one[10].out_features == other['channels']
+    )
 
 
 def test_copies_of_a_channel_are_not_merged():
     """Their weights add up, whatever the shares, and the objective does not tell: where one stays, all do."""
     net = alexnet()
     with torch.no_grad():
-        net[10].weight[:3], net[10].bias[:3] = net[10].weight[1:2].clone(), net[10].bias[1:2].clone()
+        net[10].weight[:3], net[10].bias[:3] = (
+            net[10].weight[1:2].clone(),
+            net[10].bias[1:2].clone(),
+        )
     _, report = compress_layer(net, PICTURES, '13', 0.002)
     assert report['kept'][:3].all() and report['channels'] < 20
 
@@ -538,7 +652,9 @@ CUT = {
 def test_channels_behind_means_and_functions_are_cut(function, inputs):
     net = Branch(Between(function), inputs).double()
     narrow, report = compress_layer(net, PICTURES, 'last', 0.9, tolerance=1e-2)
-    assert (report['removed'], report['why']) == (True, '') and len(narrow.conv.weight) == report['channels'] < 6
+    assert (report['removed'], report['why']) == (True, '') and len(narrow.conv.weight) == report[
+        'channels'
+    ] < 6
     zeroed, _ = compress_layer(net, PICTURES, 'last', 0.9, tolerance=1e-2, remove=False)
     assert torch.allclose(zeroed(PICTURES), narrow(PICTURES), rtol=1e-9, atol=1e-12)
 
@@ -554,7 +670,9 @@ FIXED = {
 @pytest.mark.parametrize('function, inputs', FIXED.values(), ids=FIXED)
 def test_channels_behind_a_view_of_a_fixed_size_are_groups_that_stay(function, inputs):
     """Behind a flattening they would be cut, to the same function; the view takes no fewer."""
-    pool = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2) if inputs == 54 else nn.Identity(), nn.Flatten())
+    pool = nn.Sequential(
+        nn.ReLU(), nn.MaxPool2d(2) if inputs == 54 else nn.Identity(), nn.Flatten()
+    )
     net, other = (Branch(between, inputs).double() for between in (Between(function), pool))
     narrow, report = compress_layer(net, PICTURES, 'last', 0.5, tolerance=1e-4)
     cut, same = compress_layer(other, PICTURES, 'last', 0.5, tolerance=1e-4)
@@ -565,18 +683,37 @@ def test_channels_behind_a_view_of_a_fixed_size_are_groups_that_stay(function, i
 
 UNCUT = {
     'two readers': (lambda x: (x + F.relu(x)).flatten(1), 294, 'add'),
-    'rows that are no images': (lambda x: x.relu().view(-1, 49), 49, 'last: its input is not one row an image'),
+    'rows that are no images': (
+        lambda x: x.relu().view(-1, 49),
+        49,
+        'last: its input is not one row an image',
+    ),
     'other axes': (lambda x: F.relu(x).transpose(1, 2).flatten(1), 294, 'transpose'),
-    'positions': (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(294), nn.ReLU()), 294, 'between.1 normalizes the positions'),
+    'positions': (
+        nn.Sequential(nn.Flatten(), nn.BatchNorm1d(294), nn.ReLU()),
+        294,
+        'between.1 normalizes the positions',
+    ),
 }
 
 
 @pytest.mark.parametrize('between, inputs, why', UNCUT.values(), ids=UNCUT)
 def test_where_channels_are_not_cut_the_report_says_why(between, inputs, why):
-    net = Branch(between if isinstance(between, nn.Module) else Between(between), inputs).double().eval()
+    net = (
+        Branch(between if isinstance(between, nn.Module) else Between(between), inputs)
+        .double()
+        .eval()
+    )
     narrow, report = compress_layer(net, PICTURES, 'last', 0.3, tolerance=1e-2)
-    assert why in report['why'] and not report['removed'] and torch.equal(narrow.conv.weight, net.conv.weight)
-    assert torch.equal(narrow.last.weight.ne(0).any(0), report['kept']) and 0 < report['channels'] < inputs
+    assert (
+        why in report['why']
+        and not report['removed']
+        and torch.equal(narrow.conv.weight, net.conv.weight)
+    )
+    assert (
+        torch.equal(narrow.last.weight.ne(0).any(0), report['kept'])
+        and 0 < report['channels'] < inputs
+    )
 
 
 def test_few_images_go_through_the_network_at_once(monkeypatch):
@@ -584,9 +721,15 @@ def test_few_images_go_through_the_network_at_once(monkeypatch):
     one, _ = compress_layer(net, PICTURES, '13', 0.02)
     monkeypatch.setattr(linear, 'images_per_pass', lambda net, images: 7)
     forward = nn.AdaptiveAvgPool2d.forward
-    monkeypatch.setattr(nn.AdaptiveAvgPool2d, 'forward', lambda self, x: sizes.append(len(x)) or forward(self, x))
+    monkeypatch.setattr(
+        nn.AdaptiveAvgPool2d, 'forward', lambda self, x: sizes.append(len(x)) or forward(self, x)
+    )
     two, _ = compress_layer(net, PICTURES, '13', 0.02)
-    assert max(sizes) == 7 and sum(sizes) == 61 and torch.allclose(one[13].weight, two[13].weight, rtol=1e-6)
+    assert (
+        max(sizes) == 7
+        and sum(sizes) == 61
+        and torch.allclose(one[13].weight, two[13].weight, rtol=1e-6)
+    )
 
 
 @pytest.mark.parametrize(
@@ -598,7 +741,11 @@ def test_few_images_go_through_the_network_at_once(monkeypatch):
         ('10', {'images': PICTURES / 0}, 'images'),
         ('10', {'refit': 'exact'}, 'refit'),
         ('10', {'cost': 'two'}, "cost = 'two'"),
-        ('10', {'images': PICTURES[:, :2]}, r'images: Sequential does not take one of shape \(1, 2, 16, 16\)'),
+        (
+            '10',
+            {'images': PICTURES[:, :2]},
+            r'images: Sequential does not take one of shape \(1, 2, 16, 16\)',
+        ),
         ('10', {'images': PICTURES[:, :, :2]}, 'images: Sequential does not take one'),
         ([], {}, 'name: at least one layer'),
         (['10', '12'], {}, "'12': not a linear layer"),
@@ -620,7 +767,9 @@ def test_the_shipped_pruned_network_is_exported(tmp_path):
     save(tmp_path / 'dead.pt', drop_dead(net), (1, 28, 28))
     small = load(tmp_path / 'dead.pt')
     weights = [weight for weight in small.parameters()]
-    assert [len(weight) for weight in weights] == [4, 3, 13, 10] and sum(weight.numel() for weight in weights) == 81_470
+    assert [len(weight) for weight in weights] == [4, 3, 13, 10] and sum(
+        weight.numel() for weight in weights
+    ) == 81_470
     assert (tmp_path / 'dead.pt').stat().st_size < 330_000
     with torch.no_grad():
         assert torch.equal(small(images).argmax(1), net(images).argmax(1))
@@ -646,18 +795,24 @@ def test_constants_of_batch_normalized_channels_are_kept_where_padding_needs_the
     wanted = []
     for index, norm in enumerate(norms_):
         value = norm.bias - norm.weight * norm.running_mean / (norm.running_var + norm.eps).sqrt()
-        padded = 1 <= index <= 3  # the stem's second convolution and the classifier read without padding
+        padded = (
+            1 <= index <= 3
+        )  # the stem's second convolution and the classifier read without padding
         wanted.append(8 + int((value[::2] > 0).sum()) * padded)
     found = [len(module.weight) for module in small if hasattr(module, 'weight')]
     assert found == [*wanted, 10] and 8 < max(found[:-1]) < 16
     images = torch.rand(50, 1, 16, 16, dtype=torch.float64)
     with torch.no_grad():
-        assert torch.allclose(small(images), net(images), rtol=0, atol=1e-14 * max(1, net(images).abs().max().item()))
+        assert torch.allclose(
+            small(images), net(images), rtol=0, atol=1e-14 * max(1, net(images).abs().max().item())
+        )
 
 
 def test_a_network_that_is_dead_is_exported_too():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(45, 3)).double()
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(45, 3)
+    ).double()
     with torch.no_grad():
         net[0].weight.zero_()
         net[2].weight.zero_()
@@ -679,7 +834,9 @@ def test_networks_that_are_no_chain_are_refused_by_name():
 # The width theorem
 
 
-@pytest.mark.parametrize('K, N, D, rank', [(9, 3, 2, 3), (30, 5, 5, 5), (40, 8, 3, 4), (20, 6, 5, 2)])
+@pytest.mark.parametrize(
+    'K, N, D, rank', [(9, 3, 2, 3), (30, 5, 5, 5), (40, 8, 3, 4), (20, 6, 5, 2)]
+)
 def test_solutions_within_the_sharper_width_bound(K, N, D, rank):
     """On random exact problems a solution is found that meets its constraints, is optimal, and is as narrow as proved."""
     rng, counts = np.random.default_rng(0), []
@@ -690,7 +847,9 @@ def test_solutions_within_the_sharper_width_bound(K, N, D, rank):
         t, dual, gap = exact_lasso(features, targets)
         sparse = vertex(t, dual, features)
         V = (dual @ features.T) * sparse
-        assert gap < 1e-6 and np.linalg.norm(V @ features - targets) < 1e-6 * np.linalg.norm(targets)
+        assert gap < 1e-6 and np.linalg.norm(V @ features - targets) < 1e-6 * np.linalg.norm(
+            targets
+        )
         assert np.linalg.norm(V, axis=0).sum() == pytest.approx(t.sum(), rel=1e-6)
         counts.append(np.count_nonzero(sparse))
     assert max(counts) <= width_bound(rank, q) <= rank * (rank + 1) / 2
@@ -698,7 +857,9 @@ def test_solutions_within_the_sharper_width_bound(K, N, D, rank):
         assert max(counts) == 5  # attained; rank times rank would be 6
 
 
-@pytest.mark.parametrize('figure, place, counts', [(4, 0, (2, 2)), (4, 1, (None, 8))], ids=['r = 2', 'r = 5'])
+@pytest.mark.parametrize(
+    'figure, place, counts', [(4, 0, (2, 2)), (4, 1, (None, 8))], ids=['r = 2', 'r = 5']
+)
 def test_problems_of_the_figures_need_as_many_neurons_as_ever(figure, place, counts):
     """The quicker ones of docs/width_theorem.py, with seeds 0 and 1."""
     for seed, count in enumerate(counts):
@@ -709,24 +870,42 @@ def test_problems_of_the_figures_need_as_many_neurons_as_ever(figure, place, cou
 
 
 @pytest.mark.parametrize(
-    'problem', [*FIGURES[3], *FIGURES[4], {'K': 9, 'N': 4, 'D': 3, 'rY': 2}, {'K': 2, 'N': 3, 'D': 2, 'rX': 1}]
+    'problem',
+    [
+        *FIGURES[3],
+        *FIGURES[4],
+        {'K': 9, 'N': 4, 'D': 3, 'rY': 2},
+        {'K': 2, 'N': 3, 'D': 2, 'rX': 1},
+    ],
 )
 def test_problems_have_the_sizes_and_ranks_that_are_asked_for_and_solutions(problem):
     features, targets = draw_problem(np.random.default_rng(0), **problem)
-    assert (features.shape, targets.shape) == ((problem['K'], problem['N']), (problem['D'], problem['N']))
+    assert (features.shape, targets.shape) == (
+        (problem['K'], problem['N']),
+        (problem['D'], problem['N']),
+    )
     r = problem.get('rX', min(features.shape))
     assert np.linalg.matrix_rank(features) == r
     assert np.linalg.matrix_rank(targets) == min(problem['D'], r, problem.get('rY', r))
-    assert np.linalg.matrix_rank(np.concatenate([features, targets])) == r  # V features = targets has a solution
+    assert (
+        np.linalg.matrix_rank(np.concatenate([features, targets])) == r
+    )  # V features = targets has a solution
 
 
 def test_arguments_of_the_width_theorem(capsys, tmp_path, monkeypatch):
     """The pictures of the page are drawn by the commands of the page alone; what makes no sense is one line."""
     monkeypatch.chdir(tmp_path)
-    docs, defaults = ROOT / 'docs', [{'K': K, 'N': 3, 'D': 2, 'rX': 0, 'rY': 0} for K in range(7, 12)]
+    docs, defaults = (
+        ROOT / 'docs',
+        [{'K': K, 'N': 3, 'D': 2, 'rX': 0, 'rY': 0} for K in range(7, 12)],
+    )
     assert arguments([]) == (defaults, 100, docs / 'width_theorem.png')
     assert arguments(['--figure', '3']) == (FIGURES[3], 10, docs / 'width_theorem_3.png')
-    assert arguments(['--figure', '4', '--draws', '2']) == (FIGURES[4], 2, Path('my_width_theorem_4.png'))
+    assert arguments(['--figure', '4', '--draws', '2']) == (
+        FIGURES[4],
+        2,
+        Path('my_width_theorem_4.png'),
+    )
     assert arguments(['--K', '2', '--rY', '1'])[0] == [{'K': 2, 'N': 3, 'D': 2, 'rX': 0, 'rY': 1}]
     for words, said in (
         ('--K 9 2', '--K 2: fewer neurons than the 3 samples'),
@@ -738,7 +917,10 @@ def test_arguments_of_the_width_theorem(capsys, tmp_path, monkeypatch):
             arguments(words.split())
         assert f'error: {said}' in capsys.readouterr().err.splitlines()[-1]
     main(*arguments(['--K', '2', '--rY', '1', '--draws', '2']))
-    assert capsys.readouterr().out.endswith('2 to 2 neurons, median 2\n') and (tmp_path / 'my_width_theorem.png').exists()
+    assert (
+        capsys.readouterr().out.endswith('2 to 2 neurons, median 2\n')
+        and (tmp_path / 'my_width_theorem.png').exists()
+    )
 
 
 # Files and the command
@@ -749,13 +931,15 @@ def trained(tmp_path_factory):
     """A results folder with CONV-2-16, trained on the digits as the quick start trains."""
     folder = tmp_path_factory.mktemp('trained') / '1'
     flags = '--depth', 2, '--width', 16, '--eval-every', 150, '--certify-every', 0
-    status, _, errors = run(*DIGITS, *flags, '--results-path', folder, '--results-dir', folder.parent, timeout=300)
+    status, _, errors = run(
+        *DIGITS, *flags, '--results-path', folder, '--results-dir', folder.parent, timeout=300
+    )
     assert status == 0, errors
     return folder
 
 
 def command(*arguments):
-    words = [sys.executable, str(ROOT / 'compress.py'), *map(str, arguments)]
+    words = [sys.executable, '-m', 'studies.compress', *map(str, arguments)]
     process = subprocess.run(words, capture_output=True, text=True, timeout=300)
     return process.returncode, process.stdout, process.stderr
 
@@ -785,10 +969,16 @@ def test_command_leaves_a_folder_of_its_own(trained, narrowed, digits):
         wrong = (outputs.argmax(1) != digits.test_labels).double().mean().item()
         loss = (outputs - F.one_hot(digits.test_labels, 10)).square().mean().item()
         table = measure_network(net, digits.input_shape)
-        assert wrong == float(row['test_error']) and loss == pytest.approx(float(row['test_loss']), rel=1e-5)
+        assert wrong == float(row['test_error']) and loss == pytest.approx(
+            float(row['test_loss']), rel=1e-5
+        )
         assert table.W.sum() == int(row['weights']) and path.stat().st_size == int(row['bytes'])
         assert table.rho == pytest.approx(float(row['rho'])) and float(row['speed_up']) > 0
-    assert torch.allclose(load(folder / 'CONV-2-16' / 'lam-0.pt')(digits.test_images), source(digits.test_images), atol=1e-5)
+    assert torch.allclose(
+        load(folder / 'CONV-2-16' / 'lam-0.pt')(digits.test_images),
+        source(digits.test_images),
+        atol=1e-5,
+    )
     assert 'made narrower' in refused('--results-path', folder, '--resume')
 
 
@@ -801,7 +991,10 @@ def test_bounds_hold_for_all_narrower_networks_at_once(trained, narrowed, digits
         with torch.no_grad():
             margins = classification_margins(net(digits.train_images), digits.train_labels)
         data = measure_data(net, digits.train_images)
-        united, single = (evaluate_bounds(net, data, margins, settings.delta / choices, settings.gamma) for choices in (256, 1))
+        united, single = (
+            evaluate_bounds(net, data, margins, settings.delta / choices, settings.gamma)
+            for choices in (256, 1)
+        )
         for column in ('our_bound', 'corrected_bound', 'path_bound', 'sedghi_bound'):
             assert float(row[column]) == pytest.approx(united[column], rel=1e-6)
             assert float(row[column]) > single[column] * (1 + 1e-5)
@@ -812,7 +1005,9 @@ def test_bounds_hold_for_all_narrower_networks_at_once(trained, narrowed, digits
 
 def test_certificates_hold_for_all_narrower_networks_at_once(digits, monkeypatch, tmp_path):
     deltas = []
-    monkeypatch.setattr(evaluation, 'certify', lambda net, images, labels, delta, found: deltas.append(delta) or {})
+    monkeypatch.setattr(
+        evaluation, 'certify', lambda net, images, labels, delta, found: deltas.append(delta) or {}
+    )
     settings = settings_of(dataset_name='digits', depth=2, width=4, certify_every=1, epochs=1)
     net = get_network(settings, digits.input_shape, 10).eval()
     options = SimpleNamespace(lam=[], layer=[])
@@ -825,7 +1020,13 @@ def small_alexnet(settings, input_shape, num_classes):
     """A family of a user's own: batch normalization, max and adaptive pooling, dropout and three linear layers."""
     width = settings.width
     features = nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)
-    first = nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.1)
+    first = (
+        nn.Conv2d(width, 2 * width, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.1),
+    )
     linear = nn.Linear(8 * width, 32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, 24), nn.ReLU()
     return nn.Sequential(*features, *first, *linear, nn.Linear(24, num_classes))
 
@@ -850,7 +1051,9 @@ def test_layers_of_an_alexnet_of_the_users_own(tmp_path, digits, monkeypatch, ca
     train_small(tmp_path / '1', *flags)
     (name,) = (path.name for path in (tmp_path / '1').iterdir() if path.is_dir())
     layers = '--layer', '14', '--layer', '9', '--layer', '12'
-    assert compress_main([str(tmp_path / '1'), *layers, '--lam', '0.05']) == 0, capsys.readouterr().err
+    assert compress_main([str(tmp_path / '1'), *layers, '--lam', '0.05']) == 0, (
+        capsys.readouterr().err
+    )
     net, _ = load_network(tmp_path / '1' / name)
     rows = list(csv.DictReader((tmp_path / '2' / name / 'compress.csv').open()))
     assert [row['layer'] for row in rows] == ['14|9|12'] * 2 and rows[0]['channels'] == '6|12|32|24'
@@ -860,14 +1063,24 @@ def test_layers_of_an_alexnet_of_the_users_own(tmp_path, digits, monkeypatch, ca
         assert torch.equal(whole(digits.test_images), net(digits.test_images))
         outputs = narrow(digits.test_images)
         assert torch.allclose(outputs, made(digits.test_images), atol=1e-4)
-    assert isinstance(narrow[1], nn.BatchNorm2d) and isinstance(narrow[7], nn.Flatten) and not narrow.training
+    assert (
+        isinstance(narrow[1], nn.BatchNorm2d)
+        and isinstance(narrow[7], nn.Flatten)
+        and not narrow.training
+    )
     widths = [reports[layer]['channels'] for layer in ('9', '12', '14')]
     assert rows[1]['channels'] == '|'.join(map(str, (6, *widths))) and widths != [12, 32, 24]
     assert [float(cell) for cell in rows[1]['residual'].split('|')] == pytest.approx(
         [reports[layer]['residual'] for layer in ('14', '9', '12')], rel=2e-2
     )
-    assert sum(weight.numel() for weight in narrow.parameters()) == int(rows[1]['weights']) < int(rows[0]['weights'])
-    assert (outputs.argmax(1) != digits.test_labels).double().mean().item() == float(rows[1]['test_error'])
+    assert (
+        sum(weight.numel() for weight in narrow.parameters())
+        == int(rows[1]['weights'])
+        < int(rows[0]['weights'])
+    )
+    assert (outputs.argmax(1) != digits.test_labels).double().mean().item() == float(
+        rows[1]['test_error']
+    )
     assert float(rows[1]['path_norm']) > 0
     monkeypatch.delitem(models.NETWORKS, 'ALEX')
     with pytest.raises(BadInput, match="network = 'ALEX'"):
@@ -882,26 +1095,51 @@ def test_one_layer_of_a_trained_network(trained, digits):
     whole, row = csv.DictReader((folder / 'compress.csv').open())
     net, _ = load_network(trained / 'CONV-2-16')
     narrow, report = compress_layer(net, digits.train_images, '5', 1e-2)
-    assert (row['layer'], row['channels']) == ('5', f'16|{report["channels"]}') and report['channels'] < 16
+    assert (row['layer'], row['channels']) == ('5', f'16|{report["channels"]}') and report[
+        'channels'
+    ] < 16
     assert float(row['residual']) == pytest.approx(report['residual'], rel=1e-2)
     with torch.no_grad():
         found = load(folder / 'lam-0.01.pt')(digits.test_images)
         assert torch.allclose(found, narrow(digits.test_images), atol=1e-4)
-        assert torch.allclose(load(folder / 'lam-0.pt')(digits.test_images), net(digits.test_images), atol=1e-5)
+        assert torch.allclose(
+            load(folder / 'lam-0.pt')(digits.test_images), net(digits.test_images), atol=1e-5
+        )
     assert float(whole['train_loss']) > 0 and float(row['train_loss']) != float(whole['train_loss'])
 
 
 def test_pruned_network_is_made_smaller_by_the_command(tmp_path, digits):
-    flags = '--density', 0.1, '--initial-mask', 'random', '--width', 16, '--epochs', 2, '--eval-every', 2
-    train_small(tmp_path / '1', *flags, '--measures-every', 2, '--results-dir', tmp_path)  # of distances, to other widths none
+    flags = (
+        '--density',
+        0.1,
+        '--initial-mask',
+        'random',
+        '--width',
+        16,
+        '--epochs',
+        2,
+        '--eval-every',
+        2,
+    )
+    train_small(
+        tmp_path / '1', *flags, '--measures-every', 2, '--results-dir', tmp_path
+    )  # of distances, to other widths none
     status, stdout, errors = command(tmp_path / '1')
     assert status == 0, errors
     (table,) = tmp_path.glob('2/*/compress.csv')
     whole, row = csv.DictReader(table.open())
     net, settings = load_network(tmp_path / '1' / table.parent.name)
     small = load(table.parent / 'dead.pt')
-    assert (whole['lam'], row['lam'], row['epoch']) == ('0', '', '2') and 'not finished' not in stdout
-    assert sum(weight.numel() for weight in small.parameters()) == int(row['weights']) < int(whole['weights'])
+    assert (whole['lam'], row['lam'], row['epoch']) == (
+        '0',
+        '',
+        '2',
+    ) and 'not finished' not in stdout
+    assert (
+        sum(weight.numel() for weight in small.parameters())
+        == int(row['weights'])
+        < int(whole['weights'])
+    )
     assert int(row['bytes']) < int(whole['bytes']) and row['test_error'] == whole['test_error']
     with torch.no_grad():
         assert torch.allclose(small(digits.test_images), net(digits.test_images), atol=1e-6)
@@ -915,14 +1153,20 @@ def test_pruned_network_is_made_smaller_by_the_command(tmp_path, digits):
 
 def test_ctrl_c_leaves_the_rows_that_are_done(trained):
     lams = [f'{0.001 * k}' for k in range(1, 200)]
-    words = [sys.executable, str(ROOT / 'compress.py'), str(trained), '--lam', *lams]
+    words = [sys.executable, '-m', 'studies.compress', str(trained), '--lam', *lams]
     before = set(trained.parent.iterdir())
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         while not any('lam 0.001' in line for line in iter(process.stdout.readline, '')):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and errors.count('\n') == 1 and 'the rows that are done are kept' in errors
+    assert (
+        process.returncode == 130
+        and errors.count('\n') == 1
+        and 'the rows that are done are kept' in errors
+    )
     (folder,) = set(trained.parent.iterdir()) - before
     rows = list(csv.DictReader((folder / 'CONV-2-16' / 'compress.csv').open()))
     assert 2 <= len(rows) < len(lams) and all(row['test_set_bound'] for row in rows)
@@ -971,7 +1215,7 @@ def test_other_settings_than_those_of_the_training_are_refused(tmp_path, trained
 def test_other_data_than_those_of_the_training_are_refused(trained, digits, monkeypatch):
     labels = digits.test_labels.flip(0)
     other = SimpleNamespace(**vars(digits) | {'test_labels': labels})
-    monkeypatch.setattr('harness.launch.get_inputs', lambda settings: (torch.device('cpu'), other))
+    monkeypatch.setattr('launch.get_inputs', lambda settings: (torch.device('cpu'), other))
     with pytest.raises(BadInput, match='was trained on other data'):
         load_source(trained / 'CONV-2-16')
 

@@ -27,7 +27,9 @@ def idx(array):
 
 
 def sample(count, shape, classes=10):
-    return RANDOM.integers(0, 256, (count, *shape), np.uint8), RANDOM.integers(0, classes, count, np.uint8)
+    return RANDOM.integers(0, 256, (count, *shape), np.uint8), RANDOM.integers(
+        0, classes, count, np.uint8
+    )
 
 
 def make_idx(data_dir, name='MNIST', folder='raw', compressed=True, counts=(70, 20)):
@@ -85,7 +87,10 @@ def make_svhn(data_dir):
     parts = []
     for split, count in (('train', 12), ('test', 5)):
         images, labels = sample(count, (3, 32, 32))
-        content = {'X': images.transpose(2, 3, 1, 0), 'y': np.where(labels == 0, 10, labels)[:, None]}
+        content = {
+            'X': images.transpose(2, 3, 1, 0),
+            'y': np.where(labels == 0, 10, labels)[:, None],
+        }
         io_module.savemat(Path(data_dir, f'{split}_32x32.mat'), content, do_compression=True)
         parts.append((images, labels))
     return parts
@@ -95,7 +100,9 @@ def assert_holds(dataset, parts):
     for part, (images, labels) in zip(('train', 'test'), parts):
         images = images.reshape(len(images), -1, *images.shape[-2:])
         loaded = getattr(dataset, f'{part}_images')
-        assert loaded.dtype == torch.float32 and loaded.is_contiguous(memory_format=torch.channels_last)
+        assert loaded.dtype == torch.float32 and loaded.is_contiguous(
+            memory_format=torch.channels_last
+        )
         np.testing.assert_array_equal(loaded.numpy(), images.astype(np.float32) / np.float32(255))
         np.testing.assert_array_equal(getattr(dataset, f'{part}_labels').numpy(), labels)
 
@@ -116,7 +123,10 @@ def test_cifar(tmp_path, name, unpacked):
     parts = make_cifar(tmp_path, name, unpacked)
     dataset = load_dataset(name, tmp_path)
     assert_holds(dataset, parts)
-    assert (dataset.num_classes, dataset.input_shape) == (100 if name == 'CIFAR100' else 10, (3, 32, 32))
+    assert (dataset.num_classes, dataset.input_shape) == (
+        100 if name == 'CIFAR100' else 10,
+        (3, 32, 32),
+    )
 
 
 def test_svhn(tmp_path):
@@ -133,7 +143,11 @@ def test_svhn_without_scipy_says_so(tmp_path, monkeypatch):
 
 
 def test_digits(digits):
-    assert (len(digits.train_images), len(digits.test_images), digits.input_shape) == (1437, 360, (1, 8, 8))
+    assert (len(digits.train_images), len(digits.test_images), digits.input_shape) == (
+        1437,
+        360,
+        (1, 8, 8),
+    )
     assert (digits.train_images.min(), digits.train_images.max()) == (0, 1)
     assert digits.train_labels[:10].tolist() == list(range(10))
 
@@ -141,17 +155,24 @@ def test_digits(digits):
 def test_mnist(mnist):
     assert (len(mnist.train_images), len(mnist.test_images)) == (60000, 10000)
     assert mnist.train_labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
-    raw = read_idx(Path(os.environ['DATA_DIR'], 'MNIST', 'raw', 'train-images-idx3-ubyte.gz'), (28, 28))
+    raw = read_idx(
+        Path(os.environ['DATA_DIR'], 'MNIST', 'raw', 'train-images-idx3-ubyte.gz'), (28, 28)
+    )
     assert hashlib.md5(idx(raw)).hexdigest() == '6bbc9ace898e44ae57da46a324031adb'
 
 
 def test_normalize(tmp_path):
     make_cifar(tmp_path, 'CIFAR10')
-    plain, normalized = load_dataset('CIFAR10', tmp_path), load_dataset('CIFAR10', tmp_path, normalize=True)
+    plain, normalized = (
+        load_dataset('CIFAR10', tmp_path),
+        load_dataset('CIFAR10', tmp_path, normalize=True),
+    )
     std, mean = torch.std_mean(plain.train_images, dim=(0, 2, 3), correction=0, keepdim=True)
     torch.testing.assert_close(normalized.test_images, (plain.test_images - mean) / std)
     subset = load_dataset('CIFAR10', tmp_path, normalize=True, train_samples=4)
-    torch.testing.assert_close(subset.test_images, normalized.test_images, rtol=0, atol=0)  # an image is the same input
+    torch.testing.assert_close(
+        subset.test_images, normalized.test_images, rtol=0, atol=0
+    )  # an image is the same input
 
 
 def test_a_constant_channel_is_normalized_to_zero(tmp_path):
@@ -166,7 +187,11 @@ def draw(**knobs):
 
 
 def test_training_subsets_are_nested_and_seeded(digits):
-    small, large, other = draw(train_samples=200), draw(train_samples=900), draw(train_samples=200, data_seed=1)
+    small, large, other = (
+        draw(train_samples=200),
+        draw(train_samples=900),
+        draw(train_samples=200, data_seed=1),
+    )
     assert torch.equal(small.train_images, large.train_images[:200])
     assert torch.equal(small.train_labels, large.train_labels[:200])
     assert not torch.equal(small.train_images, other.train_images)
@@ -176,7 +201,9 @@ def test_training_subsets_are_nested_and_seeded(digits):
              for part in (whole, digits, small)]  # fmt: skip
     assert pairs[0] == pairs[1] and pairs[2] < pairs[0] and len(pairs[2]) == 200
     for part in (small, large, other, whole):
-        assert torch.equal(part.test_images, digits.test_images) and torch.equal(part.test_labels, digits.test_labels)
+        assert torch.equal(part.test_images, digits.test_images) and torch.equal(
+            part.test_labels, digits.test_labels
+        )
 
 
 @pytest.mark.parametrize('clean, samples', [(0, 0), (300, 0), (300, 700), (700, 700)])
@@ -187,7 +214,9 @@ def test_label_noise_is_exact(noise, clean, samples):
     wrong = noisy.train_labels != true.train_labels
     assert wrong.sum() == round(noise * (len(wrong) - clean)) and not wrong[:clean].any()
     assert 0 <= noisy.train_labels.min() and noisy.train_labels.max() <= 9
-    assert torch.equal(noisy.train_images, true.train_images) and torch.equal(noisy.test_labels, true.test_labels)
+    assert torch.equal(noisy.train_images, true.train_images) and torch.equal(
+        noisy.test_labels, true.test_labels
+    )
 
 
 def test_wrong_labels_are_nested_uniform_and_of_their_own_seed(digits):
@@ -196,9 +225,14 @@ def test_wrong_labels_are_nested_uniform_and_of_their_own_seed(digits):
     assert (many | ~few).all() and torch.equal(labels[0.1][few], labels[1.0][few])
     steps = torch.bincount((labels[1.0] - digits.train_labels) % 10, minlength=10)
     assert steps[0] == 0 and ((steps[1:] - 1437 / 9).abs() < 4 * (1437 / 9) ** 0.5).all()
-    again, other = draw(label_noise=0.5).train_labels, draw(label_noise=0.5, data_seed=1).train_labels
+    again, other = (
+        draw(label_noise=0.5).train_labels,
+        draw(label_noise=0.5, data_seed=1).train_labels,
+    )
     assert torch.equal(again, labels[0.5]) and not torch.equal(other, labels[0.5])
-    for seed in range(3):  # no shuffle of a training, drawn from (seed, epoch), puts the wrong ones first
+    for seed in range(
+        3
+    ):  # no shuffle of a training, drawn from (seed, epoch), puts the wrong ones first
         for epoch in range(1, 4):
             first = np.random.default_rng((seed, epoch)).permutation(1437)[: few.sum()]
             assert few[first].float().mean() < 0.4
@@ -218,15 +252,27 @@ def test_impossible_draws_name_the_knob(knobs):
 def test_crops(channels_last):
     """The variants are all the shifts by at most 4 pixels along both axes, each mirrored and not; one is the image itself."""
     images = torch.arange(1.0, 1 + 2 * 3 * 6 * 5).view(2, 3, 6, 5)
-    images = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    images = images.contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (4, 4), (4, 4)))
     for number in range(2):
         found = crops(images[[number] * VARIANTS], torch.arange(VARIANTS))
-        assert found.shape == (VARIANTS, 3, 6, 5) and found.is_contiguous(memory_format=torch.channels_last)
-        windows = [padded[number, :, top : top + 6, left : left + 5] for top in range(9) for left in range(9)]
+        assert found.shape == (VARIANTS, 3, 6, 5) and found.is_contiguous(
+            memory_format=torch.channels_last
+        )
+        windows = [
+            padded[number, :, top : top + 6, left : left + 5]
+            for top in range(9)
+            for left in range(9)
+        ]
         expected = [window[..., ::step] for window in windows for step in (1, -1)]
         assert {crop.tobytes() for crop in found.numpy()} == {crop.tobytes() for crop in expected}
-        assert len(expected) == VARIANTS and np.array_equal(found[::2], windows) and torch.equal(found[80], images[number])
+        assert (
+            len(expected) == VARIANTS
+            and np.array_equal(found[::2], windows)
+            and torch.equal(found[80], images[number])
+        )
     mixed = crops(images, torch.tensor([3, 160]))
     assert np.array_equal(mixed, np.stack([padded[0, :, :6, 1:6][..., ::-1], padded[1, :, 8:, 8:]]))
 
@@ -235,8 +281,18 @@ def test_fingerprint(digits):
     """It tells apart whatever changes a single label or pixel of either part, and nothing else."""
     print_ = fingerprint(digits)
     assert print_ == fingerprint(draw()) and len(print_) == 32 and int(print_, 16)
-    different = [draw(train_samples=1436), draw(train_samples=1437), draw(label_noise=1 / 1437), draw(normalize=True)]
-    for name, index in (('train_labels', 7), ('test_labels', 3), ('train_images', (5000 % 1437, 0, 3, 3)), ('test_images', -1)):
+    different = [
+        draw(train_samples=1436),
+        draw(train_samples=1437),
+        draw(label_noise=1 / 1437),
+        draw(normalize=True),
+    ]
+    for name, index in (
+        ('train_labels', 7),
+        ('test_labels', 3),
+        ('train_images', (5000 % 1437, 0, 3, 3)),
+        ('test_images', -1),
+    ):
         different.append(draw())
         tensor = getattr(different[-1], name)
         tensor[index] = 9 - tensor[index]
@@ -250,16 +306,46 @@ def test_fingerprint(digits):
 WRONG_READERS = {
     'one part': (lambda parts: parts[:1], 'mine: its reader yields 1 of the two parts'),
     'no part': (lambda parts: [], 'mine: its reader yields 0 of the two parts'),
-    'another shape': (lambda parts: [(images[:, :, :1], labels) for images, labels in parts], r'\(1, 1, 2\); DATASETS'),
-    'no channels': (lambda parts: [(images[:, 0], labels) for images, labels in parts], r'\(2, 2\); DATASETS declares \(1'),
-    'negative labels': (lambda parts: [(images, labels - 1) for images, labels in parts], 'label -1 is out of range'),
-    'labels too large': (lambda parts: [(images, labels + 1) for images, labels in parts], 'label 4 is out of range'),
-    'pixels too large': (lambda parts: [(images + 240.5, labels) for images, labels in parts], 'pixel of 255.5 in a train'),
-    'pixels of nan': (lambda parts: [(images * np.nan, labels) for images, labels in parts], 'pixel of nan in a train'),
-    'labels of floats': (lambda parts: [(images, labels / 2) for images, labels in parts], 'must be integers'),
-    'labels of a column': (lambda parts: [(images, labels[:, None]) for images, labels in parts], 'must be integers'),
-    'floats to normalize': (lambda parts: [(images / 255, labels) for images, labels in parts], 'normalize = True'),
-    'negative pixels': (lambda parts: [(images.astype(int) - 9, labels) for images, labels in parts], 'normalize = True'),
+    'another shape': (
+        lambda parts: [(images[:, :, :1], labels) for images, labels in parts],
+        r'\(1, 1, 2\); DATASETS',
+    ),
+    'no channels': (
+        lambda parts: [(images[:, 0], labels) for images, labels in parts],
+        r'\(2, 2\); DATASETS declares \(1',
+    ),
+    'negative labels': (
+        lambda parts: [(images, labels - 1) for images, labels in parts],
+        'label -1 is out of range',
+    ),
+    'labels too large': (
+        lambda parts: [(images, labels + 1) for images, labels in parts],
+        'label 4 is out of range',
+    ),
+    'pixels too large': (
+        lambda parts: [(images + 240.5, labels) for images, labels in parts],
+        'pixel of 255.5 in a train',
+    ),
+    'pixels of nan': (
+        lambda parts: [(images * np.nan, labels) for images, labels in parts],
+        'pixel of nan in a train',
+    ),
+    'labels of floats': (
+        lambda parts: [(images, labels / 2) for images, labels in parts],
+        'must be integers',
+    ),
+    'labels of a column': (
+        lambda parts: [(images, labels[:, None]) for images, labels in parts],
+        'must be integers',
+    ),
+    'floats to normalize': (
+        lambda parts: [(images / 255, labels) for images, labels in parts],
+        'normalize = True',
+    ),
+    'negative pixels': (
+        lambda parts: [(images.astype(int) - 9, labels) for images, labels in parts],
+        'normalize = True',
+    ),
 }
 
 
@@ -279,7 +365,9 @@ def test_what_a_users_reader_yields_is_checked(monkeypatch, case):
 
 def test_a_single_class_is_refused(monkeypatch):
     part = np.ones((4, 1, 2, 2), np.uint8), np.zeros(4, int)
-    monkeypatch.setitem(datasets.DATASETS, 'mine', (lambda data_dir: (('my_file', *part),) * 2, (1, 2, 2), 1, 255))
+    monkeypatch.setitem(
+        datasets.DATASETS, 'mine', (lambda data_dir: (('my_file', *part),) * 2, (1, 2, 2), 1, 255)
+    )
     with pytest.raises(BadInput, match='mine: DATASETS declares 1 class'):
         load_dataset('mine', 'nowhere')
 
@@ -288,8 +376,12 @@ def test_a_single_class_is_refused(monkeypatch):
 def test_images_of_any_byte_order_are_their_values(monkeypatch, kind):
     images = np.arange(16).reshape(4, 1, 2, 2)
     part = images.astype(kind), np.arange(4)
-    monkeypatch.setitem(datasets.DATASETS, 'mine', (lambda data_dir: (('my_file', *part),) * 2, (1, 2, 2), 4, 15))
-    assert torch.equal(load_dataset('mine', 'nowhere').train_images, torch.from_numpy(images).float() / 15)
+    monkeypatch.setitem(
+        datasets.DATASETS, 'mine', (lambda data_dir: (('my_file', *part),) * 2, (1, 2, 2), 4, 15)
+    )
+    assert torch.equal(
+        load_dataset('mine', 'nowhere').train_images, torch.from_numpy(images).float() / 15
+    )
 
 
 FIFOS = {
@@ -318,13 +410,41 @@ WRONG_IDX = {
     'empty': ('train-images-idx3', lambda content: b'', 'damaged or truncated'),
     'trailing': ('train-images-idx3', lambda content: content + b'x', 'more bytes'),
     'magic': ('train-images-idx3', lambda content: b'\0\0\x0d\x03' + content[4:], '0x00000d03'),
-    'labels for images': ('train-images-idx3', lambda content: idx(np.zeros(70, np.uint8)), '0x00000801'),
-    'images for labels': ('train-labels-idx1', lambda content: idx(np.zeros((70, 28, 28), np.uint8)), '0x00000803'),
-    'another size': ('train-images-idx3', lambda content: idx(np.zeros((70, 8, 8), np.uint8)), '(8, 8), not (28, 28)'),
-    'huge': ('train-images-idx3', lambda content: content[:4] + b'\xff' * 4 + content[8:], 'declares 4294967295'),
-    'another set': ('train-labels-idx1', lambda content: idx(np.zeros(69, np.uint8)), '69 labels for 70 train images'),
-    'label': ('t10k-labels-idx1', lambda content: content[:-1] + b'\x0a', 'label 10 is out of range'),
-    'no images': ('t10k-images-idx3', lambda content: idx(np.zeros((0, 28, 28), np.uint8)), '20 labels for 0 test'),
+    'labels for images': (
+        'train-images-idx3',
+        lambda content: idx(np.zeros(70, np.uint8)),
+        '0x00000801',
+    ),
+    'images for labels': (
+        'train-labels-idx1',
+        lambda content: idx(np.zeros((70, 28, 28), np.uint8)),
+        '0x00000803',
+    ),
+    'another size': (
+        'train-images-idx3',
+        lambda content: idx(np.zeros((70, 8, 8), np.uint8)),
+        '(8, 8), not (28, 28)',
+    ),
+    'huge': (
+        'train-images-idx3',
+        lambda content: content[:4] + b'\xff' * 4 + content[8:],
+        'declares 4294967295',
+    ),
+    'another set': (
+        'train-labels-idx1',
+        lambda content: idx(np.zeros(69, np.uint8)),
+        '69 labels for 70 train images',
+    ),
+    'label': (
+        't10k-labels-idx1',
+        lambda content: content[:-1] + b'\x0a',
+        'label 10 is out of range',
+    ),
+    'no images': (
+        't10k-images-idx3',
+        lambda content: idx(np.zeros((0, 28, 28), np.uint8)),
+        '20 labels for 0 test',
+    ),
 }
 
 
@@ -335,10 +455,16 @@ def test_wrong_idx_files_are_named(tmp_path, case, compressed):
     kind, change, message = WRONG_IDX[case]
     path = tmp_path / 'MNIST' / 'raw' / f'{kind}-ubyte{".gz" if compressed else ""}'
     content = path.read_bytes()
-    path.write_bytes(gzip.compress(change(gzip.decompress(content))) if compressed else change(content))
+    path.write_bytes(
+        gzip.compress(change(gzip.decompress(content))) if compressed else change(content)
+    )
     with pytest.raises(BadInput) as caught:
         load_dataset('MNIST', tmp_path)
-    assert message in str(caught.value) and str(path.parent) in str(caught.value) and '\n' not in str(caught.value)
+    assert (
+        message in str(caught.value)
+        and str(path.parent) in str(caught.value)
+        and '\n' not in str(caught.value)
+    )
 
 
 def peak_memory():
@@ -348,7 +474,9 @@ def peak_memory():
 def test_gzip_bombs_take_bounded_memory(tmp_path):
     make_idx(tmp_path)
     path = tmp_path / 'MNIST' / 'raw' / 'train-images-idx3-ubyte.gz'
-    with gzip.open(path, 'wb', compresslevel=1) as file:  # a gigabyte of zeros behind a header of 70 images
+    with gzip.open(
+        path, 'wb', compresslevel=1
+    ) as file:  # a gigabyte of zeros behind a header of 70 images
         file.write(idx(np.zeros((70, 28, 28), np.uint8)))
         for _ in range(1024):
             file.write(bytes(2**20))
@@ -369,7 +497,11 @@ def test_archive_members_cannot_reach_outside(tmp_path):
     archive, folder, members = CIFAR['CIFAR100']
     _, _, records = cifar_records(6, 2, 100)
     (tmp_path / 'outside.bin').write_bytes(records)
-    for wrong in (('link', tarfile.SYMTYPE), ('hard link', tarfile.LNKTYPE), ('folder', tarfile.DIRTYPE)):
+    for wrong in (
+        ('link', tarfile.SYMTYPE),
+        ('hard link', tarfile.LNKTYPE),
+        ('folder', tarfile.DIRTYPE),
+    ):
         with tarfile.open(tmp_path / archive, 'w:gz') as tar:
             add_member(tar, f'{folder}/train.bin', b'', wrong[1], str(tmp_path / 'outside.bin'))
             add_member(tar, f'{folder}/test.bin', records)
@@ -441,7 +573,10 @@ def test_download(tmp_path, monkeypatch, capsys):
     source, data_dir = tmp_path / 'source', tmp_path / 'data'
     parts = make_idx(source)
     files = sorted((source / 'MNIST' / 'raw').iterdir())
-    served = files[0].parent.as_uri(), {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in files}
+    served = (
+        files[0].parent.as_uri(),
+        {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in files},
+    )
     monkeypatch.setitem(datasets.DOWNLOADS, 'MNIST', served)
     assert_holds(load_dataset('MNIST', data_dir), parts)
     assert sorted(path.name for path in (data_dir / 'MNIST' / 'raw').iterdir()) == sorted(served[1])
@@ -471,7 +606,9 @@ def test_wrong_file_at_the_command_line(tmp_path):
     path = tmp_path / 'data' / 'MNIST' / 'raw' / 'train-images-idx3-ubyte.gz'
     path.write_bytes(path.read_bytes()[:-100])
     environment = os.environ | {'DATA_DIR': str(tmp_path / 'data')}
-    status, stdout, stderr = run('--width', 2, '--results-dir', tmp_path / 'results', env=environment, cwd=ROOT)
+    status, stdout, stderr = run(
+        '--width', 2, '--results-dir', tmp_path / 'results', env=environment, cwd=ROOT
+    )
     assert status == 2 and stdout == ''
     assert stderr.count('\n') == 1 and str(path) in stderr and 'delete the file' in stderr
     assert not (tmp_path / 'results').exists()

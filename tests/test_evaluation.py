@@ -14,10 +14,12 @@ from conftest import ROOT, SMALL, main, resume, settings_of, signals_as_before, 
 
 import evaluation
 from evaluation import report, rounded_up, schedule, stopped_early
-from harness import load_network, machine, pace, read_metrics
+from records import load_network, machine, pace, read_metrics
 
 
-@pytest.mark.parametrize('epochs, rounds, rewind', [*itertools.product((0, 1, 4), (0, 1, 3), (-1, 0, 2))])
+@pytest.mark.parametrize(
+    'epochs, rounds, rewind', [*itertools.product((0, 1, 4), (0, 1, 3), (-1, 0, 2))]
+)
 def test_the_schedule_goes_from_epoch_to_epoch(epochs, rounds, rewind):
     """Against the rule step by step: on to the next epoch, behind the last one a pruning, behind it back to the rewinding."""
     settings = SimpleNamespace(epochs=epochs, prune_rounds=rounds, rewind_epoch=rewind)
@@ -35,8 +37,12 @@ def test_the_schedule_goes_from_epoch_to_epoch(epochs, rounds, rewind):
 
 
 def test_a_stop_wants_three_hopeless_rows_of_one_round():
-    settings = SimpleNamespace(early_stop_epoch=3, early_stop_accuracy=0.5, target_loss=0.0, prune_rounds=0)
-    rows = [{'round': 0, 'epoch': epoch, 'train_error': 0.6, 'train_loss': 1.0} for epoch in range(5)]
+    settings = SimpleNamespace(
+        early_stop_epoch=3, early_stop_accuracy=0.5, target_loss=0.0, prune_rounds=0
+    )
+    rows = [
+        {'round': 0, 'epoch': epoch, 'train_error': 0.6, 'train_loss': 1.0} for epoch in range(5)
+    ]
     assert stopped_early(settings, rows[:3]) is None  # the untrained network does not count
     assert stopped_early(settings, rows[1:4]) == 'stopped at epoch 3: accuracy below 0.5'
     assert stopped_early(settings, [*rows[1:3], rows[3] | {'train_error': 0.4}]) is None
@@ -47,7 +53,13 @@ def test_a_stop_wants_three_hopeless_rows_of_one_round():
 @pytest.mark.parametrize('value', [0.12345, 0.99949, 1 / 3, 0.12341, 1.0, math.inf])
 def test_bounds_are_rounded_up(value):
     assert value <= rounded_up(value) <= value + 1e-4 or value == math.inf == rounded_up(value)
-    row = {'test_error': 0.1, 'train_error': 0.1, 'generalization_gap': 0.0, 'our_bound': 2.0**value, 'pac_bayes_error': value}
+    row = {
+        'test_error': 0.1,
+        'train_error': 0.1,
+        'generalization_gap': 0.0,
+        'our_bound': 2.0**value,
+        'pac_bayes_error': value,
+    }
     if value < 1:
         words = report(row).split()
         assert float(words[words.index('A') + 1]) >= value
@@ -75,7 +87,7 @@ def test_a_long_evaluation_says_that_it_goes_on(tmp_path, monkeypatch, capsys):
 
 def test_a_long_run_says_first_how_long_it_will_take(tmp_path, monkeypatch):
     """Before the network is measured for the first time; the weights do not notice."""
-    monkeypatch.setattr('harness.pace._seconds', lambda compute: (compute(), 100.0)[1])
+    monkeypatch.setattr('pace._seconds', lambda compute: (compute(), 100.0)[1])
     status, stdout, _ = main(*SMALL, '--epochs', '1', '--results-path', tmp_path / 'run')
     pace, first = stdout.index('an epoch takes about 75 min'), stdout.index('epoch 0/1')
     assert status == 0 and pace < first and ' on this CPU' in stdout
@@ -94,7 +106,10 @@ def test_errors_are_those_of_ieee_float32(monkeypatch):
         return losses_and_margins(*arguments)
 
     monkeypatch.setattr(evaluation, 'losses_and_margins', noted)
-    settings, dataset = settings_of(dataset_name='digits', width=4), load_dataset('digits', 'nowhere')
+    settings, dataset = (
+        settings_of(dataset_name='digits', width=4),
+        load_dataset('digits', 'nowhere'),
+    )
     net = get_network(settings, (1, 8, 8), 10)
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = 'tf32'
@@ -109,7 +124,10 @@ def test_errors_are_those_of_ieee_float32(monkeypatch):
 
 def test_an_unfinished_network_is_loaded_with_a_warning(tmp_path, kill_at):
     kill_at('log', 4, *SMALL, '--results-path', tmp_path / 'run')  # behind the row of epoch 1
-    with pytest.warns(UserWarning, match='its training is not finished; the last row is that of epoch 1 of round 0'):
+    with pytest.warns(
+        UserWarning,
+        match='its training is not finished; the last row is that of epoch 1 of round 0',
+    ):
         load_network(tmp_path / 'run' / 'CONV-3-4')
     with warnings.catch_warnings():
         warnings.simplefilter('error')

@@ -14,13 +14,14 @@ from torch.cuda._utils import _get_device_index
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import device as machine
 import evaluation
+import launch
 import train
 from conf import BadInput
-from harness import launch, machine
-from harness.records import load_checkpoint, read_metrics
-from measures.geometry import images_per_pass
+from measures.trace import images_per_pass
 from models import get_network
+from records import load_checkpoint, read_metrics
 
 CPU, CUDA = torch.device('cpu'), SimpleNamespace(type='cuda')
 REFUSED = 'operation not permitted when stream is capturing'
@@ -45,11 +46,17 @@ class Recorder(TorchDispatchMode):
         if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
             self.failed = True
             raise RuntimeError(f'{REFUSED}\nCUDA kernel errors might be reported later')
-        read = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors_of((args, kwargs))}
+        read = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage()
+            for tensor in tensors_of((args, kwargs))
+        }
         for address in read.keys() - self.before.keys():
             self.before[address] = read[address], read[address].clone()
         result = function(*args, **(kwargs or {}))
-        made = [None if tensor.untyped_storage().data_ptr() in read else tensor.detach() for tensor in tensors_of(result)]
+        made = [
+            None if tensor.untyped_storage().data_ptr() in read else tensor.detach()
+            for tensor in tensors_of(result)
+        ]
         self.operations.append((function, args, kwargs or {}, made))
         return result
 
@@ -148,7 +155,10 @@ def precision_kept():
 def test_a_graph_gives_the_losses_of_plain_steps(cuda, precision):
     assert gpu.compare(precision, CPU, width=4) == (0.0, 0.0)
     plain = 3 + 4  # to warm up, and the uneven batches of four epochs
-    assert (len(cuda.graphs), cuda.replays) == (1, 24 - plain)  # one capture for two rates, all masks and evaluations
+    assert (len(cuda.graphs), cuda.replays) == (
+        1,
+        24 - plain,
+    )  # one capture for two rates, all masks and evaluations
     (side,) = cuda.streams
     assert side.waits == plain * [cuda.default] and cuda.default.waits == plain * [side]
 
@@ -162,7 +172,10 @@ def metrics_and_weights(settings, folder, monkeypatch, step_of=None):
             patch.setattr(train, 'step_of', lambda run: step_of(plain_step_of(run), run))
         train.train(settings, random_dataset(CPU, 5 * 32 + 16, 64, (1, 8, 8)), folder, CPU)
     table = read_metrics(folder / 'metrics.csv')
-    columns = [table[name].tolist() for name in ('epoch', 'round', 'lr', 'density', 'train_loss', 'test_loss')]
+    columns = [
+        table[name].tolist()
+        for name in ('epoch', 'round', 'lr', 'density', 'train_loss', 'test_loss')
+    ]
     return columns, load_checkpoint(folder / 'model.pt', CPU)['network']
 
 
@@ -172,7 +185,9 @@ def assert_same(one, other):
 
 
 def small(**flags):
-    return settings_of(**{'width': 4, 'epochs': 4, 'milestones': [1, 3], 'certify_every': 0, 'threads': 1} | flags)
+    return settings_of(
+        **{'width': 4, 'epochs': 4, 'milestones': [1, 3], 'certify_every': 0, 'threads': 1} | flags
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,7 +217,9 @@ def test_the_program_trains_the_same_with_a_graph(cuda, tmp_path, monkeypatch, f
 
 
 @pytest.mark.parametrize('fails', ['begin', 'end', 'step'])
-def test_training_goes_on_where_no_graph_can_be_captured(cuda, tmp_path, monkeypatch, capsys, fails):
+def test_training_goes_on_where_no_graph_can_be_captured(
+    cuda, tmp_path, monkeypatch, capsys, fails
+):
     plain = metrics_and_weights(small(), tmp_path / 'plain', monkeypatch)
     capsys.readouterr()
     cuda.fails = fails
@@ -217,9 +234,14 @@ def test_training_goes_on_where_no_graph_can_be_captured(cuda, tmp_path, monkeyp
     for folder in ('one', 'two'):
         assert_same(metrics_and_weights(small(), tmp_path / folder, monkeypatch, step_of), plain)
         assert cuda.current is cuda.default
-    assert (len(cuda.graphs), cuda.replays) == (1, 0)  # not tried again, in the next training neither
+    assert (len(cuda.graphs), cuda.replays) == (
+        1,
+        0,
+    )  # not tried again, in the next training neither
     lines = [line for line in capsys.readouterr().out.splitlines() if 'epoch' not in line]
-    assert lines == [f'training goes on without a CUDA graph, which could not be captured: {REFUSED}']
+    assert lines == [
+        f'training goes on without a CUDA graph, which could not be captured: {REFUSED}'
+    ]
 
 
 def test_a_learning_rate_in_a_tensor_changes_no_digit(tmp_path, monkeypatch):
@@ -231,8 +253,12 @@ def test_a_learning_rate_in_a_tensor_changes_no_digit(tmp_path, monkeypatch):
 
     def step_of(_, run):
         optimizer = run.optimizer
-        assert optimizer.param_groups[0]['lr'].dtype == torch.float32  # which is what its CUDA kernel reads
-        sgd = torch.optim.SGD(optimizer.param_groups[0]['params'], lr=1.0, momentum=0.9, weight_decay=3e-3, fused=True)
+        assert (
+            optimizer.param_groups[0]['lr'].dtype == torch.float32
+        )  # which is what its CUDA kernel reads
+        sgd = torch.optim.SGD(
+            optimizer.param_groups[0]['params'], lr=1.0, momentum=0.9, weight_decay=3e-3, fused=True
+        )
         sgd.state = optimizer.state
 
         def step(indices):
@@ -259,7 +285,9 @@ def gpus(monkeypatch):
     ones, current = torch.ones, []
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: current.append(_get_device_index(device)))
+    monkeypatch.setattr(
+        torch.cuda, 'set_device', lambda device: current.append(_get_device_index(device))
+    )
     monkeypatch.setattr(torch, 'ones', lambda *size, device=None: ones(*size))
     machine.choose_device.cache_clear()
     yield current
@@ -279,13 +307,19 @@ def test_a_gpu_that_is_not_there(gpus):
 
 def test_a_gpu_that_torch_cannot_use_is_one_line(gpus, tmp_path, monkeypatch, capsys):
     def too_old(*size, device=None):
-        raise torch.AcceleratorError('CUDA error: no kernel image is available for execution on the device\nCompile ...')
+        raise torch.AcceleratorError(
+            'CUDA error: no kernel image is available for execution on the device\nCompile ...'
+        )
 
     monkeypatch.setattr(torch, 'ones', too_old)
     status = launch.main(train.train, [*SMALL, '--results-path', str(tmp_path / 'run')])
     stderr = capsys.readouterr().err
     assert status == 2 and stderr.count('\n') == 1 and not (tmp_path / 'run').exists()
-    assert f'torch {torch.__version__} cannot use this GPU' in stderr and 'no kernel image' in stderr and 'cpu' in stderr
+    assert (
+        f'torch {torch.__version__} cannot use this GPU' in stderr
+        and 'no kernel image' in stderr
+        and 'cpu' in stderr
+    )
     assert 'Compile' not in stderr
 
 
@@ -296,7 +330,11 @@ def test_a_gpu_that_torch_cannot_use_is_one_line(gpus, tmp_path, monkeypatch, ca
 )  # fmt: skip
 def test_precision_of_float32_products(precision_kept, name, device, products, bf16):
     assert machine.choose_precision(name, device) is bf16
-    assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == products
+    assert (
+        torch.backends.cuda.matmul.fp32_precision
+        == torch.backends.cudnn.conv.fp32_precision
+        == products
+    )
 
 
 def test_tf32_on_a_cpu_is_refused():
@@ -306,9 +344,17 @@ def test_tf32_on_a_cpu_is_refused():
 
 def test_old_switches_of_tf32_are_left_alone():
     """Torch raises where they are read after the new ones were set."""
-    files = [path for path in ROOT.rglob('*.py') if path.name != 'test_graph.py' and not path.is_relative_to(ROOT / 'results')]
+    files = [
+        path
+        for path in ROOT.rglob('*.py')
+        if path.name != 'test_graph.py' and not path.is_relative_to(ROOT / 'results')
+    ]
     assert len(files) > 20
-    assert not [path for path in files if 'allow_tf32' in (text := path.read_text()) or 'matmul_precision' in text]
+    assert not [
+        path
+        for path in files
+        if 'allow_tf32' in (text := path.read_text()) or 'matmul_precision' in text
+    ]
 
 
 def test_bf16_is_for_training_alone():
@@ -329,7 +375,10 @@ def test_bf16_is_for_training_alone():
 def test_batches_of_evaluations_are_bounded_by_memory(width, batch):
     """At most 1 GiB in the largest activation, the first convolution's 27 x 27 maps; `meta` is a device without memory."""
     with torch.device('meta'):
-        net, images = get_network(settings_of(width=width), (1, 28, 28), 10), torch.empty(60000, 1, 28, 28)
+        net, images = (
+            get_network(settings_of(width=width), (1, 28, 28), 10),
+            torch.empty(60000, 1, 28, 28),
+        )
     assert images_per_pass(net, images) == batch
     assert batch == 1000 or 2**30 - 4 * 27 * 27 * width < 4 * batch * 27 * 27 * width <= 2**30
     assert not any(module._forward_hooks for module in net.modules())
@@ -338,10 +387,16 @@ def test_batches_of_evaluations_are_bounded_by_memory(width, batch):
 @pytest.mark.parametrize(
     'error',
     [
-        torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 15.77 GiB.'),
-        torch.AcceleratorError('CUDA error: out of memory\nCUDA kernel errors might be reported later'),
+        torch.OutOfMemoryError(
+            'CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 15.77 GiB.'
+        ),
+        torch.AcceleratorError(
+            'CUDA error: out of memory\nCUDA kernel errors might be reported later'
+        ),
         RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 90 bytes."),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 90 bytes."
+        ),
         MemoryError('Unable to allocate 20.0 GiB'),
     ],
     ids=lambda error: type(error).__name__,
@@ -350,14 +405,22 @@ def test_out_of_memory_is_one_line_that_helps(tmp_path, capsys, error):
     def fails(settings, dataset, folder, device):
         raise error
 
-    assert launch.main(fails, [*SMALL, '--device', 'cpu', '--results-path', str(tmp_path / 'run')]) == 1
+    assert (
+        launch.main(fails, [*SMALL, '--device', 'cpu', '--results-path', str(tmp_path / 'run')])
+        == 1
+    )
     stderr = capsys.readouterr().err
-    assert stderr.count('\n') == 1 and 'not enough memory' in stderr and 'smaller width or batch_size' in stderr
+    assert (
+        stderr.count('\n') == 1
+        and 'not enough memory' in stderr
+        and 'smaller width or batch_size' in stderr
+    )
     assert '--resume' in stderr and 'might be reported' not in stderr
 
 
 @pytest.mark.parametrize(
-    'flags, knob', [({'width': 1000, 'batch_size': 8}, 'width = 1000'), ({'batch_size': 999}, 'batch_size = 999')]
+    'flags, knob',
+    [({'width': 1000, 'batch_size': 8}, 'width = 1000'), ({'batch_size': 999}, 'batch_size = 999')],
 )
 def test_a_network_larger_than_the_gpu_is_refused(monkeypatch, flags, knob):
     settings = settings_of(**flags)
@@ -374,10 +437,18 @@ def test_the_survey_of_a_gpu_runs_at_a_tiny_size(monkeypatch, capsys):
     gpu.survey(CPU, [3, 4], samples=96, test_samples=32, certified=3, repeats=1)
     out = capsys.readouterr().out
     assert '2.0e-04 (1.0e-04) equal' in out and 'DIFFERENT' not in out and 'it says 0.250' in out
-    assert all(f'CONV-3-{width} ' in out for width in (3, 4)) and 'aten::convolution_backward' in out
+    assert (
+        all(f'CONV-3-{width} ' in out for width in (3, 4)) and 'aten::convolution_backward' in out
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 def test_the_survey_says_where_there_is_no_gpu():
-    done = subprocess.run([sys.executable, ROOT / 'tests' / 'gpu.py'], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, '') and done.stderr.count('\n') == 1 and 'no GPU' in done.stderr
+    done = subprocess.run(
+        [sys.executable, ROOT / 'tests' / 'gpu.py'], capture_output=True, text=True
+    )
+    assert (
+        (done.returncode, done.stdout) == (2, '')
+        and done.stderr.count('\n') == 1
+        and 'no GPU' in done.stderr
+    )

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from conf import BadInput, load_settings
-from measures.geometry import trace_layers
 from measures.representations import measure_representations
+from measures.trace import trace_layers
 from models import NETWORKS, get_network
 from models.convbn import Block
 from models.weight_norm import weight_norm
@@ -33,9 +33,13 @@ def test_weight_normalized_conv_keeps_its_modules_and_draws():
     torch.manual_seed(0)
     first, second = weight_norm(nn.Conv2d(1, 5, 3, 2, 1, bias=False)), nn.ReLU()
     third, fourth = weight_norm(nn.Conv2d(5, 5, 3, 2, 1, bias=False)), nn.ReLU()
-    expected = nn.Sequential(first, second, third, fourth, nn.Flatten(), nn.Linear(20, 10, bias=False)).state_dict()
+    expected = nn.Sequential(
+        first, second, third, fourth, nn.Flatten(), nn.Linear(20, 10, bias=False)
+    ).state_dict()
     built = build(depth=2, width=5, kernel_size=3, stride=2, padding=1).state_dict()
-    assert list(built) == list(expected) and all(torch.equal(built[name], expected[name]) for name in built)
+    assert list(built) == list(expected) and all(
+        torch.equal(built[name], expected[name]) for name in built
+    )
 
 
 HIDDEN = {'weight': [], 'batch': ['BatchNorm'], 'none': []}
@@ -47,32 +51,52 @@ def test_conv_and_mlp(normalization, bias):
     flags = {'depth': 2, 'width': 6, 'normalization': normalization, 'bias': bias}
     batch_norm = HIDDEN[normalization]
     conv, mlp = build(MNIST, 7, **flags), build(MNIST, 7, network='MLP', **flags)
-    assert names(conv) == 2 * ['Conv2d', *[f'{name}2d' for name in batch_norm], 'ReLU'] + ['Flatten', 'Linear']
-    assert names(mlp) == ['Flatten'] + 2 * ['Linear', *[f'{name}1d' for name in batch_norm], 'ReLU'] + ['Linear']
+    assert names(conv) == 2 * ['Conv2d', *[f'{name}2d' for name in batch_norm], 'ReLU'] + [
+        'Flatten',
+        'Linear',
+    ]
+    assert names(mlp) == ['Flatten'] + 2 * [
+        'Linear',
+        *[f'{name}1d' for name in batch_norm],
+        'ReLU',
+    ] + ['Linear']
     for net in (conv, mlp):
         linear = [
-            module for module in net if hasattr(module, 'weight') and not isinstance(module, nn.modules.batchnorm._BatchNorm)
+            module
+            for module in net
+            if hasattr(module, 'weight') and not isinstance(module, nn.modules.batchnorm._BatchNorm)
         ]
         assert net(torch.rand(3, *MNIST)).shape == (3, 7)
-        assert [parametrize.is_parametrized(module) for module in linear] == 2 * [normalization == 'weight'] + [False]
+        assert [parametrize.is_parametrized(module) for module in linear] == 2 * [
+            normalization == 'weight'
+        ] + [False]
         assert all((module.bias is not None) == bias for module in linear)
     assert mlp[1].weight.shape == (6, 784) and mlp[-1].weight.shape == (7, 6)
 
 
-@pytest.mark.parametrize('name, children', [('CONVBN', 3 * ['Conv2d', 'BatchNorm2d', 'ReLU']), ('CONVRES', 3 * ['Block'])])
-@pytest.mark.parametrize('shape, side', [((1, 28, 28), 7), ((3, 32, 32), 8), ((1, 8, 8), 2), ((2, 7, 13), 1)])
+@pytest.mark.parametrize(
+    'name, children',
+    [('CONVBN', 3 * ['Conv2d', 'BatchNorm2d', 'ReLU']), ('CONVRES', 3 * ['Block'])],
+)
+@pytest.mark.parametrize(
+    'shape, side', [((1, 28, 28), 7), ((3, 32, 32), 8), ((1, 8, 8), 2), ((2, 7, 13), 1)]
+)
 def test_convbn_and_convres(name, children, shape, side):
     net = build(shape, 12, network=name, depth=3, width=4, **BATCH)
     assert names(net) == ['Stem', *children, 'Flatten', 'Linear']
     assert net(torch.rand(2, *shape)).shape == (2, 12)
     stem = net[0](torch.rand(2, *shape))
     assert stem.shape[:3] == (2, 4, side) and stem.min() == 0
-    assert [(module.kernel_size, module.stride, module.padding) for module in net[0] if isinstance(module, nn.Conv2d)] == 2 * [
-        ((2, 2), (2, 2), (0, 0))
-    ]
+    assert [
+        (module.kernel_size, module.stride, module.padding)
+        for module in net[0]
+        if isinstance(module, nn.Conv2d)
+    ] == 2 * [((2, 2), (2, 2), (0, 0))]
     assert names(net[0]) == ['Conv2d', 'BatchNorm2d', 'Conv2d', 'BatchNorm2d', 'ReLU']
     convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
-    assert all((module.kernel_size, module.padding) == ((3, 3), (1, 1)) for module in convolutions[2:])
+    assert all(
+        (module.kernel_size, module.padding) == ((3, 3), (1, 1)) for module in convolutions[2:]
+    )
     assert len(convolutions) == 2 + (3 if name == 'CONVBN' else 6)
     assert all(module.bias is not None for module in convolutions)
     free = build(shape, network=name, depth=3, width=4, normalization='batch')
@@ -86,7 +110,9 @@ def test_residual_blocks_have_a_skip_and_learn_in_both_convolutions():
     x = torch.rand(5, 4, 3, 3)
     block(x).square().sum().backward()
     assert all(
-        weight.grad.abs().max() > 0 for name, weight in block.named_parameters() if name not in ('conv1.bias', 'conv2.bias')
+        weight.grad.abs().max() > 0
+        for name, weight in block.named_parameters()
+        if name not in ('conv1.bias', 'conv2.bias')
     )
     block.eval()
     with torch.no_grad():
@@ -112,7 +138,9 @@ def test_evaluation_mode_treats_each_image_alone(name):
 def test_layers_are_counted_without_stem_and_classifier(name):
     net = build(network=name, depth=3, width=4, **BATCH)
     images, labels = torch.rand(20, *DIGITS), torch.arange(20) % 10
-    sizes = [layer['size'] for layer in measure_representations(net, images, labels, images, labels)]
+    sizes = [
+        layer['size'] for layer in measure_representations(net, images, labels, images, labels)
+    ]
     expected = {'CONV': [64, 4 * 49, 4 * 36, 4 * 25], 'MLP': [64, 4, 4, 4]}
     assert sizes == expected.get(name, [64, 16, 16, 16])
 
@@ -121,17 +149,31 @@ def test_what_the_norm_based_bounds_cover():
     for flags in ({'normalization': 'weight'}, {'normalization': 'none'}):
         layers = trace_layers(build(network='MLP', depth=2, width=4, **flags), DIGITS)
         assert [layer.shape for layer in layers] == [(4, 1, 8, 8), (4, 4, 1, 1), (10, 4, 1, 1)]
-    for name, flags in (('MLP', {'bias': True}), ('MLP', {'normalization': 'batch'}), ('CONVBN', BATCH), ('CONVRES', BATCH)):
+    for name, flags in (
+        ('MLP', {'bias': True}),
+        ('MLP', {'normalization': 'batch'}),
+        ('CONVBN', BATCH),
+        ('CONVRES', BATCH),
+    ):
         with pytest.raises(BadInput):
             trace_layers(build(network=name, depth=2, width=4, **flags), DIGITS)
 
 
 REFUSED = {
     'small image': ({'depth': 8}, 'depth = 8: an image of 8x8 allows at most 7 convolutions'),
-    'stem': ({'network': 'CONVBN', 'normalization': 'batch'}, 'an image of 3x9 is too small for its stem'),
-    'CONVBN': ({'network': 'CONVBN'}, "normalization = 'weight': CONVBN is made of batch norm.* set normalization = 'batch'"),
+    'stem': (
+        {'network': 'CONVBN', 'normalization': 'batch'},
+        'an image of 3x9 is too small for its stem',
+    ),
+    'CONVBN': (
+        {'network': 'CONVBN'},
+        "normalization = 'weight': CONVBN is made of batch norm.* set normalization = 'batch'",
+    ),
     'CONVRES': ({'network': 'CONVRES', 'normalization': 'none'}, "normalization = 'none': CONVRES"),
-    'unknown': ({'network': 'MPL'}, r"network = 'MPL': must be one of CONV, MLP, .*did you mean MLP"),
+    'unknown': (
+        {'network': 'MPL'},
+        r"network = 'MPL': must be one of CONV, MLP, .*did you mean MLP",
+    ),
 }
 
 
@@ -157,4 +199,7 @@ def test_settings_files_of_this_subject(name, shape, runs):
     assert len(settings) == runs
     with torch.device('meta'):
         net = get_network(settings[-1], shape, 10)
-    assert sum(getattr(module, 'is_layer', isinstance(module, nn.ReLU)) for module in net) == settings[-1].depth
+    assert (
+        sum(getattr(module, 'is_layer', isinstance(module, nn.ReLU)) for module in net)
+        == settings[-1].depth
+    )

@@ -11,12 +11,12 @@ from conftest import settings_of, train_small
 from torch import nn
 
 from conf import BadInput
-from docs import paper_width
-from harness import read_metrics
 from measures import pac_bayes
-from measures.geometry import trace_layers
 from measures.pac_bayes import certify, code_length, kl_inverse, noisy_errors
+from measures.trace import trace_layers
 from models import get_network
+from records import read_metrics
+from studies import paper_width
 
 A, B, C = pac_bayes.COLUMNS
 
@@ -36,7 +36,9 @@ def fitted(hidden, images, labels, classes=4):
         z = nn.Sequential(*hidden, nn.Flatten())(images).double()
         gram = z.T @ z / len(z)
         gram += 5e-5 * gram.trace() * torch.eye(len(gram))
-        weight = torch.linalg.solve(gram, z.T @ F.one_hot(labels, classes).double() / len(z)).T.float()
+        weight = torch.linalg.solve(
+            gram, z.T @ F.one_hot(labels, classes).double() / len(z)
+        ).T.float()
     classifier = nn.Linear(z.shape[1], classes, bias=False)
     classifier.weight = nn.Parameter(weight)
     return nn.Sequential(*hidden, nn.Flatten(), classifier)
@@ -51,7 +53,13 @@ def convolutions(width=4):
 
 def units():
     torch.manual_seed(0)
-    return [nn.Flatten(), nn.Linear(36, 12, bias=False), nn.ReLU(), nn.Linear(12, 8, bias=False), nn.ReLU()]
+    return [
+        nn.Flatten(),
+        nn.Linear(36, 12, bias=False),
+        nn.ReLU(),
+        nn.Linear(12, 8, bias=False),
+        nn.ReLU(),
+    ]
 
 
 @pytest.fixture(scope='module')
@@ -76,7 +84,14 @@ def measured(net, images, labels, prior=50, rank=8):
     kernels = [layer.module.weight.detach().double().view(layer.shape) for layer in layers]
     kernels[-1] -= kernels[-1].mean(0)
     indices = torch.arange(len(images))
-    data = {'images': images, 'labels': labels, 'prior': indices[:prior], 'sample': indices[prior:], 'rank': rank, 'm1': 1}
+    data = {
+        'images': images,
+        'labels': labels,
+        'prior': indices[:prior],
+        'sample': indices[prior:],
+        'rank': rank,
+        'm1': 1,
+    }
     table = pac_bayes._measure(layers, kernels, SimpleNamespace(**data))
     features = net[:-1](images).flatten(1).double().detach() * table.scale
     return table, features, kernels[-1].flatten(1)
@@ -97,7 +112,9 @@ def test_kl_inverse():
     assert 0.3 <= kl_inverse(0.3, 0) <= 0.3 + 1e-8
     for q, a in ((0.01, 0.3), (0.4, 0.001), (0.9, 0.05)):
         p = kl_inverse(q, a)
-        assert q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p)) == pytest.approx(a, abs=1e-9)
+        assert q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p)) == pytest.approx(
+            a, abs=1e-9
+        )
         assert kl_inverse(q + 0.01, a) > p < kl_inverse(q, a + 0.001)
     for arguments in ((1.2, 0.1), (-0.1, 0.1), (0.1, -1), (0.1, math.nan), (math.nan, 0.1)):
         with pytest.raises(BadInput):
@@ -106,7 +123,11 @@ def test_kl_inverse():
 
 def test_the_test_set_alone():
     assert pac_bayes.test_set_bound(0, 100, 0.05) == pytest.approx(1 - 0.05 ** (1 / 100))
-    assert 0.05 < pac_bayes.test_set_bound(0.05, 10000, 0.001) < pac_bayes.test_set_bound(0.05, 1000, 0.001)
+    assert (
+        0.05
+        < pac_bayes.test_set_bound(0.05, 10000, 0.001)
+        < pac_bayes.test_set_bound(0.05, 1000, 0.001)
+    )
     for arguments in ((0.1, 0, 0.1), (0.1, 10, 0), (0.1, 10, 1)):
         with pytest.raises(BadInput):
             pac_bayes.test_set_bound(*arguments)
@@ -115,9 +136,13 @@ def test_the_test_set_alone():
 def test_cells():
     """The mass of each integer sums to 1 at every scale, and the code of a single Gaussian is that of the reference."""
     masses = pac_bayes._cells(torch.arange(-2000, 2001).double())
-    assert torch.allclose(masses.sum(1)[pac_bayes.SCALES <= 128], torch.ones((), dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(
+        masses.sum(1)[pac_bayes.SCALES <= 128], torch.ones((), dtype=torch.float64), atol=1e-12
+    )
     weight = torch.tensor([[1, -2], [0.5, 0.25]]).double()
-    assert torch.allclose((weight / 1.15244).round() * 1.15244, torch.tensor([[1.15244, -2.30488], [0, 0]]).double())
+    assert torch.allclose(
+        (weight / 1.15244).round() * 1.15244, torch.tensor([[1.15244, -2.30488], [0, 0]]).double()
+    )
     for scale, nats in ((1, 6.143266197286669), (4, 11.189867961943346), (16, 16.793443967327647)):
         steps = (weight / weight.square().mean().sqrt() * scale).round()
         code = -pac_bayes._cells(steps.abs().flatten())[pac_bayes.SCALES == scale].log().sum()
@@ -134,14 +159,20 @@ def test_code_length():
     )
     assert code_length(torch.zeros(20000)) < 20
     sparse = torch.where(torch.arange(20000) % 20 == 0, (gauss * 2**6).round(), 0.0)
-    entropy = 20000 * -(0.05 * math.log(0.05) + 0.95 * math.log(0.95)) + 1000 * (1.4189 + 6 * math.log(2))
+    entropy = 20000 * -(0.05 * math.log(0.05) + 0.95 * math.log(0.95)) + 1000 * (
+        1.4189 + 6 * math.log(2)
+    )
     assert code_length(sparse) == pytest.approx(entropy, rel=0.05)
     assert math.isfinite(code_length(torch.tensor([0, 0, 2**22])))
 
 
 def test_permutations():
     """What equal and unequal filters save is the number of different networks that a permutation of channels makes."""
-    for filters, different in (([[1, 2], [3, 4], [5, 6]], 6), ([[1, 2], [3, 4], [1, 2]], 3), ([[1, 2]] * 3, 1)):
+    for filters, different in (
+        ([[1, 2], [3, 4], [5, 6]], 6),
+        ([[1, 2], [3, 4], [1, 2]], 3),
+        ([[1, 2]] * 3, 1),
+    ):
         steps = torch.tensor(filters).double()[:, :, None, None]
         saved = code_length(steps) - pac_bayes._nats([steps / 4, steps], [2])
         assert saved == pytest.approx(math.log(different))
@@ -155,15 +186,22 @@ def test_noisy_errors():
     two, gamma = margins[:, :2], 1.25
     ties = torch.stack([label[:, 0], 0 * v], 1)
     exact = torch.special.ndtr(gamma - two[:, 1] / (math.sqrt(2) * v))
-    assert torch.allclose(noisy_errors(two, v, gamma), (exact + 1e-6).clamp_max(1), rtol=0, atol=1e-14)
+    assert torch.allclose(
+        noisy_errors(two, v, gamma), (exact + 1e-6).clamp_max(1), rtol=0, atol=1e-14
+    )
     assert torch.allclose(noisy_errors(margins, 1e9 * v, 0), torch.tensor(0.9).double(), atol=2e-6)
     wrong = (margins.amin(1) <= 0).double()
-    assert torch.equal(noisy_errors(margins, 0 * v, gamma), wrong) and noisy_errors(ties, 0 * v, 0).all()
+    assert (
+        torch.equal(noisy_errors(margins, 0 * v, gamma), wrong)
+        and noisy_errors(ties, 0 * v, 0).all()
+    )
     assert torch.allclose(noisy_errors(margins, 1e-9 * v, gamma), wrong, atol=2e-6)
     draws = torch.randn(4000, 200, 10, dtype=torch.float64, generator=random) * v[:, None]
     lost = (margins + draws[..., :1] - draws)[..., 1:] <= gamma * math.sqrt(2) * v[:, None]
     p = noisy_errors(margins, v, gamma)
-    assert ((lost.any(-1).double().mean(0) - p).abs() <= 5 * (p * (1 - p) / 4000).sqrt() + 1e-3).all()
+    assert (
+        (lost.any(-1).double().mean(0) - p).abs() <= 5 * (p * (1 - p) / 4000).sqrt() + 1e-3
+    ).all()
 
 
 @pytest.mark.parametrize('classes', [2, 10, 100, 1000])
@@ -176,7 +214,9 @@ def test_quadrature_errs_on_the_safe_side(classes):
     tilted = shifts + torch.linspace(-3, 3, classes, dtype=torch.float64)
     for margins in (shifts, tilted):
         margins[:, 0] = math.inf
-        exact = torch.stack([1 - weight @ torch.special.ndtr(z[:, None] + row).prod(1) for row in margins])
+        exact = torch.stack(
+            [1 - weight @ torch.special.ndtr(z[:, None] + row).prod(1) for row in margins]
+        )
         excess = noisy_errors(margins, torch.ones(count, dtype=torch.float64), 0) - exact
         assert excess.min() >= -1e-12 and excess.max() <= 2e-6
 
@@ -197,7 +237,9 @@ def test_classifier_kl(monkeypatch):
     contrasts = torch.linalg.qr(torch.tensor([[1.0, 0], [-1, 1], [0, -1]]).double())[0].T
 
     def normal(mean, beta):
-        return torch.distributions.MultivariateNormal(contrasts @ mean, precision_matrix=torch.eye(5) + beta * cut)
+        return torch.distributions.MultivariateNormal(
+            contrasts @ mean, precision_matrix=torch.eye(5) + beta * cut
+        )
 
     for c, beta in ((2.0, 0), (5.0, 4)):
         kls = []
@@ -205,7 +247,10 @@ def test_classifier_kl(monkeypatch):
             mean = targets.T @ phi / 50 @ torch.linalg.inv(moment + ridge * torch.eye(5))
             for size in grids['SIZES']:
                 for prior_beta in grids['PRIOR_BETAS']:
-                    pair = normal(c * weight, 2.0 ** (4 + beta)), normal(size * mean / mean.norm(), prior_beta)
+                    pair = (
+                        normal(c * weight, 2.0 ** (4 + beta)),
+                        normal(size * mean / mean.norm(), prior_beta),
+                    )
                     kls.append((torch.distributions.kl_divergence(*pair).sum().item(), size))
         best = min(kl for kl, _ in kls)
         assert table.kl(c, beta) == pytest.approx(best + math.log(18), abs=1e-4 * best)
@@ -222,11 +267,16 @@ def test_measures(sample):
     phi, labels = phi[50:], labels[50:]
     for index, beta in enumerate(pac_bayes.BETAS):
         variance = (phi @ torch.linalg.inv(torch.eye(len(cut)) + beta * cut) * phi).sum(1)
-        assert torch.allclose(table.v[:, index].square(), variance, rtol=1e-3, atol=3e-6)  # of float32 features
+        assert torch.allclose(
+            table.v[:, index].square(), variance, rtol=1e-3, atol=3e-6
+        )  # of float32 features
     outputs = phi @ weight.T
     margins = outputs.gather(1, labels[:, None]) - outputs
     others = F.one_hot(labels, 4) == 0
-    assert torch.allclose(table.margins[others], margins[others], atol=1e-4) and table.margins[~others].isinf().all()
+    assert (
+        torch.allclose(table.margins[others], margins[others], atol=1e-4)
+        and table.margins[~others].isinf().all()
+    )
     assert torch.allclose(table.x, images[50:].flatten(1).double().norm(dim=1))
 
 
@@ -238,12 +288,18 @@ def test_slack_and_derandomization(sample, hidden, bits):
     net = fitted(hidden(), images, labels)
     layers = trace_layers(net, (1, 6, 6))[:-1]
     kernels = [layer.module.weight.detach().double().view(layer.shape) for layer in layers]
-    kernels = [kernel / pac_bayes._operator_norm(kernel, layer) for kernel, layer in zip(kernels, layers)]
+    kernels = [
+        kernel / pac_bayes._operator_norm(kernel, layer) for kernel, layer in zip(kernels, layers)
+    ]
     rounded = [pac_bayes._round(kernel, bits) for kernel in kernels]
     assert all((kernel * 2**bits == (kernel * 2**bits).round()).all() for kernel in rounded)
-    slack = pac_bayes._slack(pac_bayes._operator_norm(k - r, layer) for k, r, layer in zip(kernels, rounded, layers))
+    slack = pac_bayes._slack(
+        pac_bayes._operator_norm(k - r, layer) for k, r, layer in zip(kernels, rounded, layers)
+    )
     inputs = torch.cat([images.double(), torch.randn(400, 1, 6, 6, dtype=torch.float64)])
-    true, near = (pac_bayes.features(layers, part, inputs).flatten(1) for part in (kernels, rounded))
+    true, near = (
+        pac_bayes.features(layers, part, inputs).flatten(1) for part in (kernels, rounded)
+    )
     lengths = inputs.flatten(1).norm(dim=1)
     ratio = (true - near).norm(dim=1) / lengths
     assert 0 < ratio.max() <= slack
@@ -272,13 +328,17 @@ def test_linear_network_by_sampling(sample, monkeypatch):
     images, labels = sample
     net, seen = fitted([], *sample), []
     bound = pac_bayes._bound
-    monkeypatch.setattr(pac_bayes, '_bound', lambda *arguments: seen.append(arguments[:2]) or bound(*arguments))
+    monkeypatch.setattr(
+        pac_bayes, '_bound', lambda *arguments: seen.append(arguments[:2]) or bound(*arguments)
+    )
     found = certify(net, *sample, delta=0.01)
     assert found[A] == pytest.approx(found[B], rel=0.02) and found[C] < found[B] < 0.1
     assert error(net, *templates(20000, 1)) < found[C]
     problem, (i, b, g) = seen[-1]
     assert (problem.m1, problem.gap, g, problem.gibbs) == (5400, 0, 0, True)
-    assert problem.nats == pytest.approx(math.log(2 * math.sqrt(5400) * 1000 * 11 * 17 * 801 / 0.01))
+    assert problem.nats == pytest.approx(
+        math.log(2 * math.sqrt(5400) * 1000 * 11 * 17 * 801 / 0.01)
+    )
     kl = (problem.nats + problem.kl(2 ** (i / 8), b)) / 5400
     p = noisy_errors(2 ** (i / 8) * problem.margins, problem.v[:, b], 0)
     assert found[C] == pytest.approx(kl_inverse(p.mean().item(), kl))
@@ -289,9 +349,15 @@ def test_linear_network_by_sampling(sample, monkeypatch):
     noise = torch.linalg.cholesky(torch.linalg.inv(torch.eye(36) + pac_bayes.BETAS[b] * moment))
     weight = net[-1].weight.detach().double()
     mean = 2 ** (i / 8) * (weight - weight.mean(0)) / (weight - weight.mean(0)).norm()
-    draws = mean + torch.randn(400, 4, 36, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) @ noise.T
+    draws = (
+        mean
+        + torch.randn(400, 4, 36, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        @ noise.T
+    )
     lost = torch.einsum('nd,tcd->tnc', phi[600:], draws).argmax(2) != labels[order[600:]]
-    assert p.mean().item() == pytest.approx(lost.double().mean().item(), abs=5 * lost.double().mean(1).std().item() / 20)
+    assert p.mean().item() == pytest.approx(
+        lost.double().mean().item(), abs=5 * lost.double().mean(1).std().item() / 20
+    )
 
 
 def test_each_hidden_layer_pays_for_the_number_of_its_channels_that_live(monkeypatch):
@@ -313,16 +379,27 @@ def test_images_of_any_size(sample):
     """Scaled by a power of 2 they give the same margins and noise, bit for bit, and lengths that are no infinity."""
     images, labels = sample[0][:200], sample[1][:200]
     net = fitted(convolutions(), images, labels)
-    (table, _, _), (large, _, _) = (measured(net, part, labels) for part in (images, images * 2.0**66))
+    (table, _, _), (large, _, _) = (
+        measured(net, part, labels) for part in (images, images * 2.0**66)
+    )
     assert torch.equal(large.margins, table.margins) and torch.equal(large.v, table.v)
     assert torch.equal(large.x, table.x * 2.0**66)
-    (small, _, _) = measured(net, images * 2.0**-125, labels)  # the features' squares have no float32, and all is a tie
-    assert small.scale == 0 and pac_bayes._bound(SimpleNamespace(**vars(small), gibbs=False), pac_bayes.START) == math.inf
+    (small, _, _) = measured(
+        net, images * 2.0**-125, labels
+    )  # the features' squares have no float32, and all is a tie
+    assert (
+        small.scale == 0
+        and pac_bayes._bound(SimpleNamespace(**vars(small), gibbs=False), pac_bayes.START)
+        == math.inf
+    )
 
 
 @pytest.mark.parametrize('knob', ['label_noise', 'normalize'])
 def test_samples_that_are_not_iid_are_not_certified(tmp_path, knob):
-    reason = {'label_noise': 'with label_noise the training samples', 'normalize': 'normalize = True takes the statistics'}
+    reason = {
+        'label_noise': 'with label_noise the training samples',
+        'normalize': 'normalize = True takes the statistics',
+    }
     value = {'label_noise': 0.1, 'normalize': True}[knob]
     flags = '--epochs', 1, '--certify-every', 1, '--train-samples', 50, f'--{knob}', value
     assert f'certificates stay empty: {reason[knob]}' in train_small(tmp_path / 'run', *flags)
@@ -343,19 +420,32 @@ def test_formulas_of_the_statement(toy, sample, monkeypatch):
 
     def spy(problem, point, count=None):
         if count is None and len(problem.x) == 5400:
-            seen[A if problem.gap else C if problem.gibbs else B] = problem, problem.nats, problem.gap, point
+            seen[A if problem.gap else C if problem.gibbs else B] = (
+                problem,
+                problem.nats,
+                problem.gap,
+                point,
+            )
         return bound(problem, point, count)
 
     monkeypatch.setattr(pac_bayes, '_bound', spy)
-    monkeypatch.setattr(pac_bayes, '_slack', lambda norms: errors.append(list(norms)) or slack(errors[-1]))
+    monkeypatch.setattr(
+        pac_bayes, '_slack', lambda norms: errors.append(list(norms)) or slack(errors[-1])
+    )
     assert certify(net, *sample) == found
     for column, (table, nats, gap, (i, b, g)) in seen.items():
         c, gamma = 2 ** (i / 8), pac_bayes.GAMMAS[g]
         theta = 2 ** (math.ceil(8 * math.log2(c * gap)) / 8) if gap else 0
         assert table.m1 == 5400 and theta >= c * gap
-        p = noisy_errors(c * table.margins - theta * table.x[:, None], table.v[:, b], gamma).mean().item()
+        p = (
+            noisy_errors(c * table.margins - theta * table.x[:, None], table.v[:, b], gamma)
+            .mean()
+            .item()
+        )
         factor = 1 if column == C else 2 / math.erfc(-gamma / math.sqrt(2))
-        assert found[column] == pytest.approx(factor * kl_inverse(p, (nats + table.kl(c, b)) / 5400))
+        assert found[column] == pytest.approx(
+            factor * kl_inverse(p, (nats + table.kl(c, b)) / 5400)
+        )
     table, _, gap, _ = seen[A]
     weight = net[-1].weight.detach().double()
     weight = (weight - weight.mean(0)) / (weight - weight.mean(0)).norm()
@@ -363,7 +453,10 @@ def test_formulas_of_the_statement(toy, sample, monkeypatch):
     first, second = errors[-1]
     assert gap == pytest.approx(spread.item() * table.scale * ((1 + first) * (1 + second) - 1))
     norms = [layer.weight.detach().double() for layer in (net[0], net[2])]
-    norms = [pac_bayes._operator_norm(weight, layer) for weight, layer in zip(norms, trace_layers(net, (1, 6, 6)))]
+    norms = [
+        pac_bayes._operator_norm(weight, layer)
+        for weight, layer in zip(norms, trace_layers(net, (1, 6, 6)))
+    ]
     outputs = net[:-1](sample[0]).detach().double() @ weight.T / math.prod(norms) * table.scale
     order = torch.from_numpy(np.random.default_rng(0).permutation(6000))[600:]
     outputs, own = outputs[order], sample[1][order, None]
@@ -407,16 +500,30 @@ def test_dead_channels(sample):
     bounds = [certify(fitted(hidden, *sample), *sample) for hidden in (wide, narrow)]
     price = 2 * math.log(4) / 5400
     for name in (A, B, C):
-        assert bounds[1][name] <= bounds[0][name] + 1e-4 and bounds[0][name] <= bounds[1][name] + 4 * price + 1e-4
+        assert (
+            bounds[1][name] <= bounds[0][name] + 1e-4
+            and bounds[0][name] <= bounds[1][name] + 4 * price + 1e-4
+        )
 
 
 def test_a_pruned_network_at_the_papers_width_is_the_same_function():
     """docs/paper_width.py: exactly so many weights stay, dead channels go and come back as zeros, and what is 0 stays 0."""
     torch.manual_seed(0)
-    full = [torch.randn(6, 1, 2, 2), torch.randn(6, 6, 2, 2), torch.randn(6, 6, 2, 2), torch.randn(3, 6, 3, 3)]
-    masked = [full[0], *(torch.where(k.abs() >= k.abs().flatten().topk(12).values[-1], k, 0) for k in full[1:3]), full[3]]
+    full = [
+        torch.randn(6, 1, 2, 2),
+        torch.randn(6, 6, 2, 2),
+        torch.randn(6, 6, 2, 2),
+        torch.randn(3, 6, 3, 3),
+    ]
+    masked = [
+        full[0],
+        *(torch.where(k.abs() >= k.abs().flatten().topk(12).values[-1], k, 0) for k in full[1:3]),
+        full[3],
+    ]
     kernels = paper_width.pruned(full, 12)
-    assert [int(kernel.count_nonzero()) for kernel in kernels[1:3]] <= [12, 12] and len(kernels[1]) < 6
+    assert [int(kernel.count_nonzero()) for kernel in kernels[1:3]] <= [12, 12] and len(
+        kernels[1]
+    ) < 6
     x, narrow = torch.rand(5, 1, 6, 6), paper_width.chain(kernels, masks=True)
     for same in (masked, paper_width.widened(kernels, 6)):
         assert torch.allclose(narrow(x), paper_width.chain(same, masks=False)(x), atol=1e-5)
@@ -431,7 +538,13 @@ def test_a_pruned_network_at_the_papers_width_is_the_same_function():
 
 def test_live_channels_alone_compute_the_function():
     torch.manual_seed(0)
-    net = nn.Sequential(*convolutions(8), nn.Flatten(), nn.Linear(8 * 4, 5, bias=False), nn.ReLU(), nn.Linear(5, 3, bias=False))
+    net = nn.Sequential(
+        *convolutions(8),
+        nn.Flatten(),
+        nn.Linear(8 * 4, 5, bias=False),
+        nn.ReLU(),
+        nn.Linear(5, 3, bias=False),
+    )
     layers = trace_layers(net, (1, 6, 6))
     kernels = [layer.module.weight.detach().clone().view(layer.shape) for layer in layers]
     kernels[0][[1, 4]] = 0
@@ -442,7 +555,10 @@ def test_live_channels_alone_compute_the_function():
     live = pac_bayes.live_channels(kernels)
     assert [tuple(kernel.shape[:2]) for kernel in live] == [(5, 1), (5, 5), (5, 5), (3, 5)]
     x = torch.rand(7, 1, 6, 6)
-    outputs = [pac_bayes.features(layers, part[:-1], x).flatten(1) @ part[-1].flatten(1).T for part in (kernels, live)]
+    outputs = [
+        pac_bayes.features(layers, part[:-1], x).flatten(1) @ part[-1].flatten(1).T
+        for part in (kernels, live)
+    ]
     assert torch.allclose(*outputs, atol=1e-6)
 
 
@@ -478,7 +594,9 @@ def test_precision_and_signals(toy, sample, monkeypatch):
     seen, features = [], pac_bayes.features
 
     def interrupted(*arguments):
-        seen.append((torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision))
+        seen.append(
+            (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
+        )
         if len(seen) == 10:
             raise KeyboardInterrupt
         return features(*arguments)
@@ -486,11 +604,17 @@ def test_precision_and_signals(toy, sample, monkeypatch):
     monkeypatch.setattr(pac_bayes, 'features', interrupted)
     before = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
     try:
-        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = 'tf32'
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = (
+            'tf32'
+        )
         with pytest.raises(KeyboardInterrupt):
             certify(toy[0], *sample)
         assert set(seen) == {('ieee', 'ieee')}
-        assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == 'tf32'
+        assert (
+            torch.backends.cuda.matmul.fp32_precision
+            == torch.backends.cudnn.conv.fp32_precision
+            == 'tf32'
+        )
     finally:
         torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = before
 
@@ -508,7 +632,10 @@ def test_bad_input(toy, sample):
         ((net, images, labels.float()), 'labels'),
         ((net, nan, labels), 'NaN'),
         ((net, images * 1e26, labels), 'scale the images down'),
-        ((nn.Sequential(nn.Flatten(), nn.Linear(36, 1001, bias=False)), images, labels), '1001 classes'),
+        (
+            (nn.Sequential(nn.Flatten(), nn.Linear(36, 1001, bias=False)), images, labels),
+            '1001 classes',
+        ),
         ((net, images[0], labels), 'input_shape'),
         ((nn.Sequential(nn.Flatten(), nn.Linear(36, 4)), images, labels), 'bias'),
     ):
@@ -524,7 +651,9 @@ def test_mnist(mnist):
     images, labels = mnist.train_images, mnist.train_labels
     targets = F.one_hot(labels).float()
     for epoch in (1, 2):
-        for batch in torch.from_numpy(np.random.default_rng((0, epoch)).permutation(len(images))).split(32):
+        for batch in torch.from_numpy(
+            np.random.default_rng((0, epoch)).permutation(len(images))
+        ).split(32):
             optimizer.zero_grad()
             F.mse_loss(net(images[batch]), targets[batch]).backward()
             optimizer.step()

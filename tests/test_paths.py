@@ -9,17 +9,17 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, settings_of
+from conftest import settings_of
 from torch import nn
 from torch.nn.utils import parametrize
 
 import utils
 from conf import BadInput
-from docs import quantize
-from measures.geometry import not_covered
 from measures.norms import classification_margins, measure_data, measure_network
 from measures.paths import measure_paths, path_magnitude, path_metric, path_norm, rescale_neurons
+from measures.trace import not_covered
 from models import get_network
+from studies import quantize
 
 
 class Residual(nn.Module):
@@ -50,7 +50,10 @@ def unrolled(module, units):
     """The units {index: (value, paths)} behind a module, by loops; a path is (product of its weights, start, active)."""
     if isinstance(module, Residual):
         behind = unrolled(module.body, units)
-        return {at: (value + behind[at][0], paths + behind[at][1]) for at, (value, paths) in units.items()}
+        return {
+            at: (value + behind[at][0], paths + behind[at][1])
+            for at, (value, paths) in units.items()
+        }
     if isinstance(module, Beside):
         behind, before = unrolled(module.body, units), 1 + max(at[0] for at in units)
         return units | {(before + at[0], *at[1:]): unit for at, unit in behind.items()}
@@ -60,14 +63,20 @@ def unrolled(module, units):
             if isinstance(first, (nn.BatchNorm1d, nn.BatchNorm2d)) and folded:
                 folded = False
                 continue
-            folded = isinstance(first, WEIGHTED) and isinstance(second, (nn.BatchNorm1d, nn.BatchNorm2d))
+            folded = isinstance(first, WEIGHTED) and isinstance(
+                second, (nn.BatchNorm1d, nn.BatchNorm2d)
+            )
             units = unrolled(fold(first, second) if folded else first, units)
         return units
 
     def unit(edges, bias=0.0):
         edges = [(weight, units[at]) for weight, at in edges if at in units]
         value = bias + sum(weight * value for weight, (value, _) in edges)
-        paths = [(weight * phi, start, active) for weight, (_, paths) in edges for phi, start, active in paths]
+        paths = [
+            (weight * phi, start, active)
+            for weight, (_, paths) in edges
+            for phi, start, active in paths
+        ]
         return value, paths + ([(bias, 1.0, True)] if bias else [])
 
     def windows(kernel, stride, padding, dilation, sizes):
@@ -77,7 +86,18 @@ def unrolled(module, units):
         counts = [(-(-spans[i] // stride[i]) if up else spans[i] // stride[i]) + 1 for i in (0, 1)]
         for out in itertools.product(*map(range, counts)):
             taps = itertools.product(*map(range, kernel))
-            yield out, [(tap, tuple(out[i] * stride[i] - padding[i] + tap[i] * dilation[i] for i in (0, 1))) for tap in taps]
+            yield (
+                out,
+                [
+                    (
+                        tap,
+                        tuple(
+                            out[i] * stride[i] - padding[i] + tap[i] * dilation[i] for i in (0, 1)
+                        ),
+                    )
+                    for tap in taps
+                ],
+            )
 
     indices = list(units)
     sizes = [max(axis) + 1 for axis in zip(*indices)]
@@ -87,7 +107,10 @@ def unrolled(module, units):
     elif isinstance(module, (nn.ReLU, nn.LeakyReLU)):
         for at, (value, paths) in units.items():
             slope = 1 if value > 0 else getattr(module, 'negative_slope', 0)
-            result[at] = slope * value, [(phi, start, active * slope) for phi, start, active in paths]
+            result[at] = (
+                slope * value,
+                [(phi, start, active * slope) for phi, start, active in paths],
+            )
     elif isinstance(module, nn.Flatten):
         result = {(number,): units[at] for number, at in enumerate(sorted(indices))}
     elif isinstance(module, nn.Linear):
@@ -103,15 +126,24 @@ def unrolled(module, units):
             range(module.out_channels),
             windows(module.kernel_size, module.stride, module.padding, module.dilation, sizes[1:]),
         ):
-            edges = [(module.weight[o, c][tap].item(), (o // per_out * per + c, *at)) for c in range(per) for tap, at in taps]
+            edges = [
+                (module.weight[o, c][tap].item(), (o // per_out * per + c, *at))
+                for c in range(per)
+                for tap, at in taps
+            ]
             result[(o, *out)] = unit(edges, 0.0 if module.bias is None else module.bias[o].item())
     elif isinstance(module, nn.Upsample) or (isinstance(module, nn.AvgPool2d) and module.ceil_mode):
         basis = torch.eye(math.prod(sizes[1:])).double().view(-1, 1, *sizes[1:])
         entries = module(basis).flatten(1).T.tolist()  # a row per output position
         outs = itertools.product(*map(range, module(basis).shape[2:]))
         for out, row in zip(outs, entries):
-            edges = [edge for edge in zip(row, itertools.product(*map(range, sizes[1:]))) if edge[0]]
-            result |= {(c, *out): unit([(weight, (c, *at)) for weight, at in edges]) for c in range(sizes[0])}
+            edges = [
+                edge for edge in zip(row, itertools.product(*map(range, sizes[1:]))) if edge[0]
+            ]
+            result |= {
+                (c, *out): unit([(weight, (c, *at)) for weight, at in edges])
+                for c in range(sizes[0])
+            }
     elif isinstance(module, nn.ConvTranspose2d):
         per_in, per_out = module.in_channels // module.groups, module.weight.shape[1]
         size = [
@@ -119,13 +151,20 @@ def unrolled(module, units):
             + module.dilation[i] * (module.kernel_size[i] - 1) + module.output_padding[i] + 1 for i in (0, 1)
         ]  # fmt: skip
         edges = {at: [] for at in itertools.product(range(module.out_channels), *map(range, size))}
-        for (c, *at), o, tap in itertools.product(indices, range(per_out), itertools.product(*map(range, module.kernel_size))):
-            out = (at[i] * module.stride[i] - module.padding[i] + tap[i] * module.dilation[i] for i in (0, 1))
+        for (c, *at), o, tap in itertools.product(
+            indices, range(per_out), itertools.product(*map(range, module.kernel_size))
+        ):
+            out = (
+                at[i] * module.stride[i] - module.padding[i] + tap[i] * module.dilation[i]
+                for i in (0, 1)
+            )
             out = (c // per_in * per_out + o, *out)
             if out in edges:
                 edges[out].append((module.weight[c, o][tap].item(), (c, *at)))
         for out in edges:
-            result[out] = unit(edges[out], 0.0 if module.bias is None else module.bias[out[0]].item())
+            result[out] = unit(
+                edges[out], 0.0 if module.bias is None else module.bias[out[0]].item()
+            )
     elif isinstance(module, nn.AdaptiveAvgPool2d):
         for c, *out in itertools.product(range(sizes[0]), *map(range, module.output_size)):
             axes = [
@@ -135,7 +174,9 @@ def unrolled(module, units):
             window = list(itertools.product(*axes))
             result[(c, *out)] = unit([(1 / len(window), (c, *at)) for at in window])
     elif isinstance(module, (nn.MaxPool2d, nn.AvgPool2d)):
-        kernel, stride, padding = ((value, value) for value in (module.kernel_size, module.stride, module.padding))
+        kernel, stride, padding = (
+            (value, value) for value in (module.kernel_size, module.stride, module.padding)
+        )
         dilation = getattr(module, 'dilation', 1)
         for c, (out, taps) in itertools.product(
             range(sizes[0]), windows(kernel, stride, padding, (dilation, dilation), sizes[1:])
@@ -145,7 +186,9 @@ def unrolled(module, units):
                 result[(c, *out)] = unit([(1 / module.kernel_size**2, at) for at in inside])
                 continue
             best = max(inside, key=lambda at: units[at][0])
-            paths = [(phi, start, on * (at == best)) for at in inside for phi, start, on in units[at][1]]
+            paths = [
+                (phi, start, on * (at == best)) for at in inside for phi, start, on in units[at][1]
+            ]
             result[(c, *out)] = units[best][0], paths
     return result
 
@@ -161,7 +204,9 @@ def fold(layer, norm):
     layer.bias = nn.Parameter(gain * before + shift)
     if isinstance(layer, nn.ConvTranspose2d):  # (in, out of a group, kernel)
         per_in, per_out = layer.in_channels // layer.groups, layer.weight.shape[1]
-        gains = torch.stack([gain[i // per_in * per_out :][:per_out] for i in range(layer.in_channels)])
+        gains = torch.stack(
+            [gain[i // per_in * per_out :][:per_out] for i in range(layer.in_channels)]
+        )
         layer.weight = nn.Parameter(layer.weight * gains[:, :, None, None])
         return layer
     layer.weight = nn.Parameter(layer.weight * gain.view(-1, *[1] * (layer.weight.dim() - 1)))
@@ -171,7 +216,10 @@ def fold(layer, norm):
 @torch.no_grad()
 def outputs_of(net, x):
     """Per output, (its value, its paths), of a network on one image."""
-    units = {at: (x[at].item(), [(1.0, x[at].item(), True)]) for at in itertools.product(*map(range, x.shape))}
+    units = {
+        at: (x[at].item(), [(1.0, x[at].item(), True)])
+        for at in itertools.product(*map(range, x.shape))
+    }
     return list(unrolled(net, units).values())
 
 
@@ -233,7 +281,9 @@ def net(request):
 
 
 def images_of(count, shape=SHAPE, seed=0):
-    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        count, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def test_every_path_is_counted(net):
@@ -246,7 +296,9 @@ def test_every_path_is_counted(net):
     for q in (0.5, 1, 2, 4):
         each = [sum(abs(phi) ** q for phi, _, _ in paths) for _, paths in outputs]
         assert path_norm(net, SHAPE, q) == pytest.approx(sum(each) ** (1 / q), rel=1e-12)
-        assert path_norm(net, SHAPE, q, 3) == pytest.approx(sum(value ** (3 / q) for value in each) ** (1 / 3), rel=1e-12)
+        assert path_norm(net, SHAPE, q, 3) == pytest.approx(
+            sum(value ** (3 / q) for value in each) ** (1 / 3), rel=1e-12
+        )
         assert path_norm(net, SHAPE, q, math.inf) == pytest.approx(max(each) ** (1 / q), rel=1e-12)
     assert path_norm(net, SHAPE, 2) < path_norm(net, SHAPE, 1) < path_norm(net, SHAPE, 0.5)
 
@@ -272,14 +324,20 @@ def test_the_metric_is_the_distance_of_the_paths_and_bounds_that_of_the_function
         value, exact = path_metric(net, other, SHAPE)
         each, _ = path_metric(net, other, SHAPE, outputs=True)
         assert each.dtype == torch.float64 and each.sum().item() == pytest.approx(value, rel=1e-12)
-        assert exact == is_exact and path_metric(other, net, SHAPE) == (pytest.approx(value, rel=1e-12), exact)
+        assert exact == is_exact and path_metric(other, net, SHAPE) == (
+            pytest.approx(value, rel=1e-12),
+            exact,
+        )
         if exact:
             assert value == pytest.approx(distance, rel=1e-9)
             assert value == pytest.approx(path_norm(net, SHAPE) - path_norm(other, SHAPE), rel=1e-9)
         elif other is shrunk_and_grown:
             assert value > distance >= abs(path_norm(net, SHAPE) - path_norm(other, SHAPE))
         images = torch.cat([images_of(500), images_of(500).sign()])
-        moved, size = (net(images) - other(images)).abs(), images.flatten(1).abs().amax(1).clamp(min=1)
+        moved, size = (
+            (net(images) - other(images)).abs(),
+            images.flatten(1).abs().amax(1).clamp(min=1),
+        )
         assert (moved.sum(1) <= value * size * (1 + 1e-12)).all() and moved.max() > 0
         assert (moved <= each * size[:, None] * (1 + 1e-12)).all()
     assert path_metric(net, net, SHAPE) == (0, True)
@@ -287,14 +345,18 @@ def test_the_metric_is_the_distance_of_the_paths_and_bounds_that_of_the_function
 
 def test_equal_paths_of_different_functions_are_not_at_distance_zero():
     def product(w, u):
-        net = nn.Sequential(nn.Flatten(), nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False))
+        net = nn.Sequential(
+            nn.Flatten(), nn.Linear(1, 1, bias=False), nn.ReLU(), nn.Linear(1, 1, bias=False)
+        )
         net[1].weight.data.fill_(w)
         net[3].weight.data.fill_(u)
         return net
 
     assert path_metric(product(1, 1), product(-1, -1), (1, 1, 1)) == (2, False)
     with pytest.raises(BadInput, match='same structure'):
-        path_metric(product(1, 1), nn.Sequential(nn.Flatten(), nn.Linear(1, 1, bias=False)), (1, 1, 1))
+        path_metric(
+            product(1, 1), nn.Sequential(nn.Flatten(), nn.Linear(1, 1, bias=False)), (1, 1, 1)
+        )
 
 
 def test_magnitude_is_the_cost_of_removal(net):
@@ -307,7 +369,9 @@ def test_magnitude_is_the_cost_of_removal(net):
         for at in itertools.islice(itertools.product(*map(range, layer.weight.shape)), 0, None, 7):
             removed = copy.deepcopy(net)
             removed.get_submodule(name).weight.data[at] = 0
-            assert score[at].item() == pytest.approx(norm - path_norm(removed, SHAPE), rel=1e-9, abs=1e-12)
+            assert score[at].item() == pytest.approx(
+                norm - path_norm(removed, SHAPE), rel=1e-9, abs=1e-12
+            )
     pruned = copy.deepcopy(net)  # and of a set at most the sum
     for name in layers:
         pruned.get_submodule(name).weight.data[scores[f'{name}.weight'] < score.median()] = 0
@@ -339,7 +403,9 @@ def test_rescaling_neurons_changes_neither_function_nor_paths_by_a_bit(net):
     changed = [not torch.equal(*pair) for pair in zip(weights_of(net), weights_of(rescaled))]
     assert all(changed) or len(changed) == 1 or any(isinstance(module, SKIPS) for module in net)
     generator = torch.Generator().manual_seed(2)
-    rescaled = rescale_neurons(net, lambda channels: torch.rand(channels, generator=generator) + 0.01)
+    rescaled = rescale_neurons(
+        net, lambda channels: torch.rand(channels, generator=generator) + 0.01
+    )
     torch.testing.assert_close(net(images), rescaled(images), rtol=1e-9, atol=1e-9)
     assert path_norm(net, SHAPE) == pytest.approx(path_norm(rescaled, SHAPE), rel=1e-12)
     for name, score in path_magnitude(rescaled, SHAPE).items():
@@ -359,7 +425,9 @@ def test_rescaling_inside_residual_blocks_and_parametrized_layers(digits):
     assert all(torch.equal(*pair) for pair in zip(weights, weights_of(net)))
     assert torch.equal(net(digits.test_images[:99]), rescaled(digits.test_images[:99]))
     before, after = (path_magnitude(one, digits.input_shape) for one in (net, rescaled))
-    assert all(torch.equal(before[name], after[name]) for name in before) and list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before) and list(before) == list(
+        after
+    )
     with pytest.raises(BadInput, match='positive'):
         rescale_neurons(net, lambda channels: -torch.ones(channels))
 
@@ -369,8 +437,12 @@ def test_invariances(net):
     flipped = copy.deepcopy(net)
     for weight in weights_of(flipped):
         weight.data[::2].neg_()
-    assert path_norm(flipped, SHAPE) == norm or any(isinstance(module, nn.BatchNorm1d) for module in net)
-    assert all(torch.equal(scores[name], score) for name, score in path_magnitude(flipped, SHAPE).items())
+    assert path_norm(flipped, SHAPE) == norm or any(
+        isinstance(module, nn.BatchNorm1d) for module in net
+    )
+    assert all(
+        torch.equal(scores[name], score) for name, score in path_magnitude(flipped, SHAPE).items()
+    )
 
 
 def test_homogeneity_and_permutations():
@@ -381,11 +453,20 @@ def test_homogeneity_and_permutations():
         net[2].weight.mul_(-2.5)
         net[0].weight.copy_(net[0].weight[order])
         net[2].weight.copy_(net[2].weight[:, order])
-    assert [path_norm(net, SHAPE, q) for q in (0.5, 1, 3)] == pytest.approx([2.5 * norm for norm in norms], rel=1e-12)
+    assert [path_norm(net, SHAPE, q) for q in (0.5, 1, 3)] == pytest.approx(
+        [2.5 * norm for norm in norms], rel=1e-12
+    )
 
 
 def test_weights_of_one_count_the_paths():
-    net = nn.Sequential(conv(1, 2, 2), nn.ReLU(), conv(2, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(108, 10, bias=False))
+    net = nn.Sequential(
+        conv(1, 2, 2),
+        nn.ReLU(),
+        conv(2, 3, 2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(108, 10, bias=False),
+    )
     for weight in net.parameters():
         weight.data.fill_(1)
     assert path_norm(net, (1, 8, 8)) == pytest.approx(34560, rel=1e-12)
@@ -394,7 +475,9 @@ def test_weights_of_one_count_the_paths():
 def test_it_is_a_lipschitz_constant_and_attained(net):
     per_output = path_norm(net, SHAPE, 1, math.inf)
     images = images_of(300)
-    assert (net(images).abs().amax(1) <= per_output * images.flatten(1).abs().amax(1).clamp(min=1)).all()
+    assert (
+        net(images).abs().amax(1) <= per_output * images.flatten(1).abs().amax(1).clamp(min=1)
+    ).all()
     if not any(isinstance(module, nn.MaxPool2d) for module in net.modules()):
         for tensor in [*net.parameters()]:
             tensor.data.abs_()
@@ -429,9 +512,16 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     def __init__(self, *widths):
         super().__init__()
-        self.conv1, self.bn1, self.relu = conv(3, widths[0], 7, 2, 3), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)
+        self.conv1, self.bn1, self.relu = (
+            conv(3, widths[0], 7, 2, 3),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(inplace=True),
+        )
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        blocks = [Block(before, width, 1 + (before != width)) for before, width in zip((widths[0], *widths), widths)]
+        blocks = [
+            Block(before, width, 1 + (before != width))
+            for before, width in zip((widths[0], *widths), widths)
+        ]
         self.layers = nn.Sequential(*blocks)
         self.avgpool, self.fc = nn.AdaptiveAvgPool2d((1, 1)), nn.Linear(widths[-1], 5)
 
@@ -450,7 +540,9 @@ def test_a_residual_network_of_plain_modules():
             module.running_var.uniform_(0.5, 2)
     state = {name: value.clone() for name, value in net.state_dict().items()}
     norm = path_norm(net, (3, 32, 32))
-    assert net.training and all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert net.training and all(
+        torch.equal(value, state[name]) for name, value in net.state_dict().items()
+    )
     assert norm == path_norm(net.eval(), (3, 32, 32))
     positive = copy.deepcopy(net).double()  # the network of absolute values, on an image of ones
     for module in positive.modules():
@@ -465,7 +557,13 @@ def test_a_residual_network_of_plain_modules():
     outputs = positive(torch.ones(1, 3, 32, 32, dtype=torch.float64))
     assert norm == pytest.approx(outputs.sum().item(), rel=1e-12)
     paths = measure_paths(net, (3, 32, 32))
-    assert (paths.path_depth, paths.pool, paths.biased, paths.chain, paths.outputs) == (11, 9, True, False, 5)
+    assert (paths.path_depth, paths.pool, paths.biased, paths.chain, paths.outputs) == (
+        11,
+        9,
+        True,
+        False,
+        5,
+    )
     assert paths.path_norm == norm
     rescaled = rescale_neurons(net, powers)
     images = torch.randn(4, 3, 32, 32)
@@ -533,30 +631,83 @@ REFUSED = {
     'ReLU6': (nn.Sequential(nn.ReLU6(), *TAIL), '0 (ReLU6)'),
     'GELU': (nn.Sequential(nn.GELU(), *TAIL), '0 (GELU)'),
     'group norm': (nn.Sequential(nn.GroupNorm(1, 2), *TAIL), '0 (GroupNorm)'),
-    'no statistics': (nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False), *TAIL), '0 (BatchNorm2d) keeps no running'),
-    'indices': (nn.Sequential(nn.MaxPool2d(2, return_indices=True), *TAIL), '0 (MaxPool2d): return_indices'),
-    'reflect': (nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, padding_mode='reflect')), "padding_mode = 'reflect'"),
+    'no statistics': (
+        nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False), *TAIL),
+        '0 (BatchNorm2d) keeps no running',
+    ),
+    'indices': (
+        nn.Sequential(nn.MaxPool2d(2, return_indices=True), *TAIL),
+        '0 (MaxPool2d): return_indices',
+    ),
+    'reflect': (
+        nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, padding_mode='reflect')),
+        "padding_mode = 'reflect'",
+    ),
     'reflection': (nn.Sequential(nn.ReflectionPad2d(1), *TAIL), '0 (ReflectionPad2d)'),
-    'bicubic': (nn.Sequential(nn.Upsample(scale_factor=2, mode='bicubic')), "0 (Upsample): mode = 'bicubic'"),
-    'antialias': (Forward(lambda self, x: F.interpolate(x, 2, mode='bilinear', antialias=True)), 'interpolate: antia'),
+    'bicubic': (
+        nn.Sequential(nn.Upsample(scale_factor=2, mode='bicubic')),
+        "0 (Upsample): mode = 'bicubic'",
+    ),
+    'antialias': (
+        Forward(lambda self, x: F.interpolate(x, 2, mode='bilinear', antialias=True)),
+        'interpolate: antia',
+    ),
     'negative slope': (nn.Sequential(nn.LeakyReLU(-0.1), *TAIL), '0 (LeakyReLU): only slopes'),
     'slope above 1': (Forward(lambda self, x: F.leaky_relu(x, 1.5)), 'leaky_relu: only slopes'),
     'PReLU': (nn.Sequential(nn.PReLU(), *TAIL), '0 (PReLU)'),
     'cat of images': (Forward(lambda self, x: torch.cat([x, x])), 'cat: concatenates images'),
-    'part': (Forward(lambda self, x: torch.cat([x, x[:, :1]], 1)), 'getitem: a shape or a part of a value'),
+    'part': (
+        Forward(lambda self, x: torch.cat([x, x[:, :1]], 1)),
+        'getitem: a shape or a part of a value',
+    ),
     'stack': (Forward(lambda self, x: torch.stack([x, x], 1)), 'Forward: stack'),
-    'mean of channels': (Forward(lambda self, x: x.mean(1)), 'mean: only a mean over all positions'),
-    'a computed size': (Forward(lambda self, x: F.interpolate(x, x.shape[2:])), 'write sizes as numbers'),
-    'output size': (Forward(lambda self, x: self.up(x, output_size=6), up=nn.ConvTranspose2d(2, 2, 2)), 'more than'),
-    'not used': (Forward(lambda self, x: (x.flatten(1), x.relu())[0]), 'relu: its output is not used'),
-    'features': (nn.Sequential(nn.Flatten(), nn.MaxPool2d(2)), '1: does not fit its input of shape (18,)'),
+    'mean of channels': (
+        Forward(lambda self, x: x.mean(1)),
+        'mean: only a mean over all positions',
+    ),
+    'a computed size': (
+        Forward(lambda self, x: F.interpolate(x, x.shape[2:])),
+        'write sizes as numbers',
+    ),
+    'output size': (
+        Forward(lambda self, x: self.up(x, output_size=6), up=nn.ConvTranspose2d(2, 2, 2)),
+        'more than',
+    ),
+    'not used': (
+        Forward(lambda self, x: (x.flatten(1), x.relu())[0]),
+        'relu: its output is not used',
+    ),
+    'features': (
+        nn.Sequential(nn.Flatten(), nn.MaxPool2d(2)),
+        '1: does not fit its input of shape (18,)',
+    ),
     'softmax': (nn.Sequential(*TAIL, nn.Softmax(1)), '2 (Softmax)'),
-    'product': (Forward(lambda self, x: self.fc((x * x).flatten(1)), fc=nn.Linear(18, 2)), 'Forward: mul'),
-    'constant': (Forward(lambda self, x: self.fc((x + 1).flatten(1)), fc=nn.Linear(18, 2)), 'Forward: add'),
-    'shape': (nn.Sequential(nn.Flatten(), nn.Linear(17, 2)), '1: does not fit its input of shape (18,)'),
-    'in place': (Forward(lambda self, x: self.fc((x + F.relu(x, inplace=True)).flatten(1)), fc=nn.Linear(18, 2)), 'relu works'),
-    'infinite': (nn.Sequential(nn.Flatten(), nn.Linear(18, 2)), '1 (Linear): its weights contain NaN'),
-    'two outputs': (Forward(lambda self, x: (self.fc(x.flatten(1)), x), fc=nn.Linear(18, 2)), 'output is not the last'),
+    'product': (
+        Forward(lambda self, x: self.fc((x * x).flatten(1)), fc=nn.Linear(18, 2)),
+        'Forward: mul',
+    ),
+    'constant': (
+        Forward(lambda self, x: self.fc((x + 1).flatten(1)), fc=nn.Linear(18, 2)),
+        'Forward: add',
+    ),
+    'shape': (
+        nn.Sequential(nn.Flatten(), nn.Linear(17, 2)),
+        '1: does not fit its input of shape (18,)',
+    ),
+    'in place': (
+        Forward(
+            lambda self, x: self.fc((x + F.relu(x, inplace=True)).flatten(1)), fc=nn.Linear(18, 2)
+        ),
+        'relu works',
+    ),
+    'infinite': (
+        nn.Sequential(nn.Flatten(), nn.Linear(18, 2)),
+        '1 (Linear): its weights contain NaN',
+    ),
+    'two outputs': (
+        Forward(lambda self, x: (self.fc(x.flatten(1)), x), fc=nn.Linear(18, 2)),
+        'output is not the last',
+    ),
 }
 REFUSED['infinite'][0][1].weight.data[0, 0] = math.inf
 
@@ -588,14 +739,28 @@ class UNet(nn.Module):
 
     def __init__(self, up):
         super().__init__()
-        self.enc, self.mid, self.up = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1), up
-        self.act, self.pool, self.out = nn.LeakyReLU(0.2), nn.AvgPool2d(2), nn.Conv2d(4, 1, 3, padding=1)
+        self.enc, self.mid, self.up = (
+            nn.Conv2d(1, 2, 3, padding=1),
+            nn.Conv2d(2, 2, 3, padding=1),
+            up,
+        )
+        self.act, self.pool, self.out = (
+            nn.LeakyReLU(0.2),
+            nn.AvgPool2d(2),
+            nn.Conv2d(4, 1, 3, padding=1),
+        )
         self.double()
         vector = torch.nn.utils.parameters_to_vector(self.numbers())
-        torch.nn.utils.vector_to_parameters(torch.arange(1, len(vector) + 1).double().sin(), self.numbers())
+        torch.nn.utils.vector_to_parameters(
+            torch.arange(1, len(vector) + 1).double().sin(), self.numbers()
+        )
 
     def numbers(self):
-        return [number for layer in (self.enc, self.mid, self.up, self.out) for number in layer.parameters()]
+        return [
+            number
+            for layer in (self.enc, self.mid, self.up, self.out)
+            for number in layer.parameters()
+        ]
 
     def forward(self, x):
         skip = self.act(self.enc(x))
@@ -607,7 +772,12 @@ UNETS = [
     (lambda: nn.ConvTranspose2d(2, 2, 2, stride=2), 5288.80984133, 31.5253561126, -2.50476689569),
     (lambda: nn.ConvTranspose2d(2, 2, 3, 2, 1, 1), 7429.33571655, 34.3863393021, 2.82447077281),
     (lambda: nn.Upsample(scale_factor=2), 3866.78548737, 28.9235017679, -2.28166663649),
-    (lambda: nn.Upsample(scale_factor=2, mode='bilinear'), 3866.78548737, 25.5510544742, -2.28166663649),
+    (
+        lambda: nn.Upsample(scale_factor=2, mode='bilinear'),
+        3866.78548737,
+        25.5510544742,
+        -2.28166663649,
+    ),
 ]
 
 
@@ -628,7 +798,9 @@ def test_the_path_metric_of_a_u_net():
     vector = torch.nn.utils.parameters_to_vector(net.numbers()).detach()
     third = torch.arange(1, len(vector) + 1) % 3 == 0
     torch.nn.utils.vector_to_parameters(vector.masked_fill(third, 0), zeroed.numbers())
-    torch.nn.utils.vector_to_parameters(vector.sign() * (8 * vector.abs()).floor() / 8, rounded.numbers())
+    torch.nn.utils.vector_to_parameters(
+        vector.sign() * (8 * vector.abs()).floor() / 8, rounded.numbers()
+    )
     images = images_of(500, (1, 4, 4))
     for other, expected in ((zeroed, 3975.64166912), (rounded, 1601.48971193)):
         assert path_metric(net, other, (1, 4, 4)) == (pytest.approx(expected, rel=5e-12), True)
@@ -645,7 +817,12 @@ def test_rescaling_a_u_net_leaves_what_reaches_the_cat():
     assert torch.equal(net(images), rescaled(images))
     assert path_norm(net, (1, 4, 4)) == path_norm(rescaled, (1, 4, 4))
     changed = [not torch.equal(*pair) for pair in zip(weights_of(net), weights_of(rescaled))]
-    assert changed == [False, True, True, False]  # enc and up reach the cat; mid is read by up, out by nothing
+    assert changed == [
+        False,
+        True,
+        True,
+        False,
+    ]  # enc and up reach the cat; mid is read by up, out by nothing
 
 
 def test_functions_of_a_u_net_in_place_of_modules():
@@ -692,7 +869,9 @@ def test_values_used_twice():
     torch.manual_seed(0)
     body, norm, fc = conv(2, 2, 1), nn.BatchNorm2d(2), nn.Linear(18, 2, bias=False)
     norm.running_mean.normal_()
-    doubled = Forward(lambda self, x: (lambda y: self.fc((y + y).flatten(1)))(self.body(x)), body=body, fc=fc)
+    doubled = Forward(
+        lambda self, x: (lambda y: self.fc((y + y).flatten(1)))(self.body(x)), body=body, fc=fc
+    )
     assert path_norm(doubled, SHAPE) == 2 * path_norm(nn.Sequential(body, nn.Flatten(), fc), SHAPE)
 
     def beside(self, x):  # what a batch norm reads is used beside it, so it is not folded
@@ -702,12 +881,18 @@ def test_values_used_twice():
     expected = path_norm(nn.Sequential(body, nn.Flatten(), fc), SHAPE)
     expected += path_norm(nn.Sequential(body, norm, nn.Flatten(), fc), SHAPE)
     for same in (nn.Identity(), nn.ReLU()):
-        assert path_norm(Forward(beside, body=body, norm=norm, fc=fc, same=same), SHAPE) == pytest.approx(expected, rel=1e-12)
+        assert path_norm(
+            Forward(beside, body=body, norm=norm, fc=fc, same=same), SHAPE
+        ) == pytest.approx(expected, rel=1e-12)
 
 
 def test_what_only_looks_covered_is_refused():
     body = conv(2, 2, 3, padding=1)
-    noisy = Forward(lambda self, x: self.fc(F.dropout(self.body(x), 0.5).flatten(1)), fc=nn.Linear(18, 2), body=body)
+    noisy = Forward(
+        lambda self, x: self.fc(F.dropout(self.body(x), 0.5).flatten(1)),
+        fc=nn.Linear(18, 2),
+        body=body,
+    )
     with pytest.raises(BadInput, match='dropout'):
         path_norm(noisy, SHAPE)
     columns = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(9, 2))
@@ -717,11 +902,16 @@ def test_what_only_looks_covered_is_refused():
     norm = randomized(nn.Linear(3, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 2))
     diagonal = norm[1].weight * (norm[1].running_var + norm[1].eps).rsqrt()
     expected = torch.ones(2, 3, 3).double() @ norm[0].weight.abs().T + norm[0].bias.abs()
-    expected = expected * diagonal.abs()[:, None, None] + (norm[1].bias - diagonal * norm[1].running_mean).abs()[:, None, None]
+    expected = (
+        expected * diagonal.abs()[:, None, None]
+        + (norm[1].bias - diagonal * norm[1].running_mean).abs()[:, None, None]
+    )
     expected = norm[4].weight.abs() @ expected.flatten() + norm[4].bias.abs()
     assert path_norm(norm, SHAPE) == pytest.approx(expected.sum().item(), rel=1e-6)
 
-    positions = nn.Sequential(body, nn.ReLU(), nn.Flatten(2), nn.Linear(9, 4), nn.Flatten(), nn.Linear(8, 2))
+    positions = nn.Sequential(
+        body, nn.ReLU(), nn.Flatten(2), nn.Linear(9, 4), nn.Flatten(), nn.Linear(8, 2)
+    )
     x = torch.rand(5, *SHAPE)
     assert torch.equal(rescale_neurons(positions, powers)(x), positions(x))
     positions = nn.Sequential(nn.Linear(3, 4), nn.AvgPool2d(2, 2, 1), nn.Linear(3, 1), nn.Flatten())
@@ -729,7 +919,11 @@ def test_what_only_looks_covered_is_refused():
 
 
 def test_a_module_used_twice_has_paths_and_no_magnitudes():
-    net = Forward(lambda self, x: self.fc(self.body(self.body(x).relu()).flatten(1)), body=conv(2, 2, 1), fc=nn.Linear(18, 2))
+    net = Forward(
+        lambda self, x: self.fc(self.body(self.body(x).relu()).flatten(1)),
+        body=conv(2, 2, 1),
+        fc=nn.Linear(18, 2),
+    )
     twice = nn.Sequential(net.body, nn.ReLU(), copy.deepcopy(net.body), nn.Flatten(), net.fc)
     assert path_norm(net, SHAPE) == path_norm(twice, SHAPE)
     for function in (lambda: path_magnitude(net, SHAPE), lambda: rescale_neurons(net, powers)):
@@ -782,7 +976,9 @@ def test_the_smaller_constant_is_for_chains_alone(kind):
     """Without biases; docs/bounds.md proves 2 per layer for chains of ReLU layers and 3 or 5 K for anything else."""
     body, chain = SKIPPING[kind]
     torch.manual_seed(0)
-    net = nn.Sequential(conv(2, 2, 2, padding=1), nn.ReLU(), *body, nn.Flatten(), nn.Linear(32, 3, bias=False))
+    net = nn.Sequential(
+        conv(2, 2, 2, padding=1), nn.ReLU(), *body, nn.Flatten(), nn.Linear(32, 3, bias=False)
+    )
     images, labels = torch.rand(40, *SHAPE), torch.arange(40) % 3
     data, paths = measure_data(net, images, skip_uncovered=True), measure_paths(net, SHAPE)
     margins = classification_margins(net(images).detach(), labels)
@@ -820,7 +1016,9 @@ def test_complexity_is_above_that_of_the_linear_class(name, lower, upper, reques
 
 def test_the_reason_why_bounds_do_not_cover_a_network():
     assert not_covered(NETWORKS['chain'](), SHAPE) is None
-    assert not_covered(NETWORKS['residual'](), SHAPE).startswith('Sequential: 0 (Conv2d) has a bias')
+    assert not_covered(NETWORKS['residual'](), SHAPE).startswith(
+        'Sequential: 0 (Conv2d) has a bias'
+    )
 
 
 def test_a_quantized_or_pruned_network_moves_by_less_than_the_path_metric(digits):
@@ -829,10 +1027,22 @@ def test_a_quantized_or_pruned_network_moves_by_less_than_the_path_metric(digits
     biased = nn.Sequential(conv(1, 3, 2, bias=True), nn.LeakyReLU(0.1), nn.MaxPool2d(2, ceil_mode=True),
                            nn.Flatten(), nn.Linear(48, 10))  # fmt: skip
     bias_free = get_network(settings_of(depth=2, width=4), digits.input_shape, 10)
-    plain = nn.BatchNorm2d(3, affine=False)  # no parameters, and biases all the same, of its running means
+    plain = nn.BatchNorm2d(
+        3, affine=False
+    )  # no parameters, and biases all the same, of its running means
     plain.running_mean.fill_(-3)
-    folded = nn.Sequential(nn.Conv2d(1, 3, 2, bias=False), plain, nn.ReLU(), nn.Flatten(), nn.Linear(147, 10, bias=False))
-    for net, images in ((bias_free, digits.test_images), (biased, 3 * digits.test_images), (folded, digits.test_images / 50)):
+    folded = nn.Sequential(
+        nn.Conv2d(1, 3, 2, bias=False),
+        plain,
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(147, 10, bias=False),
+    )
+    for net, images in (
+        (bias_free, digits.test_images),
+        (biased, 3 * digits.test_images),
+        (folded, digits.test_images / 50),
+    ):
         rows = list(quantize.measure(net, images, digits.test_labels))
         assert [(words, level) for words, level, _ in rows] == [
             (words, level) for words, (_, levels, _) in quantize.CHANGES.items() for level in levels
@@ -845,7 +1055,7 @@ def test_a_quantized_or_pruned_network_moves_by_less_than_the_path_metric(digits
 
 
 def test_quantize_refuses_to_measure_no_images(tmp_path):
-    words = [sys.executable, ROOT / 'docs' / 'quantize.py', '--images', '0']
+    words = [sys.executable, '-m', 'studies.quantize', '--images', '0']
     process = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert process.returncode == 1 and process.stderr == 'error: --images 0: must be at least 1\n'
 
@@ -857,18 +1067,27 @@ def test_quantize_writes_a_table_and_a_picture(tmp_path, monkeypatch, digits, ca
     quantize.main('any', 20, tmp_path / 'my_quantize')
     lines = (tmp_path / 'my_quantize.csv').read_text().splitlines()
     assert (
-        len(lines) == 35 and lines[0].startswith('change,level,metric,pair,worst') and (tmp_path / 'my_quantize.png').exists()
+        len(lines) == 35
+        and lines[0].startswith('change,level,metric,pair,worst')
+        and (tmp_path / 'my_quantize.png').exists()
     )
     assert len(capsys.readouterr().out.splitlines()) == 35
 
 
 def test_levels_of_quantization():
     weights = torch.tensor([-1.0, 0.3, 0.55, 0.0]).double()
-    nearest, to_zero = (quantize.fixed_point(weights, 3, rounding) for rounding in (torch.round, torch.trunc))
+    nearest, to_zero = (
+        quantize.fixed_point(weights, 3, rounding) for rounding in (torch.round, torch.trunc)
+    )
     torch.testing.assert_close(nearest, torch.tensor([-1, 1 / 3, 2 / 3, 0]).double())
     torch.testing.assert_close(to_zero, torch.tensor([-1, 0, 1 / 3, 0]).double())
     assert quantize.fixed_point(0 * weights, 3, torch.round).equal(0 * weights)
-    assert quantize.mantissa(weights, 2, torch.trunc).tolist() == [-1, 0.25, 0.5, 0]  # two significant bits
+    assert quantize.mantissa(weights, 2, torch.trunc).tolist() == [
+        -1,
+        0.25,
+        0.5,
+        0,
+    ]  # two significant bits
     assert quantize.mantissa(weights, 2, torch.round).tolist() == [-1, 0.25, 0.5, 0]
     assert quantize.mantissa(weights, 3, torch.round).tolist() == [-1, 0.3125, 0.5, 0]
     assert quantize.pruned(weights, 50).tolist() == [-1, 0, pytest.approx(0.55), 0]

@@ -12,13 +12,12 @@ from conftest import ROOT, settings_of, train_small
 from torch import nn
 
 from conf import BadInput, load_settings, settings_text
-from docs import equal_fit
 from evaluation import COLUMNS, initial_network
-from harness import ranking, read_metrics
-from harness.records import load_weights
 from measures.landscape import MEASURES, measure_landscape
 from measures.norms import classification_margins
 from models import get_network
+from records import load_weights, read_metrics
+from studies import equal_fit, ranking
 
 N = 10_000  # test images
 
@@ -31,16 +30,25 @@ N = 10_000  # test images
 def made_up(seed=0):
     """A table of 40 networks with ties, infinities and missing cells: (knobs, gaps, measures)."""
     rng = np.random.default_rng(seed)
-    places = list(itertools.product((1, 2, 3), (8, 64), ('erk', 'random'), (0, 1, 2, 3)))  # the last one is the seed
+    places = list(
+        itertools.product((1, 2, 3), (8, 64), ('erk', 'random'), (0, 1, 2, 3))
+    )  # the last one is the seed
     places = [places[index] for index in sorted(rng.permutation(len(places))[:40])]
-    knobs = {knob: [place[k] for place in places] for k, knob in enumerate(('depth', 'width', 'initial_mask'))}
+    knobs = {
+        knob: [place[k] for place in places]
+        for k, knob in enumerate(('depth', 'width', 'initial_mask'))
+    }
     gaps = rng.integers(0, 12, 40) / 100
     coarse = rng.integers(0, 5, 40).astype(float)
     holes = rng.standard_normal(40)
     holes[rng.permutation(40)[:8]] = np.nan
     infinite = gaps + 0.05 * rng.standard_normal(40)
     infinite[rng.permutation(40)[:12]] = np.inf
-    return knobs, gaps, {'coarse': coarse, 'holes': holes, 'infinite': infinite, 'gap': gaps, 'against': -gaps}
+    return (
+        knobs,
+        gaps,
+        {'coarse': coarse, 'holes': holes, 'infinite': infinite, 'gap': gaps, 'against': -gaps},
+    )
 
 
 def brute_force(knobs, gaps, values, n):
@@ -53,7 +61,12 @@ def brute_force(knobs, gaps, values, n):
         values = [value for value in values if not math.isnan(value)]
         return sum(values) / len(values) if values else math.nan
 
-    places, taus, environments, pairs = list(zip(*knobs.values())), {k: [] for k in range(len(knobs))}, {}, 0
+    places, taus, environments, pairs = (
+        list(zip(*knobs.values())),
+        {k: [] for k in range(len(knobs))},
+        {},
+        0,
+    )
     everyone = []
     for i, j in itertools.combinations(range(len(gaps)), 2):
         if math.isnan(values[i]) or math.isnan(values[j]):
@@ -76,12 +89,22 @@ def brute_force(knobs, gaps, values, n):
         weight, square = sum(w for w, _ in entries), sum(w * w for w, _ in entries)
         if weight and weight**2 / square >= 2 - 1e-6:
             shares[key] = sum(w * error for w, error in entries) / weight
-    of_knob = [average([share for key, share in shares.items() if key[0] == k]) for k in range(len(knobs))]
-    row = {'pairs': pairs, 'environments': len(shares), 'mean': average(of_knob), 'max': max(shares.values())}
+    of_knob = [
+        average([share for key, share in shares.items() if key[0] == k]) for k in range(len(knobs))
+    ]
+    row = {
+        'pairs': pairs,
+        'environments': len(shares),
+        'mean': average(of_knob),
+        'max': max(shares.values()),
+    }
     row |= {'p90': np.quantile(list(shares.values()), 0.9), 'worst': np.nanmax(of_knob)}
     row |= {f'error_{knob}': error for knob, error in zip(knobs, of_knob)}
     row |= {f'tau_{knob}': average(taus[k]) for k, knob in enumerate(knobs)}
-    row |= {'psi': average([average(tau) for tau in taus.values()]), 'tau': 1 - 2 * average(everyone)}
+    row |= {
+        'psi': average([average(tau) for tau in taus.values()]),
+        'tau': 1 - 2 * average(everyone),
+    }
     return row
 
 
@@ -89,7 +112,10 @@ def brute_force(knobs, gaps, values, n):
 @pytest.mark.parametrize('name', ['coarse', 'holes', 'infinite', 'gap', 'against'])
 def test_statistics_are_those_of_loops_over_networks(name, n):
     knobs, gaps, measures = made_up()
-    found, expected = ranking.Pairs(knobs, gaps, n).rank(measures[name]), brute_force(knobs, gaps, measures[name], n)
+    found, expected = (
+        ranking.Pairs(knobs, gaps, n).rank(measures[name]),
+        brute_force(knobs, gaps, measures[name], n),
+    )
     assert set(found) == set(expected)
     assert found == pytest.approx(expected, nan_ok=True)
 
@@ -101,9 +127,15 @@ def test_tau_along_a_knob_is_granulated_kendall():
     gaps, values = rng.permutation(9) / 9, rng.permutation(9)
     knobs = {'depth': [depth for depth, _ in places], 'width': [width for _, width in places]}
     row = ranking.Pairs(knobs, gaps, N).rank(values.astype(float))
-    signs = np.sign(np.subtract.outer(gaps, gaps) * np.subtract.outer(values, values)).reshape(3, 3, 3, 3)
-    along_depth = [signs[a, width, b, width] for width in range(3) for a in range(3) for b in range(a)]
-    along_width = [signs[depth, a, depth, b] for depth in range(3) for a in range(3) for b in range(a)]
+    signs = np.sign(np.subtract.outer(gaps, gaps) * np.subtract.outer(values, values)).reshape(
+        3, 3, 3, 3
+    )
+    along_depth = [
+        signs[a, width, b, width] for width in range(3) for a in range(3) for b in range(a)
+    ]
+    along_width = [
+        signs[depth, a, depth, b] for depth in range(3) for a in range(3) for b in range(a)
+    ]
     assert row['tau_depth'] == pytest.approx(np.mean(along_depth))
     assert row['tau_width'] == pytest.approx(np.mean(along_width))
     assert row['psi'] == pytest.approx((np.mean(along_depth) + np.mean(along_width)) / 2)
@@ -112,7 +144,9 @@ def test_tau_along_a_knob_is_granulated_kendall():
 def test_weights_are_positive_where_test_images_tell_two_gaps_apart():
     threshold = math.sqrt(2 / N * math.log(2 / (1 - math.sqrt(0.5))))
     assert threshold == pytest.approx(0.0196, abs=5e-5)
-    below, above, certain = ranking.pair_weights(np.array([0.999 * threshold, -1.001 * threshold, 1.0]), N)
+    below, above, certain = ranking.pair_weights(
+        np.array([0.999 * threshold, -1.001 * threshold, 1.0]), N
+    )
     assert below == 0 < above < 0.01 and certain == 0.5
 
 
@@ -134,17 +168,36 @@ def test_a_random_measure_stays_in_the_band_and_the_gap_does_not():
 
 def sweep_folder(folder, change=lambda settings, row: None, **flags):
     """A folder as a finished sweep leaves it, its rows made up: the gap is larger with noise, and with fewer samples."""
-    flags = {'depth': [1, 2], 'width': [8, 16], 'train_samples': [250, 1000], 'seed': [0, 1, 2], 'epochs': 10} | flags
+    flags = {
+        'depth': [1, 2],
+        'width': [8, 16],
+        'train_samples': [250, 1000],
+        'seed': [0, 1, 2],
+        'epochs': 10,
+    } | flags
     sweep, runs = load_settings(flags=flags)
     folder.mkdir()
     (folder / 'global_settings.py').write_text(settings_text(sweep, ['made up']))
     rng, rows = np.random.default_rng(0), []
     for settings in runs:
-        error = round(0.05 + 25 / settings.train_samples + 0.02 * settings.depth + 0.005 * rng.random(), 4)
+        error = round(
+            0.05 + 25 / settings.train_samples + 0.02 * settings.depth + 0.005 * rng.random(), 4
+        )
         row = {'name': settings.name, 'width': settings.width} | dict.fromkeys(COLUMNS, '')
-        row |= {'epoch': 10, 'round': 0, 'train_loss': 0.005, 'test_error': error, 'train_error': 0.0}
+        row |= {
+            'epoch': 10,
+            'round': 0,
+            'train_loss': 0.005,
+            'test_error': error,
+            'train_error': 0.0,
+        }
         row |= {'train_margin_error': 0.0, 'train_size': settings.train_samples, 'test_size': N}
-        row |= {'our_bound': rng.random(), 'path_norm': rng.random(), 'rho': 1.0, 'margin_10': rng.random() - 0.5}
+        row |= {
+            'our_bound': rng.random(),
+            'path_norm': rng.random(),
+            'rho': 1.0,
+            'margin_10': rng.random() - 0.5,
+        }
         row |= {'sharpness': 1 / error, 'distance': 3.0}
         change(settings, row)
         rows.append(row)
@@ -169,14 +222,35 @@ def test_a_users_own_bound_and_measure_are_ranked(tmp_path):
     folder = sweep_folder(tmp_path / 'sweep', change)
     paths = ranking.draw(folder)
     assert [path.name for path in paths] == ['ranking.csv', 'ranking.png', 'ranking.pdf']
-    assert paths[1].read_bytes().startswith(b'\x89PNG') and paths[2].read_bytes().startswith(b'%PDF')
+    assert paths[1].read_bytes().startswith(b'\x89PNG') and paths[2].read_bytes().startswith(
+        b'%PDF'
+    )
     table = read_ranking(folder)
     assert next(iter(table)) in ('my_bound', '1 / sharpness') and list(table)[-1] == 'my_measure'
     assert float(table['my_bound']['mean']) == 0 and float(table['my_measure']['mean']) == 1
-    assert float(table['1 / m']['error_train_samples']) == 0 and float(table['1 / m']['error_depth']) == 0.5
+    assert (
+        float(table['1 / m']['error_train_samples']) == 0
+        and float(table['1 / m']['error_depth']) == 0.5
+    )
     assert float(table['distance / √m']['error_train_samples']) == 0
-    assert {'our_bound', 'path_norm', 'rho', '1 / margin_10', 'epochs', '- train_loss', 'constant'} <= set(table)
-    assert not {'name', 'width', 'epoch', 'test_error', 'test_set_bound', 'margin_10', 'path_norm_2'} & set(table)
+    assert {
+        'our_bound',
+        'path_norm',
+        'rho',
+        '1 / margin_10',
+        'epochs',
+        '- train_loss',
+        'constant',
+    } <= set(table)
+    assert not {
+        'name',
+        'width',
+        'epoch',
+        'test_error',
+        'test_set_bound',
+        'margin_10',
+        'path_norm_2',
+    } & set(table)
     assert {row['networks'] for row in table.values()} == {'24'}
 
 
@@ -199,7 +273,10 @@ def test_the_shipped_ranking_is_redrawn_and_the_page_quotes_it(tmp_path):
     drawn = read_ranking(folder)
     assert set(drawn) == set(shipped)
     for name, row in shipped.items():
-        before, now = ({column: float(cell or 'nan') for column, cell in cells.items()} for cells in (row, drawn[name]))
+        before, now = (
+            {column: float(cell or 'nan') for column, cell in cells.items()}
+            for cells in (row, drawn[name])
+        )
         assert now == pytest.approx(before, nan_ok=True)
     page = ' '.join((ROOT / 'docs' / 'ranking.md').read_text().split())
     for name, column, words in (
@@ -229,7 +306,11 @@ def test_the_page_quotes_the_sparse_networks_at_equal_fit(capsys, tmp_path, monk
     equal_fit.main([ROOT / 'results' / 'equal-fit' / name for name in ('masks', 'tickets')])
     printed = capsys.readouterr().out
     page = ' '.join((ROOT / 'docs' / 'ranking.md').read_text().split())
-    cells = [[cell.strip() for cell in line.split('|')[1:-1]] for line in printed.splitlines() if line.startswith('|')]
+    cells = [
+        [cell.strip() for cell in line.split('|')[1:-1]]
+        for line in printed.splitlines()
+        if line.startswith('|')
+    ]
     gaps = {}
     for row in cells[2:11]:
         gaps.setdefault(row[0], []).append(row[2].split()[0])
@@ -272,7 +353,11 @@ def test_a_knob_without_pairs_is_named_and_its_cells_are_empty(tmp_path, capsys)
     ranking.draw(folder)
     said, row = capsys.readouterr().out, read_ranking(folder)['our_bound']
     assert 'differ in label_noise alone' in said and 'differ in batch_size alone' in said
-    assert row['error_label_noise'] == row['tau_batch_size'] == '' and row['error_depth'] and row['mean']
+    assert (
+        row['error_label_noise'] == row['tau_batch_size'] == ''
+        and row['error_depth']
+        and row['mean']
+    )
 
 
 @pytest.mark.parametrize('flags', [{'seed': 0}, {'depth': 1, 'width': 8, 'seed': list(range(12))}])
@@ -288,7 +373,9 @@ def test_the_gap_is_that_of_the_noisy_distribution(p):
     e, settings = 0.3, settings_of(label_noise=p)
     prediction, label = ([1 - share] + [share / 9] * 9 for share in (e, p))
     error = sum(prediction[a] * label[b] for a in range(10) for b in range(10) if a != b)
-    assert ranking.gap(settings, {'test_error': e, 'train_error': 0.1}) == pytest.approx(error - 0.1)
+    assert ranking.gap(settings, {'test_error': e, 'train_error': 0.1}) == pytest.approx(
+        error - 0.1
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -299,7 +386,9 @@ def test_the_gap_is_that_of_the_noisy_distribution(p):
 @pytest.fixture
 def trained(digits):
     """(network, the same before training, images, labels): weight-normalized, masked, moved by noise; labels that it gets."""
-    settings = settings_of(dataset_name='digits', width=8, depth=2, density=0.5, initial_mask='random')
+    settings = settings_of(
+        dataset_name='digits', width=8, depth=2, density=0.5, initial_mask='random'
+    )
     initial = initial_network(settings, digits)
     net = get_network(settings, digits.input_shape, 10)
     net.load_state_dict(initial.state_dict())
@@ -319,8 +408,14 @@ def test_measures_are_their_formulas(trained):
                        for side in (net, initial))  # fmt: skip
     moved = [np.sqrt(((weight - start) ** 2).sum()) for weight, start in zip(weights, starts)]
     total = sum(weight.size for weight in weights)
-    assert row['living_weights'] == sum((weight != 0).sum() for weight in weights) == pytest.approx(total / 2, abs=1)
-    assert row['weight_norm'] == pytest.approx(np.sqrt(sum((weight**2).sum() for weight in weights)))
+    assert (
+        row['living_weights']
+        == sum((weight != 0).sum() for weight in weights)
+        == pytest.approx(total / 2, abs=1)
+    )
+    assert row['weight_norm'] == pytest.approx(
+        np.sqrt(sum((weight**2).sum() for weight in weights))
+    )
     assert row['distance'] == pytest.approx(np.sqrt(sum(step**2 for step in moved)))
     assert row['distance_product'] == pytest.approx(np.prod(moved))
     margins = classification_margins(net(images), labels).detach().numpy()
@@ -343,7 +438,10 @@ def test_sharpness_is_where_noise_costs_a_tenth(trained):
     assert all(map(torch.equal, before, net.parameters())) and 2**-12 < sigma < 2**4
     weights = [layer.weight.detach() for layer in net if hasattr(layer, 'weight')]
     generator = torch.Generator().manual_seed(0)
-    draws = [[torch.randn(weight.shape, generator=generator) * (weight != 0) for weight in weights] for _ in range(5)]
+    draws = [
+        [torch.randn(weight.shape, generator=generator) * (weight != 0) for weight in weights]
+        for _ in range(5)
+    ]
 
     def error(sigma):
         wrong = []
@@ -375,7 +473,9 @@ def test_input_gradient_of_a_linear_classifier(digits):
 def test_what_is_not_covered_is_empty_and_what_does_not_fit_is_refused(digits):
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Sigmoid())
     row = measure_landscape(net, net, digits.train_images[:50], digits.train_labels[:50])
-    assert math.isnan(row['path_norm_2']) and math.isnan(row['path_distance']) and row['distance'] == 0
+    assert (
+        math.isnan(row['path_norm_2']) and math.isnan(row['path_distance']) and row['distance'] == 0
+    )
     with pytest.raises(BadInput, match='labels'):
         measure_landscape(net, net, digits.train_images[:50], digits.train_labels[:40])
 
@@ -385,7 +485,9 @@ def test_the_initial_network_is_that_of_the_run(tmp_path, digits, mask):
     """Bit for bit, and drawing it anew leaves torch's random numbers where they were."""
     density = {'none': 1.0}.get(mask, 0.4)
     flags = {'density': density, 'initial_mask': mask, 'epochs': 1, 'snapshot_every': 1, 'seed': 3}
-    train_small(tmp_path / 'run', *(word for knob, value in flags.items() for word in (f'--{knob}', value)))
+    train_small(
+        tmp_path / 'run', *(word for knob, value in flags.items() for word in (f'--{knob}', value))
+    )
     settings = settings_of(dataset_name='digits', width=4, **flags)
     torch.manual_seed(11)
     expected = torch.rand(3)

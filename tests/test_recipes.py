@@ -13,19 +13,23 @@ import numpy as np
 import pytest
 from conftest import ROOT, SMALL, numbers
 
-from harness import read_metrics
+from records import read_metrics
 
 
 @pytest.fixture
 def program(tmp_path):
     """A copy of the program in which a small network was trained for three epochs; runs its train.py."""
     folder = tmp_path / 'program'
-    ignored = shutil.ignore_patterns('results', '.git', '.venv', 'venv', '__pycache__', 'docs', 'MNIST', '.pytest_cache')
+    ignored = shutil.ignore_patterns(
+        'results', '.git', '.venv', 'venv', '__pycache__', 'docs', 'MNIST', '.pytest_cache'
+    )
     shutil.copytree(ROOT, folder, ignore=ignored)
 
     def run(*arguments):
         command = [sys.executable, 'train.py', *map(str, arguments)]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, env=os.environ)
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=120, env=os.environ
+        )
         assert (done.returncode, done.stderr) == (0, ''), done.stderr
         return done.stdout
 
@@ -65,13 +69,21 @@ def test_a_bound(program):
     assert metrics['my_bound'][-1] == evaluated['my_bound'][0] == 42
     edit(folder / 'utils.py', 'return 42.0', 'return 7.0')
     stdout = run('--results-path', 'results/1', '--resume', '--epochs', '5')
-    warning = 'CONV-3-4: my_bound: not the function that rows so far are of; --evaluate measures anew'
-    assert warning in stdout and warning in run('--results-path', 'results/1', '--resume', '--epochs', '6')
+    warning = (
+        'CONV-3-4: my_bound: not the function that rows so far are of; --evaluate measures anew'
+    )
+    assert warning in stdout and warning in run(
+        '--results-path', 'results/1', '--resume', '--epochs', '6'
+    )
     edit(folder / 'utils.py', 'return 7.0', 'return 42.0')
     assert 'not the function' not in run('--results-path', 'results/1', '--resume', '--epochs', '7')
     cells = read_metrics(folder / 'results/1/CONV-3-4/metrics.csv')['my_bound']
     assert cells[[0, 4, 5, 6, 7]].tolist() == [42, 42, 7, 7, 42] and np.isnan(cells[1:4]).all()
-    edit(folder / 'utils.py', 'return 3 * np.sqrt((np.log(2 / delta)', 'return 9 * np.sqrt((np.log(2 / delta)')  # in a helper
+    edit(
+        folder / 'utils.py',
+        'return 3 * np.sqrt((np.log(2 / delta)',
+        'return 9 * np.sqrt((np.log(2 / delta)',
+    )  # in a helper
     stdout = run('--results-path', 'results/1', '--resume', '--epochs', '8')
     changed = re.search('CONV-3-4: (.*): not the function', stdout)[1].split(', ')
     assert set(changed) == {'our_bound', 'golowich_bound', 'corrected_bound', 'path_bound'}
@@ -86,8 +98,12 @@ def test_a_network(program):
         '    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), nn.Linear(settings.width, num_classes, bias=False))\n'
     )
     text = (folder / 'models' / '__init__.py').read_text()
-    text = text.replace('from models.mlp import', 'from models.wide import wide\nfrom models.mlp import', 1)
-    (folder / 'models' / '__init__.py').write_text(text.replace('NETWORKS = {', "NETWORKS = {'WIDE': wide, ", 1))
+    text = text.replace(
+        'from models.mlp import', 'from models.wide import wide\nfrom models.mlp import', 1
+    )
+    (folder / 'models' / '__init__.py').write_text(
+        text.replace('NETWORKS = {', "NETWORKS = {'WIDE': wide, ", 1)
+    )
     goes_on(folder, run)
     run(*SMALL, '--network', 'WIDE', '--epochs', '1', '--results-path', 'results/2')
     assert read_metrics(folder / 'results/2/WIDE-3-4/metrics.csv')['our_bound'][-1] > 0
@@ -112,7 +128,11 @@ def test_a_dataset(program):
 
 def test_a_knob(program):
     folder, run = program
-    edit(folder / 'conf' / 'global_settings.py', '\nseed = 0  #', '\ndropout = 0.5  # of my own\nseed = 0  #')
+    edit(
+        folder / 'conf' / 'global_settings.py',
+        '\nseed = 0  #',
+        '\ndropout = 0.5  # of my own\nseed = 0  #',
+    )
     rule = "_later(0.0, _number('a number', lambda value: 0 <= value < 1))"
     edit(folder / 'conf' / '__init__.py', "    'seed': ", f"    'dropout': {rule},\n    'seed': ")
     goes_on(folder, run)
@@ -124,8 +144,14 @@ def test_a_knob(program):
 def test_a_knob_without_its_value_of_older_runs(program):
     """The run is not taken for one of today's default, and the line says what is missing and where."""
     folder, run = program
-    edit(folder / 'conf' / 'global_settings.py', '\nseed = 0  #', '\ndropout = 0.5  # of my own\nseed = 0  #')
+    edit(
+        folder / 'conf' / 'global_settings.py',
+        '\nseed = 0  #',
+        '\ndropout = 0.5  # of my own\nseed = 0  #',
+    )
     rule = "_number('a number', lambda value: 0 <= value < 1)"
     edit(folder / 'conf' / '__init__.py', "    'seed': ", f"    'dropout': {rule},\n    'seed': ")
-    with pytest.raises(AssertionError, match='the setting dropout is missing.*_later.*conf/__init__.py'):
+    with pytest.raises(
+        AssertionError, match='the setting dropout is missing.*_later.*conf/__init__.py'
+    ):
         run('--results-path', 'results/1', '--resume', '--epochs', '4')

@@ -11,14 +11,34 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, contents, numbers, refused, resume, rows, run, same, start, succeeds, train_small, wait_for
+from conftest import (
+    SMALL,
+    contents,
+    numbers,
+    refused,
+    resume,
+    rows,
+    run,
+    same,
+    start,
+    succeeds,
+    train_small,
+    wait_for,
+)
 from test_datasets import make_idx
 
 import evaluation
 from conf import BEFORE, BadInput
 from evaluation import COLUMNS, report
-from harness.launch import get_dataset
-from harness.records import csv_line, load_checkpoint, load_network, parse_line, read_metrics, save_checkpoint
+from launch import get_dataset
+from records import (
+    csv_line,
+    load_checkpoint,
+    load_network,
+    parse_line,
+    read_metrics,
+    save_checkpoint,
+)
 
 # The columns of metrics.csv before there were empty cells.
 OLD_COLUMNS = (
@@ -36,7 +56,11 @@ def folder(tmp_path, uninterrupted):
 
 
 def test_a_certificate_on_the_screen_is_rounded_up():
-    row = dict.fromkeys(COLUMNS, np.nan) | {'test_error': 0.12341, 'train_error': 0.1, 'pac_bayes_error': 0.12341}
+    row = dict.fromkeys(COLUMNS, np.nan) | {
+        'test_error': 0.12341,
+        'train_error': 0.1,
+        'pac_bayes_error': 0.12341,
+    }
     assert 'A 0.1235' in report(row | {'generalization_gap': 0.02341})
 
 
@@ -47,7 +71,9 @@ def test_resume_after_kills(tmp_path, seed):
     train_small(tmp_path / 'whole', '--epochs', '25')
     for kills in range(20):
         resumed = (folder / 'global_settings.py').exists()
-        process = start(*(('--resume',) if resumed else (*SMALL, '--epochs', 25)), '--results-path', folder)
+        process = start(
+            *(('--resume',) if resumed else (*SMALL, '--epochs', 25)), '--results-path', folder
+        )
         try:
             _, stderr = process.communicate(timeout=chance.uniform(1, 4 + 2 * kills))
             assert (process.returncode, stderr) == (0, '')
@@ -82,14 +108,27 @@ def damaged(folder):
     yield lambda: torch.save(checkpoint | {'format': 99}, path), 'format 99'
     yield lambda: torch.save({'format': 1}, path), 'not a checkpoint of CONV-3-4'
     yield lambda: save_checkpoint(path, checkpoint | {'state': {}}), 'not a checkpoint of CONV-3-4'
-    yield lambda: save_checkpoint(path, checkpoint | {'momentum': {0: {'momentum_buffer': torch.ones(3)}}}), 'not a checkpoint'
-    yield lambda: save_checkpoint(path, checkpoint | {'settings': checkpoint['settings'] | {'lr': 1.0}}), 'lr = 1.0, not 0.01'
+    yield (
+        lambda: save_checkpoint(
+            path, checkpoint | {'momentum': {0: {'momentum_buffer': torch.ones(3)}}}
+        ),
+        'not a checkpoint',
+    )
+    yield (
+        lambda: save_checkpoint(
+            path, checkpoint | {'settings': checkpoint['settings'] | {'lr': 1.0}}
+        ),
+        'lr = 1.0, not 0.01',
+    )
     yield lambda: save_checkpoint(path, checkpoint | {'data': 'x'}), 'other data'
     state = checkpoint['state']
     for wrong in ({'epoch': '3'}, {'epoch': -2}, {'step': 10**9}, {'step': None}, {'lines': []}, {'lines': ['1,2']},
                   {'lines': [3]}, {'train_seconds': 'x'}, {'columns': COLUMNS[1:]}, {'round': 1}, {'round': None},
                   {'layer_lines': ['1,2']}):  # fmt: skip
-        yield lambda wrong=wrong: save_checkpoint(path, checkpoint | {'state': state | wrong}), 'not a checkpoint'
+        yield (
+            lambda wrong=wrong: save_checkpoint(path, checkpoint | {'state': state | wrong}),
+            'not a checkpoint',
+        )
     yield lambda: save_checkpoint(path, checkpoint | {'momentum': {}}), 'not a checkpoint'
     nan = {name: weight * float('nan') for name, weight in checkpoint['network'].items()}
     yield lambda: save_checkpoint(path, checkpoint | {'network': nan}), 'not a checkpoint'
@@ -132,7 +171,10 @@ def test_resume_on_other_data_is_refused(tmp_path, monkeypatch):
     """Two folders that differ in a few images, then in a label alone, and the first one at another place."""
     make_idx(tmp_path / 'first', counts=(70, 20), compressed=False)
     shutil.copytree(tmp_path / 'first', tmp_path / 'moved')
-    for place, file, offset in (('images', 'train-images-idx3-ubyte', 16 + 5000), ('labels', 't10k-labels-idx1-ubyte', 8 + 3)):
+    for place, file, offset in (
+        ('images', 'train-images-idx3-ubyte', 16 + 5000),
+        ('labels', 't10k-labels-idx1-ubyte', 8 + 3),
+    ):
         shutil.copytree(tmp_path / 'first', tmp_path / place)
         path = tmp_path / place / 'MNIST' / 'raw' / file
         content = bytearray(path.read_bytes())
@@ -151,7 +193,9 @@ def test_resume_on_other_data_is_refused(tmp_path, monkeypatch):
         data_dir(name)
         before = contents(folder)
         for flags in ((), ('--epochs', '2')):
-            assert 'was trained on other data' in refused('--results-path', folder, '--resume', *flags)
+            assert 'was trained on other data' in refused(
+                '--results-path', folder, '--resume', *flags
+            )
         assert contents(folder) == before
     data_dir('moved')
     resume(folder, '--epochs', '2')
@@ -167,17 +211,30 @@ def aged(folder):
     """Takes from a run what came since: knobs, columns, and what checkpoints hold."""
 
     def old(rows):
-        return [csv_line({column: float(row[column]) for column in OLD_COLUMNS}, OLD_COLUMNS) for row in rows]
+        return [
+            csv_line({column: float(row[column]) for column in OLD_COLUMNS}, OLD_COLUMNS)
+            for row in rows
+        ]
 
     path = folder / 'global_settings.py'
-    path.write_text(''.join(line for line in path.read_text().splitlines(True) if line.partition(' ')[0] not in BEFORE))
+    path.write_text(
+        ''.join(
+            line
+            for line in path.read_text().splitlines(True)
+            if line.partition(' ')[0] not in BEFORE
+        )
+    )
     path = folder / 'CONV-3-4' / 'model.pt'
     new = load_checkpoint(path, 'cpu')
     lines = old(parse_line(line, new['state']['columns']) for line in new['state']['lines'])
     state = {name: new['state'][name] for name in ('epoch', 'step', 'train_seconds')}
     state |= {'columns': OLD_COLUMNS, 'lines': lines, 'recent_errors': [0.5]}
     settings = {name: value for name, value in new['settings'].items() if name not in BEFORE}
-    save_checkpoint(path, {name: new[name] for name in ('network', 'momentum')} | {'settings': settings, 'state': state})
+    save_checkpoint(
+        path,
+        {name: new[name] for name in ('network', 'momentum')}
+        | {'settings': settings, 'state': state},
+    )
     (folder / 'CONV-3-4' / 'metrics.csv').write_text(','.join(OLD_COLUMNS) + '\n' + ''.join(lines))
 
 
@@ -188,11 +245,18 @@ def test_a_folder_of_before_goes_on(tmp_path, uninterrupted, monkeypatch, epochs
     train_small(folder, '--epochs', epochs)
     aged(folder)
     old = numbers(path / 'metrics.csv')
-    assert re.search(rf'CONV-3-4 +finished +0 +{epochs}/{epochs} ', succeeds('--results-path', folder, '--status'))
+    assert re.search(
+        rf'CONV-3-4 +finished +0 +{epochs}/{epochs} ',
+        succeeds('--results-path', folder, '--status'),
+    )
     assert f'drew {folder}/figure.png' in succeeds('--results-path', folder, '--plot')
     before = contents(folder)
     table = read_metrics(path / 'metrics.csv')
-    assert np.isnan(table['path_norm']).all() and (table['round'] == 0).all() and list(table) == COLUMNS
+    assert (
+        np.isnan(table['path_norm']).all()
+        and (table['round'] == 0).all()
+        and list(table) == COLUMNS
+    )
     net, settings = load_network(path)
     assert (settings.width, settings.prune_rounds, settings.certify_every) == (4, 0, 10)
     assert contents(folder) == before
@@ -203,7 +267,9 @@ def test_a_folder_of_before_goes_on(tmp_path, uninterrupted, monkeypatch, epochs
         resume(folder, '--epochs', '6')
         new = read_metrics(path / 'metrics.csv')
         whole = read_metrics(uninterrupted / 'CONV-3-4' / 'metrics.csv')
-        assert (new['round'] == 0).all() and np.isnan(new['path_bound']).tolist() == [False] + [True] * 3 + [False] * 3
+        assert (new['round'] == 0).all() and np.isnan(new['path_bound']).tolist() == [False] + [
+            True
+        ] * 3 + [False] * 3
         assert new['path_bound'][0] == whole['path_bound'][0]
         assert all((new[column] == whole[column]).all() for column in OLD_COLUMNS[:-2])
     succeeds('--results-path', folder, '--evaluate')
@@ -229,7 +295,9 @@ def test_empty_cells(tmp_path, folder):
     resume(folder, '--epochs', '7')
     table = read_metrics(folder / 'CONV-3-4' / 'metrics.csv')
     assert np.isnan(table['our_bound']).tolist() == [False] + [True] * 6 + [False]
-    assert table['bound_of_last_year'][:7].tolist() == [7.5] * 7 and np.isnan(table['bound_of_last_year'][7])
+    assert table['bound_of_last_year'][:7].tolist() == [7.5] * 7 and np.isnan(
+        table['bound_of_last_year'][7]
+    )
 
 
 def test_load_network(tmp_path, uninterrupted, digits):
@@ -237,7 +305,10 @@ def test_load_network(tmp_path, uninterrupted, digits):
     with torch.no_grad():
         errors = [
             (net(images).argmax(1) != labels).double().mean().item()
-            for images, labels in ((digits.train_images, digits.train_labels), (digits.test_images, digits.test_labels))
+            for images, labels in (
+                (digits.train_images, digits.train_labels),
+                (digits.test_images, digits.test_labels),
+            )
         ]
     table = read_metrics(uninterrupted / 'CONV-3-4' / 'metrics.csv')
     assert errors == pytest.approx([table['train_error'][-1], table['test_error'][-1]], abs=1e-12)
@@ -252,7 +323,11 @@ def test_load_network(tmp_path, uninterrupted, digits):
 
 @pytest.mark.parametrize(
     'path, message',
-    [('', 'not a run of a results folder'), ('CONV-3-5', 'no such run; .* has CONV-3-4'), ('gone/CONV-3-4', 'not a run')],
+    [
+        ('', 'not a run of a results folder'),
+        ('CONV-3-5', 'no such run; .* has CONV-3-4'),
+        ('gone/CONV-3-4', 'not a run'),
+    ],
 )
 def test_load_network_of_something_else(folder, path, message):
     with pytest.raises(BadInput, match=message):
@@ -265,10 +340,14 @@ def test_load_network_without_a_checkpoint(folder):
         load_network(folder / 'CONV-3-4')
 
 
-@pytest.mark.parametrize('damage', [b'\xff\xfe', b'epoch,lr\n1,2\n', b'a,b\nx,y\n', b'a\n' + bytes(200_000) + b'\n'])
+@pytest.mark.parametrize(
+    'damage', [b'\xff\xfe', b'epoch,lr\n1,2\n', b'a,b\nx,y\n', b'a\n' + bytes(200_000) + b'\n']
+)
 def test_plot_of_a_damaged_table_names_it(folder, damage):
     (folder / 'CONV-3-4' / 'evaluation.csv').write_bytes(damage)
-    assert 'evaluation.csv: not a table of evaluation; move it away, --evaluate' in refused('--results-path', folder, '--plot')
+    assert 'evaluation.csv: not a table of evaluation; move it away, --evaluate' in refused(
+        '--results-path', folder, '--plot'
+    )
     (folder / 'CONV-3-4' / 'evaluation.csv').unlink()
     (folder / 'CONV-3-4' / 'metrics.csv').write_bytes(damage)
     for option in ('--plot', '--status'):
@@ -297,7 +376,9 @@ def test_full_disk(tmp_path, uninterrupted):
     """A small tmpfs fills up in the middle of a run; the last checkpoint stays, and resuming works once there is room."""
     disk = tmp_path / 'disk'
     disk.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=256k', 'none', disk], capture_output=True).returncode:
+    if subprocess.run(
+        ['mount', '-t', 'tmpfs', '-o', 'size=256k', 'none', disk], capture_output=True
+    ).returncode:
         pytest.skip('mounting a tmpfs takes root')
     try:
         folder = disk / 'run'
@@ -308,7 +389,11 @@ def test_full_disk(tmp_path, uninterrupted):
             while True:
                 file.write(bytes(1024))
         _, stderr = process.communicate(timeout=60)
-        assert process.returncode == 1 and stderr.count('\n') == 1 and 'No space left on device' in stderr
+        assert (
+            process.returncode == 1
+            and stderr.count('\n') == 1
+            and 'No space left on device' in stderr
+        )
         assert f"'{folder}/" in stderr and '; make room on that disk; go on with: ' in stderr
         assert load_checkpoint(folder / 'CONV-3-4' / 'model.pt', 'cpu')['state']['epoch'] >= 1
         assert not list(folder.rglob('*.tmp'))
@@ -325,8 +410,15 @@ def test_deleted_results_folder(tmp_path):
     wait_for(lambda: rows(tmp_path / 'run') >= 3, process)
     (tmp_path / 'run').rename(tmp_path / 'elsewhere')
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1 and stderr.count('\n') == 1 and 'No such file or directory' in stderr
-    assert load_checkpoint(tmp_path / 'elsewhere' / 'CONV-3-4' / 'model.pt', 'cpu')['state']['epoch'] >= 2
+    assert (
+        process.returncode == 1
+        and stderr.count('\n') == 1
+        and 'No such file or directory' in stderr
+    )
+    assert (
+        load_checkpoint(tmp_path / 'elsewhere' / 'CONV-3-4' / 'model.pt', 'cpu')['state']['epoch']
+        >= 2
+    )
 
 
 def obey_permissions():
@@ -341,7 +433,12 @@ def test_folder_that_becomes_read_only(tmp_path, uninterrupted):
     wait_for(lambda: rows(folder) >= 2, process)
     (folder / 'CONV-3-4').chmod(0o555)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1 and stderr.count('\n') == 1 and 'Permission denied' in stderr and '--resume' in stderr
+    assert (
+        process.returncode == 1
+        and stderr.count('\n') == 1
+        and 'Permission denied' in stderr
+        and '--resume' in stderr
+    )
     assert load_checkpoint(folder / 'CONV-3-4' / 'model.pt', 'cpu')['state']['epoch'] >= 1
     status, _, stderr = run('--results-path', folder, '--resume', preexec_fn=obey_permissions)
     assert status == 1 and stderr.count('\n') == 1 and 'Permission denied' in stderr
@@ -354,7 +451,12 @@ def test_folder_that_becomes_read_only(tmp_path, uninterrupted):
 def test_launch_into_a_read_only_folder(tmp_path, place):
     tmp_path.chmod(0o555)
     status, _, stderr = run(*SMALL, place, tmp_path / 'new', preexec_fn=obey_permissions)
-    assert status == 2 and stderr.count('\n') == 1 and str(tmp_path / 'new') in stderr and 'Permission denied' in stderr
+    assert (
+        status == 2
+        and stderr.count('\n') == 1
+        and str(tmp_path / 'new') in stderr
+        and 'Permission denied' in stderr
+    )
 
 
 def test_reading_a_folder_of_somebody_else(folder):

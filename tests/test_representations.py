@@ -11,9 +11,7 @@ from conftest import ROOT, settings_of, train_small
 from torch import nn
 
 from conf import BadInput, load_settings, settings_text
-from harness.records import read_layers
 from measures import representations
-from measures.coded import binomial_inverse
 from measures.representations import (
     comparative_estimate,
     effective_depth,
@@ -21,6 +19,8 @@ from measures.representations import (
     measure_representations,
 )
 from models import get_network
+from records import read_layers
+from studies.coded.message import binomial_inverse
 
 COLUMNS = ('train_ncc_error', 'test_ncc_error', 'train_cdnv', 'test_cdnv')
 
@@ -43,10 +43,17 @@ def brute_force(train, train_labels, test, test_labels):
 
     def cdnv(means, variances):
         pairs = [(a, b) for a in means for b in means if a < b]
-        return np.mean([(variances[a] + variances[b]) / (2 * ((means[a] - means[b]) ** 2).sum()) for a, b in pairs])
+        return np.mean(
+            [
+                (variances[a] + variances[b]) / (2 * ((means[a] - means[b]) ** 2).sum())
+                for a, b in pairs
+            ]
+        )
 
     train_moments, test_moments = moments(train, train_labels), moments(test, test_labels)
-    errors = [error(*part, train_moments[0]) for part in ((train, train_labels), (test, test_labels))]
+    errors = [
+        error(*part, train_moments[0]) for part in ((train, train_labels), (test, test_labels))
+    ]
     return dict(zip(COLUMNS, [*errors, cdnv(*train_moments), cdnv(*test_moments)]))
 
 
@@ -89,8 +96,13 @@ def all_representations(net, images):
 def unbalanced(digits, seed, m=203, test=77):
     """A part of the digits in random order, some classes rare."""
     chance = np.random.default_rng(seed)
-    kept = np.concatenate([np.flatnonzero(digits.train_labels == c)[: 30 - 3 * c] for c in range(10)])
-    train, tested = torch.from_numpy(chance.permutation(kept)[:m]), torch.from_numpy(chance.permutation(360)[:test])
+    kept = np.concatenate(
+        [np.flatnonzero(digits.train_labels == c)[: 30 - 3 * c] for c in range(10)]
+    )
+    train, tested = (
+        torch.from_numpy(chance.permutation(kept)[:m]),
+        torch.from_numpy(chance.permutation(360)[:test]),
+    )
     return (
         digits.train_images[train],
         digits.train_labels[train],
@@ -129,22 +141,42 @@ def test_brute_force(digits, monkeypatch, name, batch, channels_last):
     assert len(layers) == NETWORKS[name]['depth'] + 1
     for layer, (h, h_test) in zip(layers, expected):
         exact = brute_force(h, train_labels.numpy(), h_test, test_labels.numpy())
-        assert layer['size'] == h.shape[1] and set(layer) == {'size', *COLUMNS, 'nc1', 'nc2', 'nc3', 'nc4'}
-        assert [layer[column] for column in COLUMNS[:2]] == [exact[column] for column in COLUMNS[:2]]
+        assert layer['size'] == h.shape[1] and set(layer) == {
+            'size',
+            *COLUMNS,
+            'nc1',
+            'nc2',
+            'nc3',
+            'nc4',
+        }
+        assert [layer[column] for column in COLUMNS[:2]] == [
+            exact[column] for column in COLUMNS[:2]
+        ]
         for column in COLUMNS[2:]:
             assert layer[column] == pytest.approx(exact[column], rel=1e-6)
         collapse = neural_collapse(net, h, train, train_labels.numpy(), last=layer is layers[-1])
-        assert {name: layer[name] for name in collapse} == pytest.approx(collapse, rel=1e-4, nan_ok=True)
+        assert {name: layer[name] for name in collapse} == pytest.approx(
+            collapse, rel=1e-4, nan_ok=True
+        )
     assert {layer['train_ncc_error'] for layer in layers} != {0.0}
 
 
 def test_mnist(mnist):
     torch.manual_seed(0)
-    net = get_network(settings_of(depth=2, width=4), (1, 28, 28), 10).to(memory_format=torch.channels_last)
+    net = get_network(settings_of(depth=2, width=4), (1, 28, 28), 10).to(
+        memory_format=torch.channels_last
+    )
     train, test = torch.arange(640), torch.arange(200)
-    parts = mnist.train_images[train], mnist.train_labels[train], mnist.test_images[test], mnist.test_labels[test]
+    parts = (
+        mnist.train_images[train],
+        mnist.train_labels[train],
+        mnist.test_images[test],
+        mnist.test_labels[test],
+    )
     for layer, h, h_test in zip(
-        measure_representations(net, *parts), all_representations(net, parts[0]), all_representations(net, parts[2])
+        measure_representations(net, *parts),
+        all_representations(net, parts[0]),
+        all_representations(net, parts[2]),
     ):
         exact = brute_force(h, parts[1].numpy(), h_test, parts[3].numpy())
         assert {column: layer[column] for column in COLUMNS} == pytest.approx(exact, rel=1e-6)
@@ -162,8 +194,12 @@ def least_squares(h, labels, h_test, test_labels, classes=10):
     wanted = np.concatenate([targets[labels] - frequencies, np.zeros((h.shape[1], classes))])
     probe = np.linalg.lstsq(inputs, wanted, rcond=None)[0]
     outputs = [(part - mean) @ probe + frequencies for part in (h, h_test)]
-    errors = [(part.argmax(1) != known).mean() for part, known in zip(outputs, (labels, test_labels))]
-    losses = [((part - targets[known]) ** 2).mean() for part, known in zip(outputs, (labels, test_labels))]
+    errors = [
+        (part.argmax(1) != known).mean() for part, known in zip(outputs, (labels, test_labels))
+    ]
+    losses = [
+        ((part - targets[known]) ** 2).mean() for part, known in zip(outputs, (labels, test_labels))
+    ]
     return dict(zip(PROBES, [*errors, *losses]))
 
 
@@ -173,7 +209,9 @@ def test_probes_are_least_squares(digits, monkeypatch, name, channels_last):
     """In parts of two sizes, both uneven."""
     monkeypatch.setattr(representations, 'images_per_pass', lambda net, images: 7)
     features = representations._probe_features
-    monkeypatch.setattr(representations, '_probe_features', lambda modules, images: features(modules, images, 30))
+    monkeypatch.setattr(
+        representations, '_probe_features', lambda modules, images: features(modules, images, 30)
+    )
     torch.manual_seed(0)
     net = get_network(settings_of(network=name, **NETWORKS[name]), (1, 8, 8), 10)
     train, train_labels, test, test_labels = unbalanced(digits, seed=3)
@@ -193,16 +231,23 @@ def test_probes_are_least_squares(digits, monkeypatch, name, channels_last):
 def probe(h, labels):
     """The probe of points (m, ...), the first half of them the training set."""
     h, labels, half = torch.as_tensor(h, dtype=torch.float32), torch.as_tensor(labels), len(h) // 2
-    return measure_probes(nn.Sequential(nn.ReLU()), h[:half], labels[:half], h[half:], labels[half:])[0]
+    return measure_probes(
+        nn.Sequential(nn.ReLU()), h[:half], labels[:half], h[half:], labels[half:]
+    )[0]
 
 
-@pytest.mark.parametrize('change', [lambda h: 1e-30 * h, lambda h: 1e30 * h, lambda h: h + 50, lambda h: 50 - h])
+@pytest.mark.parametrize(
+    'change', [lambda h: 1e-30 * h, lambda h: 1e30 * h, lambda h: h + 50, lambda h: 50 - h]
+)
 def test_probes_know_no_scale_and_no_origin(change):
     torch.manual_seed(1)
     labels = torch.randint(10, (800,))
     h = torch.eye(10, 40)[labels] + 0.5 * torch.randn(800, 40)
     before, after = probe(h, labels), probe(change(h), labels)
-    assert after == pytest.approx(before, rel=1e-3) and 0 < before['train_probe_error'] < before['test_probe_error'] < 0.5
+    assert (
+        after == pytest.approx(before, rel=1e-3)
+        and 0 < before['train_probe_error'] < before['test_probe_error'] < 0.5
+    )
 
 
 def test_large_maps_are_averaged_before_a_probe_reads_them():
@@ -210,10 +255,15 @@ def test_large_maps_are_averaged_before_a_probe_reads_them():
     torch.manual_seed(2)
     labels = torch.arange(60) % 3
     for channels, side in ((9, 15), (3000, 1)):
-        h = torch.rand(60, channels, 12, 20)[:, :, : 12 if side > 1 else 1] + 0.1 * labels[:, None, None, None]
+        h = (
+            torch.rand(60, channels, 12, 20)[:, :, : 12 if side > 1 else 1]
+            + 0.1 * labels[:, None, None, None]
+        )
         cells = torch.nn.functional.adaptive_avg_pool2d(h, side).flatten(1)
         assert probe(h, labels) == pytest.approx(probe(cells, labels), rel=1e-6)
-    assert probe(h.flatten(1)[:, :2100], labels)['test_probe_loss'] != pytest.approx(probe(h, labels)['test_probe_loss'])
+    assert probe(h.flatten(1)[:, :2100], labels)['test_probe_loss'] != pytest.approx(
+        probe(h, labels)['test_probe_loss']
+    )
 
 
 def test_probes_of_constant_layers_and_of_classes_that_a_set_lacks():
@@ -222,14 +272,19 @@ def test_probes_of_constant_layers_and_of_classes_that_a_set_lacks():
     assert constant['train_probe_error'] == pytest.approx(1 / 3) == constant['test_probe_error'] / 2
     assert constant['train_probe_loss'] == pytest.approx((2 * 2 / 9 + 8 / 9) / 9)
     tie = probe(torch.zeros(4, 3), torch.tensor([0, 1, 0, 1]))
-    assert tie['train_probe_error'] == tie['test_probe_error'] == 1 and tie['train_probe_loss'] == 0.25
+    assert (
+        tie['train_probe_error'] == tie['test_probe_error'] == 1 and tie['train_probe_loss'] == 0.25
+    )
 
 
 def test_a_training_probes_its_last_epoch(tmp_path):
     train_small(tmp_path / 'run', '--epochs', '3', '--layers-every', '2', '--prune-rounds', '1')
     table = read_layers(tmp_path / 'run' / 'CONV-3-4' / 'layers.csv')
     probed = ~np.isnan(table['train_probe_error'])
-    at = {(table['round'][row], table['epoch'][row], table['layer'][row]) for row in np.flatnonzero(probed)}
+    at = {
+        (table['round'][row], table['epoch'][row], table['layer'][row])
+        for row in np.flatnonzero(probed)
+    }
     assert at == {(round_, 3, layer) for round_ in (0, 1) for layer in range(4)}
 
 
@@ -248,11 +303,15 @@ CHANGES = {
 def test_invariances(change):
     torch.manual_seed(1)
     labels = torch.randint(10, (500,))
-    h = torch.eye(10, 40, dtype=torch.float64)[labels] + 0.3 * torch.randn(500, 40, dtype=torch.float64)
+    h = torch.eye(10, 40, dtype=torch.float64)[labels] + 0.3 * torch.randn(
+        500, 40, dtype=torch.float64
+    )
     order = torch.randperm(500)
     function, tolerance = CHANGES[change]
     before, after = points(h, labels)[0], points(function(h)[order], labels[order])[0]
-    assert 0 < before['train_ncc_error'] == after['train_ncc_error'] == after['test_ncc_error'] < 0.5
+    assert (
+        0 < before['train_ncc_error'] == after['train_ncc_error'] == after['test_ncc_error'] < 0.5
+    )
     assert before['train_cdnv'] == pytest.approx(after['train_cdnv'], rel=tolerance)
 
 
@@ -274,7 +333,9 @@ def test_absent_classes_and_classes_of_one_sample():
     train, labels = torch.tensor([[0.0, 1], [0, 3], [8, 2]]), torch.tensor([7, 7, 2])
     test, test_labels = torch.tensor([[0.0, 2], [9, 2], [9, 2], [1, 2]]), torch.tensor([7, 2, 5, 2])
     layer = measure_representations(nn.Sequential(nn.ReLU()), train, labels, test, test_labels)[1]
-    assert layer['train_ncc_error'] == 0 and layer['test_ncc_error'] == 2 / 4  # class 5 is unknown, the last is nearer to 7
+    assert (
+        layer['train_ncc_error'] == 0 and layer['test_ncc_error'] == 2 / 4
+    )  # class 5 is unknown, the last is nearer to 7
     assert layer['train_cdnv'] == pytest.approx((1 + 0) / (2 * 64))
     # test: means of 7, 2, 5 at x = 0, 5, 9, variance of class 2: 16
     assert layer['test_cdnv'] == pytest.approx((16 / (2 * 25) + 0 + 16 / (2 * 16)) / 3)
@@ -285,7 +346,11 @@ def test_fewer_than_two_classes_are_nan():
     layer = measure_representations(nn.Sequential(nn.ReLU()), h, labels, h, labels)[0]
     assert all(math.isnan(layer[column]) for column in COLUMNS)
     layer = measure_representations(nn.Sequential(nn.ReLU()), h, torch.arange(6) % 2, h, labels)[0]
-    assert math.isnan(layer['test_cdnv']) and 0 <= layer['test_ncc_error'] <= 1 and layer['train_cdnv'] > 0
+    assert (
+        math.isnan(layer['test_cdnv'])
+        and 0 <= layer['test_ncc_error'] <= 1
+        and layer['train_cdnv'] > 0
+    )
 
 
 def test_dead_layers_equal_means_and_ties():
@@ -340,16 +405,32 @@ class Skipping(nn.Sequential):
 REFUSED = {
     'own forward': (Skipping(nn.ReLU()), {}, 'Skipping: give its modules as a plain nn.Sequential'),
     'no Sequential': (nn.Linear(3, 3), {}, 'Linear: give its modules'),
-    'no ReLU': (nn.Sequential(nn.Flatten(), nn.Linear(3, 3)), {}, 'none of its children is an nn.ReLU'),
-    'NaN': (nn.Sequential(nn.ReLU()), {'train_images': torch.full((4, 3), math.nan)}, 'layer 0: .* NaN'),
-    'overflow': (nn.Sequential(nn.Linear(3, 3), nn.ReLU()), {'test_images': torch.full((4, 3), 3e38)}, 'layer 1: .* infinity'),
+    'no ReLU': (
+        nn.Sequential(nn.Flatten(), nn.Linear(3, 3)),
+        {},
+        'none of its children is an nn.ReLU',
+    ),
+    'NaN': (
+        nn.Sequential(nn.ReLU()),
+        {'train_images': torch.full((4, 3), math.nan)},
+        'layer 0: .* NaN',
+    ),
+    'overflow': (
+        nn.Sequential(nn.Linear(3, 3), nn.ReLU()),
+        {'test_images': torch.full((4, 3), 3e38)},
+        'layer 1: .* infinity',
+    ),
     'labels': (
         nn.Sequential(nn.ReLU()),
         {'test_labels': torch.zeros(5, dtype=torch.int64)},
         r'\(4, 3\) and \(5,\)',
     ),
     'one-hot': (nn.Sequential(nn.ReLU()), {'train_labels': torch.eye(4)}, 'train images'),
-    'none': (nn.Sequential(nn.ReLU()), {'train_images': torch.ones(0, 3), 'train_labels': torch.arange(0)}, 'm at least 1'),
+    'none': (
+        nn.Sequential(nn.ReLU()),
+        {'train_images': torch.ones(0, 3), 'train_labels': torch.arange(0)},
+        'm at least 1',
+    ),
 }
 
 
@@ -371,7 +452,12 @@ def test_refused(case, measure):
 def test_effective_depth():
     errors = [0.3, 0.05, 0.01, 0.02, 0.0]
     assert [effective_depth(errors, eps) for eps in (0.3, 0.05, 0.01, 0.009, 0)] == [1, 2, 3, 5, 5]
-    assert effective_depth(errors[:2], 0.01) == effective_depth([], 0.5) == effective_depth([math.nan], 0.5) == math.inf
+    assert (
+        effective_depth(errors[:2], 0.01)
+        == effective_depth([], 0.5)
+        == effective_depth([math.nan], 0.5)
+        == math.inf
+    )
     assert effective_depth([6 / 600], 0.01) == 1  # at most eps
     for eps in (-0.1, 1, math.nan):
         with pytest.raises(BadInput, match='eps = '):
@@ -380,11 +466,15 @@ def test_effective_depth():
 
 def test_comparative_estimate():
     inf = math.inf
-    found = comparative_estimate([[5, 2], [2, 1], [2, 2]], [[inf, inf], [4, 3], [2, inf]], noise=0.1, alpha=0.5)
+    found = comparative_estimate(
+        [[5, 2], [2, 1], [2, 2]], [[inf, inf], [4, 3], [2, inf]], noise=0.1, alpha=0.5
+    )
     assert found['a'] == [3.5, 1.5, 2.0] and found['b'] == [inf, 3, 2] and found['open'] == 1
     assert found['share'] == 1 / 3 and found['estimate'] == pytest.approx(1 / 3 + 0.15)
     assert found['at_limit'] == pytest.approx(found['limit'] + 0.15)
-    undecided = comparative_estimate([[inf, 2]], [[inf]], noise=0.1, alpha=0.5)  # a network that does not fit S1 counts against
+    undecided = comparative_estimate(
+        [[inf, 2]], [[inf]], noise=0.1, alpha=0.5
+    )  # a network that does not fit S1 counts against
     assert undecided['share'] == undecided['limit'] == 1
 
 
@@ -394,13 +484,23 @@ def test_binomial_limit(draws):
 
     assert binomial_inverse(0, draws, math.log(0.05)) == pytest.approx(1 - 0.05 ** (1 / draws))
     for hits in range(draws):
-        assert binomial_inverse(hits, draws, math.log(0.05)) == pytest.approx(beta.ppf(0.95, hits + 1, draws - hits))
+        assert binomial_inverse(hits, draws, math.log(0.05)) == pytest.approx(
+            beta.ppf(0.95, hits + 1, draws - hits)
+        )
     assert binomial_inverse(draws, draws, math.log(0.05)) == 1
 
 
 @pytest.mark.parametrize(
     'changed',
-    [{'noise': 0}, {'noise': 0.5}, {'alpha': 0}, {'alpha': 1}, {'depths': []}, {'depths': [[]]}, {'noisy_depths': [[2], [3]]}],
+    [
+        {'noise': 0},
+        {'noise': 0.5},
+        {'alpha': 0},
+        {'alpha': 1},
+        {'depths': []},
+        {'depths': [[]]},
+        {'noisy_depths': [[2], [3]]},
+    ],
 )
 def test_comparative_estimate_refuses(changed):
     given = {'depths': [[1]], 'noisy_depths': [[2]], 'noise': 0.1, 'alpha': 0.1}
@@ -413,13 +513,25 @@ def test_comparative_script(tmp_path, capsys):
     sweep, runs = load_settings(ROOT / 'conf' / 'comparative.py', {'data_seed': [0, 1], 'depth': 3})
     (tmp_path / 'global_settings.py').write_text(settings_text(sweep, []))
     for run in runs:
-        errors = [0.02, 0.01, 0.0] if run.train_samples == 600 else [0.2, 0.1, 0.01 if run.data_seed == 0 else 0.03]
+        errors = (
+            [0.02, 0.01, 0.0]
+            if run.train_samples == 600
+            else [0.2, 0.1, 0.01 if run.data_seed == 0 else 0.03]
+        )
         (tmp_path / run.name).mkdir()
-        rows = [f'{epoch},0,{layer},{error}' for epoch in (0, 200) for layer, error in enumerate([0.5, *errors, ''])]
-        (tmp_path / run.name / 'layers.csv').write_text('\n'.join(['epoch,round,layer,train_ncc_error', *rows, '']))
-        columns = 'epoch,train_error,test_error,generalization_gap\n0,0.9,0.9,0\n200,0.004,0.08,0.076\n'
+        rows = [
+            f'{epoch},0,{layer},{error}'
+            for epoch in (0, 200)
+            for layer, error in enumerate([0.5, *errors, ''])
+        ]
+        (tmp_path / run.name / 'layers.csv').write_text(
+            '\n'.join(['epoch,round,layer,train_ncc_error', *rows, ''])
+        )
+        columns = (
+            'epoch,train_error,test_error,generalization_gap\n0,0.9,0.9,0\n200,0.004,0.08,0.076\n'
+        )
         (tmp_path / run.name / 'metrics.csv').write_text(columns)
-    main = runpy.run_path(str(ROOT / 'docs' / 'comparative.py'))['main']
+    main = runpy.run_module('studies.comparative')['main']
     main(tmp_path, eps=0.01, alpha=0.1)
     lines = [line.split(':', 1)[1].strip() for line in capsys.readouterr().out.splitlines()[:-1]]
     assert lines == [
@@ -432,7 +544,9 @@ def test_comparative_script(tmp_path, capsys):
         '0.080',
         '0.004 on S1, 0.004 on both',
     ]
-    (tmp_path / run.name / 'layers.csv').write_text('epoch,round,layer,train_ncc_error\n0,0,1,0.5\n')
+    (tmp_path / run.name / 'layers.csv').write_text(
+        'epoch,round,layer,train_ncc_error\n0,0,1,0.5\n'
+    )
     with pytest.raises(BadInput, match='finish it with --resume'):
         main(tmp_path, eps=0.01, alpha=0.1)
     (tmp_path / 'global_settings.py').write_text(settings_text(sweep | {'width': [100, 200]}, []))

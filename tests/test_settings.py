@@ -8,9 +8,18 @@ from conftest import refused as refused_line
 
 import evaluation
 import sparsify
-from conf import BEFORE, GLOBAL_SETTINGS, RULES, BadInput, comments, load_settings, parse_command_line, settings_text
-from harness.records import folder_settings
+from conf import (
+    BEFORE,
+    GLOBAL_SETTINGS,
+    RULES,
+    BadInput,
+    comments,
+    load_settings,
+    parse_command_line,
+    settings_text,
+)
 from models import NETWORKS
+from records import folder_settings
 
 
 def refused(tmp_path, *arguments):
@@ -23,10 +32,25 @@ def refused(tmp_path, *arguments):
 def test_the_papers_table():
     sweep, runs = load_settings()
     assert [run.name for run in runs] == ['CONV-3-200']
-    expected = {'dataset_name': 'MNIST', 'batch_size': 32, 'lr': 0.01, 'milestones': [60, 120, 160], 'lr_decay': 0.1}
-    expected |= {'momentum': 0.9, 'weight_decay': 3e-3, 'epochs': 500, 'loss': 'MSE', 'kernel_size': 2, 'bias': False}
+    expected = {
+        'dataset_name': 'MNIST',
+        'batch_size': 32,
+        'lr': 0.01,
+        'milestones': [60, 120, 160],
+        'lr_decay': 0.1,
+    }
+    expected |= {
+        'momentum': 0.9,
+        'weight_decay': 3e-3,
+        'epochs': 500,
+        'loss': 'MSE',
+        'kernel_size': 2,
+        'bias': False,
+    }
     assert {name: sweep[name] for name in expected} == expected
-    rates = [evaluation.learning_rate(runs[0], epoch) for epoch in (1, 60, 61, 120, 121, 160, 161, 500)]
+    rates = [
+        evaluation.learning_rate(runs[0], epoch) for epoch in (1, 60, 61, 120, 121, 160, 161, 500)
+    ]
     assert rates == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
 
 
@@ -44,7 +68,11 @@ def test_what_older_folders_stand_for():
 
 @pytest.mark.parametrize(
     'name, factor, first',
-    [('depth_cifar10', 0.1, (61, 121, 161)), ('depth_cifar10_small', 0.2, (13, 21, 41)), ('released', 0.2, (60, 100, 300))],
+    [
+        ('depth_cifar10', 0.1, (61, 121, 161)),
+        ('depth_cifar10_small', 0.2, (13, 21, 41)),
+        ('released', 0.2, (60, 100, 300)),
+    ],
 )
 def test_the_rates_of_the_papers_recipes(name, factor, first):
     """The first epochs at a lower rate, counted from 1; the paper's released code steps its scheduler before an epoch."""
@@ -66,25 +94,47 @@ def test_every_shipped_settings_file_is_sound(path):
 
 def test_a_folder_has_the_runs_of_its_launch(tmp_path):
     """In the same order, by the same names, of knobs that older folders lack and of others."""
-    sweep, runs = load_settings(flags={'seed': [0, 1], 'density': [0.5, 1.0], 'label_noise': [0.0, 0.1], 'lr': [0.1, 0.2]})
+    sweep, runs = load_settings(
+        flags={'seed': [0, 1], 'density': [0.5, 1.0], 'label_noise': [0.0, 0.1], 'lr': [0.1, 0.2]}
+    )
     (tmp_path / 'global_settings.py').write_text(settings_text(sweep, []))
     assert folder_settings(tmp_path)[1] == runs
 
 
 def test_sweep_is_a_product_with_a_folder_each():
-    flags = {'depth': [3, 4], 'width': [8, 16], 'seed': [0, 1], 'weight_decay': [0.003, 0], 'lr': [0.1]}
+    flags = {
+        'depth': [3, 4],
+        'width': [8, 16],
+        'seed': [0, 1],
+        'weight_decay': [0.003, 0],
+        'lr': [0.1],
+    }
     _, runs = load_settings(flags=flags)
     assert len(runs) == 16 == len({run.name for run in runs})
-    assert runs[0].name == 'CONV-3-8-weight_decay0.003-seed0' and runs[-1].name == 'CONV-4-16-weight_decay0.0-seed1'
-    assert (runs[-1].depth, runs[-1].width, runs[-1].seed, runs[-1].weight_decay, runs[-1].lr) == (4, 16, 1, 0, 0.1)
+    assert (
+        runs[0].name == 'CONV-3-8-weight_decay0.003-seed0'
+        and runs[-1].name == 'CONV-4-16-weight_decay0.0-seed1'
+    )
+    assert (runs[-1].depth, runs[-1].width, runs[-1].seed, runs[-1].weight_decay, runs[-1].lr) == (
+        4,
+        16,
+        1,
+        0,
+        0.1,
+    )
 
 
 def test_resolved_settings_repeat_the_launch(tmp_path):
-    sweep, runs = load_settings(ROOT / 'conf' / 'digits.py', {'depth': [2, 3], 'milestones': [], 'lr': 1})
+    sweep, runs = load_settings(
+        ROOT / 'conf' / 'digits.py', {'depth': [2, 3], 'milestones': [], 'lr': 1}
+    )
     path = tmp_path / 'global_settings.py'
     path.write_text(settings_text(sweep, ['date: today']))
     assert load_settings(path) == (sweep, runs)
-    assert path.read_text().startswith('# date: today\n') and '# L, the number of hidden convolutions' in path.read_text()
+    assert (
+        path.read_text().startswith('# date: today\n')
+        and '# L, the number of hidden convolutions' in path.read_text()
+    )
 
 
 def test_help_lists_every_knob_with_its_comment(capsys):
@@ -156,10 +206,14 @@ WRONG_VALUES = {
 @pytest.mark.parametrize('name', WRONG_VALUES)
 def test_wrong_values_are_named(tmp_path, name):
     for value in WRONG_VALUES[name]:
-        line = refused(tmp_path, *DIGITS, '--results-dir', tmp_path / 'results', f'--{name}', *value.split())
+        line = refused(
+            tmp_path, *DIGITS, '--results-dir', tmp_path / 'results', f'--{name}', *value.split()
+        )
         assert name in line, value
         if name != 'milestones':
-            line = refused(tmp_path, *DIGITS, '--results-dir', tmp_path / 'results', f'--{name}', value, '1')
+            line = refused(
+                tmp_path, *DIGITS, '--results-dir', tmp_path / 'results', f'--{name}', value, '1'
+            )
             assert name in line, value
 
 
@@ -173,22 +227,53 @@ COMMANDS = {
     'plot without folder': (['--plot'], '--results-path DIR'),
     'resume of nothing': (['--resume', '--results-path', 'gone'], 'gone: not a results folder'),
     'plot of nothing': (['--plot', '--results-path', 'gone'], 'gone: not a results folder'),
-    'a network beyond the sweep': ([*DIGITS, '--run', '2'], '--run 2: the sweep has the networks 1 to 1'),
+    'a network beyond the sweep': (
+        [*DIGITS, '--run', '2'],
+        '--run 2: the sweep has the networks 1 to 1',
+    ),
     'network zero': ([*DIGITS, '--run', '0'], '--run 0'),
     'no number': ([*DIGITS, '--run', 'x'], '--run'),
     'too deep': ([*DIGITS, '--depth', '3', '8'], 'an image of 8x8 allows at most 7 convolutions'),
-    'too deep with stride': ([*DIGITS, '--stride', '2', '--depth', '4'], 'allows at most 3 convolutions'),
-    'sparse without a mask': ([*DIGITS, '--density', '0.5'], 'density = 0.5: needs an initial_mask'),
+    'too deep with stride': (
+        [*DIGITS, '--stride', '2', '--depth', '4'],
+        'allows at most 3 convolutions',
+    ),
+    'sparse without a mask': (
+        [*DIGITS, '--density', '0.5'],
+        'density = 0.5: needs an initial_mask',
+    ),
     'rounds with regrowth': (
-        [*DIGITS, '--density', '0.5', '--initial-mask', 'erk', '--regrow', 'random', '--prune-rounds', '2'],
+        [
+            *DIGITS,
+            '--density',
+            '0.5',
+            '--initial-mask',
+            'erk',
+            '--regrow',
+            'random',
+            '--prune-rounds',
+            '2',
+        ],
         "prune_rounds = 2: not with regrow = 'random'",
     ),
-    'rewinding past the end': ([*DIGITS, '--prune-rounds', '1', '--rewind-epoch', '150'], 'rewind_epoch = 150'),
-    'a batch of one': ([*DIGITS, '--network', 'CONVBN', '--normalization', 'batch', '--batch-size', '359'], 'batch_size = 359'),
-    'batches of one': ([*DIGITS, '--network', 'CONVBN', '--normalization', 'batch', '--batch-size', '1'], 'batch_size = 1:'),
+    'rewinding past the end': (
+        [*DIGITS, '--prune-rounds', '1', '--rewind-epoch', '150'],
+        'rewind_epoch = 150',
+    ),
+    'a batch of one': (
+        [*DIGITS, '--network', 'CONVBN', '--normalization', 'batch', '--batch-size', '359'],
+        'batch_size = 359',
+    ),
+    'batches of one': (
+        [*DIGITS, '--network', 'CONVBN', '--normalization', 'batch', '--batch-size', '1'],
+        'batch_size = 1:',
+    ),
     'more samples than there are': ([*DIGITS, '--train-samples', '1438'], 'train_samples'),
     'more threads than cores': ([*DIGITS, '--threads', '1000'], 'threads = 1000: this machine has'),
-    'a width beyond memory': ([*DIGITS, '--width', '1000000'], 'width = 1000000: training takes at least'),
+    'a width beyond memory': (
+        [*DIGITS, '--width', '1000000'],
+        'width = 1000000: training takes at least',
+    ),
     'status without folder': (['--status'], '--results-path DIR'),
     'evaluate and plot': (['--plot', '--evaluate'], 'not allowed with argument --plot'),
     'a plot of some': (['--plot', 'some'], 'unknown argument some'),
@@ -205,7 +290,10 @@ def test_wrong_command_lines(tmp_path, case):
 FILES = {
     'imported and wrong': ('from math import inf as lr', 'lr = inf: must be a number above 0'),
     'a module': ('import math as width', 'width'),
-    'an exception of its own': ('class Own(BaseException):\n    pass\nraise Own("no")', 'line 3: Own: no'),
+    'an exception of its own': (
+        'class Own(BaseException):\n    pass\nraise Own("no")',
+        'line 3: Own: no',
+    ),
     'misspelled': ('widht = 3', 'unknown setting widht (did you mean width?)'),
     'unknown': ('helper = 3', 'unknown setting helper; a name of your own starts with _'),
     'interrupt': ('raise KeyboardInterrupt', 'line 1: KeyboardInterrupt'),
@@ -239,7 +327,9 @@ def test_wrong_settings_files(tmp_path, case):
 
 def test_settings_files_may_compute(tmp_path):
     path = tmp_path / 'settings.py'
-    path.write_text('import math\n_base = 2\nlr = math.sqrt(_base)\nwidth = [_base**k for k in range(3)]\n')
+    path.write_text(
+        'import math\n_base = 2\nlr = math.sqrt(_base)\nwidth = [_base**k for k in range(3)]\n'
+    )
     _, runs = load_settings(path)
     assert [run.width for run in runs] == [1, 2, 4] and runs[0].lr == math.sqrt(2)
     path.write_text(
@@ -247,7 +337,9 @@ def test_settings_files_may_compute(tmp_path):
     )
     sweep, runs = load_settings(path)
     assert sweep['lr'] == [0.001, 0.01, 0.1] and sweep['depth'] == [1, 2] and sweep['width'] == 8
-    assert len(runs) == 6 and all(type(run.lr) is float and type(run.depth) is type(run.width) is int for run in runs)
+    assert len(runs) == 6 and all(
+        type(run.lr) is float and type(run.depth) is type(run.width) is int for run in runs
+    )
 
 
 def test_imported_knobs_count(tmp_path):
@@ -272,13 +364,20 @@ def test_an_emptied_settings_file_of_a_launch_is_damage(tmp_path):
     (tmp_path / 'run' / 'CONV-3-200').mkdir(parents=True)
     (tmp_path / 'run' / 'global_settings.py').write_text('')
     for option in ('--resume', '--plot', '--evaluate', '--status'):
-        assert 'global_settings.py: is empty' in refused_line('--results-path', tmp_path / 'run', option)
+        assert 'global_settings.py: is empty' in refused_line(
+            '--results-path', tmp_path / 'run', option
+        )
 
 
 def test_lists_may_be_given_as_in_the_file(tmp_path):
-    _, flags = parse_command_line(['--milestones', '[60, 120]', '--width', '[8,16]', '--depth', '2', '3'])
+    _, flags = parse_command_line(
+        ['--milestones', '[60, 120]', '--width', '[8,16]', '--depth', '2', '3']
+    )
     assert flags == {'milestones': [60, 120], 'width': [8, 16], 'depth': [2, 3]}
-    assert parse_command_line(['--normalize', 'true', '--bias', 'false'])[1] == {'normalize': True, 'bias': False}
+    assert parse_command_line(['--normalize', 'true', '--bias', 'false'])[1] == {
+        'normalize': True,
+        'bias': False,
+    }
 
 
 @pytest.mark.parametrize('content', ['width == 3', 'width = 200'])
@@ -304,11 +403,16 @@ def test_a_line_missing_in_the_global_settings(tmp_path, monkeypatch):
 
 
 def test_refusal_in_a_process_of_its_own(tmp_path):
-    status, stdout, stderr = run('--depth', '3', '--widht', '8', '--results-dir', tmp_path / 'results')
+    status, stdout, stderr = run(
+        '--depth', '3', '--widht', '8', '--results-dir', tmp_path / 'results'
+    )
     assert (status, stdout, stderr.count('\n')) == (2, '', 1) and 'did you mean --width?' in stderr
     assert not (tmp_path / 'results').exists()
 
 
 def test_values_are_checked_as_what_they_will_be_used_as():
-    assert load_settings(flags={'lr': 1})[1][0].lr == 1.0 and type(load_settings(flags={'lr': 1})[0]['lr']) is float
+    assert (
+        load_settings(flags={'lr': 1})[1][0].lr == 1.0
+        and type(load_settings(flags={'lr': 1})[0]['lr']) is float
+    )
     assert math.isclose(load_settings(flags={'weight_decay': 0})[1][0].weight_decay, 0)

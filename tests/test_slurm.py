@@ -12,17 +12,27 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SMALL, contents, rows, same, train_small
 
-from harness.records import read_metrics
+from records import read_metrics
 
 SLURM = ('sbatch', 'scontrol', 'squeue', 'slurmctld', 'slurmd', 'munged')
-MISSING = [program for program in SLURM if not shutil.which(program, path=f'{os.environ["PATH"]}:/usr/sbin')]
-needs_slurm = pytest.mark.skipif(bool(MISSING) or os.getuid() != 0, reason='takes root and the packages slurm-wlm and munge')
+MISSING = [
+    program
+    for program in SLURM
+    if not shutil.which(program, path=f'{os.environ["PATH"]}:/usr/sbin')
+]
+needs_slurm = pytest.mark.skipif(
+    bool(MISSING) or os.getuid() != 0, reason='takes root and the packages slurm-wlm and munge'
+)
 
 
 def shell(command, *arguments, cwd=None, **environment):
     """A command's output, where it succeeds."""
     done = subprocess.run(
-        [command, *map(str, arguments)], cwd=cwd, env=os.environ | environment, capture_output=True, text=True
+        [command, *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -87,7 +97,12 @@ PartitionName=debug Nodes={host} Default=YES MaxTime=INFINITE State=UP
                 daemons.append(subprocess.Popen(command, stdout=log, stderr=log, cwd=folder))
             time.sleep(1)
         deadline = time.monotonic() + 60
-        while 'idle' not in subprocess.run(['sinfo', '-h', '-o', '%T'], capture_output=True, text=True).stdout:
+        while (
+            'idle'
+            not in subprocess.run(
+                ['sinfo', '-h', '-o', '%T'], capture_output=True, text=True
+            ).stdout
+        ):
             logs = ''.join(path.read_text() for path in folder.glob('*.log'))
             assert time.monotonic() < deadline, logs
             time.sleep(0.5)
@@ -107,14 +122,20 @@ PartitionName=debug Nodes={host} Default=YES MaxTime=INFINITE State=UP
 
 def submit(*arguments, script=ROOT / 'train.sh', command='sh', cwd=None, **environment):
     """Submits a sweep with train.sh; returns (job id, results folder, what train.sh printed)."""
-    output = shell(command, script, *SMALL, *arguments, cwd=cwd, VIRTUAL_ENV=sys.prefix, **environment)
-    job, folder = re.search(r'^job (\d+): a task for each of \d+ networks?, in (.*)$', output, re.M).groups()
+    output = shell(
+        command, script, *SMALL, *arguments, cwd=cwd, VIRTUAL_ENV=sys.prefix, **environment
+    )
+    job, folder = re.search(
+        r'^job (\d+): a task for each of \d+ networks?, in (.*)$', output, re.M
+    ).groups()
     return job, Path(folder), output
 
 
 def state(job, task=1):
     """The fields of `scontrol show job` of a task of an array job; of a plain job where task is None."""
-    fields = re.findall(r'(\w+)=(\S+)', shell('scontrol', 'show', 'job', '-o', f'{job}_{task}' if task else job))
+    fields = re.findall(
+        r'(\w+)=(\S+)', shell('scontrol', 'show', 'job', '-o', f'{job}_{task}' if task else job)
+    )
     return dict(fields)
 
 
@@ -126,7 +147,13 @@ def wait_until(condition, seconds=300):
 
 
 def ended(job, task=1):
-    return state(job, task)['JobState'] in ('COMPLETED', 'FAILED', 'TIMEOUT', 'CANCELLED', 'NODE_FAIL')
+    return state(job, task)['JobState'] in (
+        'COMPLETED',
+        'FAILED',
+        'TIMEOUT',
+        'CANCELLED',
+        'NODE_FAIL',
+    )
 
 
 def wait_for_array(job, tasks=1):
@@ -153,22 +180,39 @@ def test_an_array_of_four_leaves_one_figure(slurm, tmp_path):
     arguments = ('--depth', '2', '3', '--width', '4', '5', '--results-dir', tmp_path)
     job, folder, output = submit(*arguments)
     assert folder == tmp_path / '1'
-    for hint in ('each of 4 networks', f'squeue --job {job}', f'{folder}/slurm-1.log', f'--results-path {folder} --plot'):
+    for hint in (
+        'each of 4 networks',
+        f'squeue --job {job}',
+        f'{folder}/slurm-1.log',
+        f'--results-path {folder} --plot',
+    ):
         assert hint in output
     assert wait_for_array(job, 4) == ['COMPLETED'] * 4
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == {'CONV-2-4', 'CONV-2-5', 'CONV-3-4', 'CONV-3-5'}
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {
+        'CONV-2-4',
+        'CONV-2-5',
+        'CONV-3-4',
+        'CONV-3-5',
+    }
     other = whole(tmp_path, *arguments[:-2])
     for name in ('CONV-2-4', 'CONV-2-5', 'CONV-3-4', 'CONV-3-5'):
         assert same(folder, other, name)
     assert (folder / 'figure.png').read_bytes() == (other / 'figure.png').read_bytes()
-    assert all(f'CONV-{name}' in (folder / f'slurm-{task}.log').read_text() for task, name in ((1, '2-4'), (4, '3-5')))
+    assert all(
+        f'CONV-{name}' in (folder / f'slurm-{task}.log').read_text()
+        for task, name in ((1, '2-4'), (4, '3-5'))
+    )
 
 
 @needs_slurm
-@pytest.mark.parametrize('flags', ['--epochs 100', '--epochs 40 --prune-rounds 2 --prune-fraction 0.5 --rewind-epoch 1'])
+@pytest.mark.parametrize(
+    'flags', ['--epochs 100', '--epochs 40 --prune-rounds 2 --prune-fraction 0.5 --rewind-epoch 1']
+)
 def test_a_requeued_task_goes_on(slurm, tmp_path, flags):
     flags = flags.split()
-    job, folder, _ = submit(*flags, '--width', '4', '5', '--results-dir', tmp_path, SBATCH_ARRAY_INX='1%1')
+    job, folder, _ = submit(
+        *flags, '--width', '4', '5', '--results-dir', tmp_path, SBATCH_ARRAY_INX='1%1'
+    )
     for count in (5, 50):
         wait_until(lambda count=count: rows(folder) >= count)
         shell('scontrol', 'requeue', f'{job}_1')
@@ -212,8 +256,13 @@ def test_a_cancelled_task_stays_cancelled_and_a_new_job_goes_on(slurm, tmp_path)
     shell('scancel', job)
     assert wait_for_array(job) == ['CANCELLED']
     time.sleep(3)
-    assert state(job)['JobState'] == 'CANCELLED' and 'stopped by SIGTERM' in (folder / 'slurm-1.log').read_text()
-    output = shell('sh', ROOT / 'train.sh', '--results-path', folder, '--resume', VIRTUAL_ENV=sys.prefix)
+    assert (
+        state(job)['JobState'] == 'CANCELLED'
+        and 'stopped by SIGTERM' in (folder / 'slurm-1.log').read_text()
+    )
+    output = shell(
+        'sh', ROOT / 'train.sh', '--results-path', folder, '--resume', VIRTUAL_ENV=sys.prefix
+    )
     assert wait_for_array(re.search(r'^job (\d+)', output)[1]) == ['COMPLETED']
     assert rows(folder) == 61
 
@@ -221,7 +270,12 @@ def test_a_cancelled_task_stays_cancelled_and_a_new_job_goes_on(slurm, tmp_path)
 def train_sh(*arguments, **environment):
     """train.sh to its end, whatever it is."""
     command = ['sh', str(ROOT / 'train.sh'), *map(str, arguments)]
-    return subprocess.run(command, env=os.environ | {'VIRTUAL_ENV': sys.prefix} | environment, capture_output=True, text=True)
+    return subprocess.run(
+        command,
+        env=os.environ | {'VIRTUAL_ENV': sys.prefix} | environment,
+        capture_output=True,
+        text=True,
+    )
 
 
 @needs_slurm
@@ -229,28 +283,52 @@ def train_sh(*arguments, **environment):
     'status, arguments, environment, message',
     [
         (2, ('--widht', '4'), {}, 'did you mean --width?'),
-        (2, ('--run', '2', '--width', '4', '5'), {}, '--run: a job has a task for each network; leave it out'),
+        (
+            2,
+            ('--run', '2', '--width', '4', '5'),
+            {},
+            '--run: a job has a task for each network; leave it out',
+        ),
         (1, (), {'SBATCH_PARTITION': 'gone'}, 'nvalid partition'),
     ],
 )
-def test_what_is_refused_submits_nothing_and_leaves_no_folder(slurm, tmp_path, status, arguments, environment, message):
+def test_what_is_refused_submits_nothing_and_leaves_no_folder(
+    slurm, tmp_path, status, arguments, environment, message
+):
     before = shell('squeue', '-h', '-a', '-t', 'all', '-o', '%A')
     done = train_sh(*SMALL, *arguments, '--results-path', tmp_path / 'run', **environment)
-    assert done.returncode == status and done.stdout == '' and message in done.stderr and '--prepare' not in done.stderr
-    assert shell('squeue', '-h', '-a', '-t', 'all', '-o', '%A') == before and not (tmp_path / 'run').exists()
+    assert (
+        done.returncode == status
+        and done.stdout == ''
+        and message in done.stderr
+        and '--prepare' not in done.stderr
+    )
+    assert (
+        shell('squeue', '-h', '-a', '-t', 'all', '-o', '%A') == before
+        and not (tmp_path / 'run').exists()
+    )
 
 
 @needs_slurm
 def test_a_folder_of_before_outlives_a_refused_partition(slurm, tmp_path):
     train_small(tmp_path / 'run', '--prepare')
     before = contents(tmp_path / 'run')
-    assert train_sh('--results-path', tmp_path / 'run', '--resume', SBATCH_PARTITION='gone').returncode == 1
+    assert (
+        train_sh('--results-path', tmp_path / 'run', '--resume', SBATCH_PARTITION='gone').returncode
+        == 1
+    )
     assert contents(tmp_path / 'run') == before
 
 
 @needs_slurm
 @pytest.mark.parametrize(
-    'limit, lead, warns', [('3', '120', True), ('1:00:00', '3500', True), ('1:00:00', '3400', False), ('1-0', '3400', False)]
+    'limit, lead, warns',
+    [
+        ('3', '120', True),
+        ('1:00:00', '3500', True),
+        ('1:00:00', '3400', False),
+        ('1-0', '3400', False),
+    ],
 )
 def test_a_limit_too_short_for_its_lead_is_warned_about(slurm, tmp_path, limit, lead, warns):
     limits = {'SBATCH_TIMELIMIT': limit, 'SBATCH_SIGNAL': f'B:USR1@{lead}'}
@@ -276,10 +354,14 @@ def test_sbatch_does_the_same(slurm, tmp_path, arguments):
     repo = tmp_path / 'my repo'
     ignore = shutil.ignore_patterns('.git', 'results', '__pycache__', 'data')
     shutil.copytree(ROOT, repo, ignore=ignore)
-    shutil.copytree(ROOT / 'data', repo / 'data', ignore=lambda folder, names: set(names) - {'digits.npz'})
+    shutil.copytree(
+        ROOT / 'data', repo / 'data', ignore=lambda folder, names: set(names) - {'digits.npz'}
+    )
     (tmp_path / 'elsewhere').mkdir()
     where = {'cwd': tmp_path / 'elsewhere', 'VIRTUAL_ENV': sys.prefix}
-    output = shell('sbatch', '--parsable', '--output=out', repo / 'train.sh', *SMALL, *arguments, **where)
+    output = shell(
+        'sbatch', '--parsable', '--output=out', repo / 'train.sh', *SMALL, *arguments, **where
+    )
     wait_until(lambda: ended(output.strip(), None))
     job = re.search(r'^job (\d+)', (tmp_path / 'elsewhere' / 'out').read_text(), re.M)[1]
     count = max(1, len(arguments) - 1)
@@ -294,11 +376,28 @@ def test_without_slurm_it_trains_here(tmp_path):
     for name in ('sh', 'dirname', 'basename', 'git', 'cat'):
         (programs / name).symlink_to(shutil.which(name))
     environment = {'PATH': str(programs), 'VIRTUAL_ENV': sys.prefix}
-    output = shell('sh', ROOT / 'train.sh', *SMALL, '--width', '4', '5', '--results-path', 'out', cwd=tmp_path, **environment)
-    assert 'CONV-3-5 epoch 6/6' in output and rows(tmp_path / 'out') == rows(tmp_path / 'out', 'CONV-3-5') == 7
+    output = shell(
+        'sh',
+        ROOT / 'train.sh',
+        *SMALL,
+        '--width',
+        '4',
+        '5',
+        '--results-path',
+        'out',
+        cwd=tmp_path,
+        **environment,
+    )
+    assert (
+        'CONV-3-5 epoch 6/6' in output
+        and rows(tmp_path / 'out') == rows(tmp_path / 'out', 'CONV-3-5') == 7
+    )
 
 
-@pytest.mark.skipif(not shutil.which('shellcheck') or not shutil.which('dash'), reason='shellcheck or dash is not installed')
+@pytest.mark.skipif(
+    not shutil.which('shellcheck') or not shutil.which('dash'),
+    reason='shellcheck or dash is not installed',
+)
 def test_scripts_are_posix_and_clean():
     shell('dash', '-n', ROOT / 'train.sh')
     shell('shellcheck', ROOT / 'train.sh', ROOT / '.ci' / 'run')

@@ -3,8 +3,8 @@
 import pytest
 from conftest import ROOT
 
-from docs import channels, lottery_theory, samples, topology
-from harness.records import folder_settings, read_layers, read_metrics
+from records import folder_settings, read_layers, read_metrics
+from studies import channels, lottery_theory, samples, topology
 
 RESULTS = ROOT / 'results'
 SAMPLES = [RESULTS / 'samples' / count for count in ('500', '1000', '2000', '4000')]
@@ -34,7 +34,10 @@ def test_the_page_quotes_the_shipped_files(name, tmp_path, monkeypatch, capsys):
     module, show, counts = SCRIPTS[name]
     monkeypatch.setattr(module, 'PICTURE', tmp_path / 'picture.png')
     show()
-    printed, page = tables(capsys.readouterr().out), tables((ROOT / 'docs' / 'sparse.md').read_text())
+    printed, page = (
+        tables(capsys.readouterr().out),
+        tables((ROOT / 'docs' / 'sparse.md').read_text()),
+    )
     assert [len(page[header]) for header in printed] == counts
     for header, rows in printed.items():
         assert set(page[header]) <= set(rows)

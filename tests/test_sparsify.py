@@ -13,11 +13,11 @@ from torch import nn
 
 import sparsify
 from conf import BadInput, load_settings
-from docs import channels, lottery_theory, samples, topology
 from measures.masks import density, hidden_readers, weight_layers, weight_mask
 from measures.paths import path_norm
 from models import get_network
 from models.weight_norm import add_masks, free_weight, set_mask
+from studies import channels, lottery_theory, samples, topology
 
 MASKS = ('random', 'erk', 'snip', 'synflow')
 
@@ -35,11 +35,17 @@ class Training:
         sparsify.initialize(self.net, self.settings, self.images, self.targets, F.mse_loss)
         self.saved = copy.deepcopy(self.net.state_dict())
         self.layers = {name: self.net.get_submodule(name) for name in sparsify.prunable(self.net)}
-        rates = {'lr': self.settings.lr, 'momentum': 0.9, 'weight_decay': self.settings.weight_decay}
+        rates = {
+            'lr': self.settings.lr,
+            'momentum': 0.9,
+            'weight_decay': self.settings.weight_decay,
+        }
         self.optimizer = torch.optim.SGD(self.net.parameters(), **rates, fused=True)
 
     def loss(self):
-        chosen = torch.from_numpy(np.random.default_rng((7, self.number)).integers(0, len(self.images), 32))
+        chosen = torch.from_numpy(
+            np.random.default_rng((7, self.number)).integers(0, len(self.images), 32)
+        )
         return F.mse_loss(self.net(self.images[chosen]), self.targets[chosen])
 
     def step(self, count=1):
@@ -50,7 +56,9 @@ class Training:
                 self.loss().backward()
                 self.optimizer.step()
             if due:
-                sparsify.regrow(self.net, self.optimizer, self.settings, self.number, self.steps, self.loss)
+                sparsify.regrow(
+                    self.net, self.optimizer, self.settings, self.number, self.steps, self.loss
+                )
             self.number += 1
         return self
 
@@ -65,18 +73,25 @@ class Training:
 
     @property
     def weights(self):
-        return {name: layer.weight.detach().clone() for name, layer in weight_layers(self.net).items()}
+        return {
+            name: layer.weight.detach().clone() for name, layer in weight_layers(self.net).items()
+        }
 
     def momentum(self, layer):
         return self.optimizer.state[free_weight(layer)]['momentum_buffer']
 
     def addresses(self):
-        tensors = [*self.net.state_dict().values(), *(state['momentum_buffer'] for state in self.optimizer.state.values())]
+        tensors = [
+            *self.net.state_dict().values(),
+            *(state['momentum_buffer'] for state in self.optimizer.state.values()),
+        ]
         return [tensor.data_ptr() for tensor in tensors]
 
 
 def equal(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def living(masks):
@@ -89,7 +104,9 @@ def living(masks):
 def test_masks_of_ones_change_no_digit(digits):
     dense, masked = Training(digits).step(30), Training(digits, prune_rounds=1).step(30)
     assert not any('mask' in name for name in dense.net.state_dict())
-    assert set(dense.net.state_dict()) - set(masked.net.state_dict()) == {'7.weight'}  # of the plain layer
+    assert set(dense.net.state_dict()) - set(masked.net.state_dict()) == {
+        '7.weight'
+    }  # of the plain layer
     assert sum('mask' in name for name in masked.net.state_dict()) == 4
     assert equal(dense.weights, masked.weights)
     sparse = Training(digits, density=0.5, initial_mask='erk')
@@ -121,16 +138,21 @@ def test_an_initial_mask_keeps_g_and_pruning_does_not(digits):
     for name, layer in training.layers.items():
         if name != '7':
             assert torch.equal(
-                layer.parametrizations.weight.original0, training.dense[f'{name}.parametrizations.weight.original0']
+                layer.parametrizations.weight.original0,
+                training.dense[f'{name}.parametrizations.weight.original0'],
             )
-            assert layer.weight.norm().item() == pytest.approx(layer.parametrizations.weight.original0.item())
+            assert layer.weight.norm().item() == pytest.approx(
+                layer.parametrizations.weight.original0.item()
+            )
     training = Training(digits, prune_rounds=1).step(20)
     before = training.weights
     masks = training.prune(prune_fraction=0.6)
     for name, layer in training.layers.items():
         assert torch.allclose(layer.weight, before[name] * masks[name], rtol=1e-5, atol=0)
         if name != '7':
-            assert layer.parametrizations.weight.original0.item() == pytest.approx((before[name] * masks[name]).norm().item())
+            assert layer.parametrizations.weight.original0.item() == pytest.approx(
+                (before[name] * masks[name]).norm().item()
+            )
 
 
 def test_a_resume_needs_the_state_dicts_alone(digits):
@@ -145,7 +167,9 @@ def test_a_resume_needs_the_state_dicts_alone(digits):
     loaded.load_state_dict(first.net.state_dict())
     assert equal(first.net.state_dict(), loaded.state_dict())
     whole.step(60), second.step(29)
-    assert equal(whole.net.state_dict(), second.net.state_dict()) and not equal(whole.masks, first.masks)
+    assert equal(whole.net.state_dict(), second.net.state_dict()) and not equal(
+        whole.masks, first.masks
+    )
 
 
 # --- masks at the start ---
@@ -157,7 +181,11 @@ def test_initial_counts_are_exact(digits, initial_mask):
         masks = Training(digits, density=share, initial_mask=initial_mask).masks
         assert sum(living(masks)) == max(round(share * 2544), 4) and min(living(masks)) >= 1
     flags = {'density': 0.3, 'initial_mask': initial_mask, 'prune_layers': 'conv'}
-    once, again, other = Training(digits, **flags), Training(digits, **flags), Training(digits, seed=1, **flags)
+    once, again, other = (
+        Training(digits, **flags),
+        Training(digits, **flags),
+        Training(digits, seed=1, **flags),
+    )
     assert list(once.layers) == ['0', '2', '4'] and sum(living(once.masks)) == round(0.3 * 544)
     assert equal(once.masks, again.masks) and not equal(once.masks, other.masks)
     assert density(once.net) == (163 + 2000) / 2544
@@ -181,8 +209,12 @@ def test_erk_counts():
         ideal = share * 6112 * sums / sums.sum()
         assert abs(counts(share) - ideal).max() < 1 and counts(share).sum() == round(share * 6112)
     assert counts(0.1) / sizes == pytest.approx([0.4, 0.043, 0.043, 0.125], abs=0.01)
-    left = 0.5 * 6112 - 64  # the first layer would have 2 and is dense; eps is solved again for the others
-    assert counts(0.5)[0] == 64 and abs(counts(0.5)[1:] - left * sums[1:] / sums[1:].sum()).max() < 1
+    left = (
+        0.5 * 6112 - 64
+    )  # the first layer would have 2 and is dense; eps is solved again for the others
+    assert (
+        counts(0.5)[0] == 64 and abs(counts(0.5)[1:] - left * sums[1:] / sums[1:].sum()).max() < 1
+    )
     assert (counts(0.99) <= sizes).all() and counts(0.99).sum() == round(0.99 * 6112)
 
 
@@ -194,10 +226,16 @@ def test_snip_by_finite_differences(digits):
 
     def loss():
         with torch.no_grad():
-            return sum(F.mse_loss(net(x), y).item() for x, y in zip(images.double().split(100), targets.double().split(100)))
+            return sum(
+                F.mse_loss(net(x), y).item()
+                for x, y in zip(images.double().split(100), targets.double().split(100))
+            )
 
     for score, name in zip(scores, training.layers):
-        layer, picked = net.get_submodule(name), np.random.default_rng(0).integers(0, score.numel(), 12)
+        layer, picked = (
+            net.get_submodule(name),
+            np.random.default_rng(0).integers(0, score.numel(), 12),
+        )
         weight = layer.weight.detach().clone()
         for index in zip(*np.unravel_index(picked, score.shape)):
             ends = []
@@ -207,7 +245,9 @@ def test_snip_by_finite_differences(digits):
                 with torch.no_grad():
                     layer.weight = weight * factor
                 ends.append(loss())
-            assert score[index].item() == pytest.approx(abs(ends[0] - ends[1]) / 2e-5, rel=1e-5, abs=3e-11)
+            assert score[index].item() == pytest.approx(
+                abs(ends[0] - ends[1]) / 2e-5, rel=1e-5, abs=3e-11
+            )
 
 
 def test_synflow_conserves_its_flow(digits):
@@ -218,16 +258,23 @@ def test_synflow_conserves_its_flow(digits):
             parameter.abs_()
         flow = net(torch.ones(1, *training.shape, dtype=torch.double)).sum().item()
     layers = {name: net.get_submodule(name) for name in training.layers}
-    sums = [score.sum().item() for score in sparsify.synflow_scores(net, list(layers.values()), training.shape)]
+    sums = [
+        score.sum().item()
+        for score in sparsify.synflow_scores(net, list(layers.values()), training.shape)
+    ]
     assert sums == pytest.approx([flow] * 4, rel=1e-12)
 
 
 def test_synflow_masks_in_matrices():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(6, 40, bias=False), nn.ReLU(), nn.Linear(40, 4, bias=False))
+    net = nn.Sequential(
+        nn.Flatten(), nn.Linear(6, 40, bias=False), nn.ReLU(), nn.Linear(40, 4, bias=False)
+    )
     first, last = (net[index].weight.detach().double().abs().numpy() for index in (1, 3))
     masks = np.ones(400)
-    for k in range(1, 101):  # the published rule: the flow through a weight is what comes in times what goes out
+    for k in range(
+        1, 101
+    ):  # the published rule: the flow through a weight is what comes in times what goes out
         a, b = first * masks[:240].reshape(40, 6), last * masks[240:].reshape(4, 40)
         scores = np.concatenate([(a * b.sum(0)[:, None]).ravel(), (b * a.sum(1)).ravel()])
         masks = np.zeros(400)
@@ -244,7 +291,9 @@ def test_snip_takes_a_thousand_images_by_seed(digits, monkeypatch):
 
     def chosen(seed):
         seen = []
-        monkeypatch.setattr(sparsify, 'snip_scores', lambda *of: seen.append(of) or snip_scores(*of))
+        monkeypatch.setattr(
+            sparsify, 'snip_scores', lambda *of: seen.append(of) or snip_scores(*of)
+        )
         Training(digits, density=0.5, initial_mask='snip', seed=seed)
         ((_, _, images, targets, _),) = seen
         places = [place_of[image.numpy().tobytes()] for image in images]
@@ -257,14 +306,19 @@ def test_snip_takes_a_thousand_images_by_seed(digits, monkeypatch):
 
 
 def test_scores_take_batch_norm_and_biases():
-    net = nn.Sequential(nn.Conv2d(1, 4, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3))
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)
+    )
     images, targets = torch.rand(40, 1, 4, 4), torch.eye(3)[torch.arange(40) % 3]
     for initial_mask in MASKS:
         masked = copy.deepcopy(net)
         settings = settings_of(density=0.4, initial_mask=initial_mask)
         sparsify.initialize(add_masks(masked, settings), settings, images, targets, F.mse_loss)
         assert density(masked) == round(0.4 * 124) / 124
-        assert all(torch.equal(a, b) for a, b in zip(masked[1].state_dict().values(), net[1].state_dict().values()))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(masked[1].state_dict().values(), net[1].state_dict().values())
+        )
 
 
 # --- pruning rounds ---
@@ -280,7 +334,9 @@ def test_best_breaks_ties_by_index_and_keeps_every_layer():
 @pytest.mark.parametrize('layers', ('all', 'conv'))
 @pytest.mark.parametrize('allocation', ('global', 'layer'))
 def test_magnitude_rounds_are_exact_and_nested(digits, allocation, layers):
-    training = Training(digits, prune_rounds=3, prune_allocation=allocation, prune_layers=layers, prune_fraction=0.3)
+    training = Training(
+        digits, prune_rounds=3, prune_allocation=allocation, prune_layers=layers, prune_fraction=0.3
+    )
     masks = training.step(5).masks
     assert ('7' in masks) == (layers == 'all')
     for round_ in (1, 2, 3):
@@ -320,7 +376,9 @@ def test_rewinding(digits):
         sparsify.rewind(training.net, training.optimizer, saved)
         for name, layer in training.layers.items():
             assert torch.allclose(layer.weight, weights[name] * masks[name], rtol=1e-5, atol=0)
-            assert layer.weight.ne(0).sum() == masks[name].sum() and torch.equal(layer.bias, saved[f'{name}.bias'])
+            assert layer.weight.ne(0).sum() == masks[name].sum() and torch.equal(
+                layer.bias, saved[f'{name}.bias']
+            )
             if name != '7':
                 norm = (weights[name] * masks[name]).norm().item()
                 assert layer.parametrizations.weight.original0.item() == pytest.approx(norm)
@@ -351,17 +409,33 @@ def test_the_bounds_norms_of_masked_networks_are_ordered():
         *hidden, last = [layer.weight.detach().double() for layer in weight_layers(net).values()]
         norms = torch.ones(1, dtype=torch.double)  # of the blocks; one for the input's channels
         for weight in hidden:
-            blocks = torch.stack([part.norm(dim=1).sum((1, 2)) for part in weight.split(weight.shape[1] // len(norms), 1)], 1)
+            blocks = torch.stack(
+                [
+                    part.norm(dim=1).sum((1, 2))
+                    for part in weight.split(weight.shape[1] // len(norms), 1)
+                ],
+                1,
+            )
             norms = torch.stack([part.norm() for part in (blocks @ norms).split(size)])
         last = last.reshape(len(last), len(norms), size, positions)
         return (last.norm(dim=2).sum((0, 2)) @ norms).item()
 
     for seed, share in enumerate((1.0, 0.5, 0.2)):
         torch.manual_seed(seed)
-        settings = settings_of(width=8, depth=3, density=share, initial_mask='random', padding=0, kernel_size=2, seed=seed)
+        settings = settings_of(
+            width=8,
+            depth=3,
+            density=share,
+            initial_mask='random',
+            padding=0,
+            kernel_size=2,
+            seed=seed,
+        )
         net = get_network(settings, (1, 8, 8), 10)
         sparsify.initialize(add_masks(net, settings), settings, torch.zeros(1, 1, 8, 8), None, None)
-        ordered = [path_norm(net, (1, 8, 8))] + [partitioned(net, 25, size) for size in (1, 2, 4, 8)]
+        ordered = [path_norm(net, (1, 8, 8))] + [
+            partitioned(net, 25, size) for size in (1, 2, 4, 8)
+        ]
         *hidden, last = weight_layers(net).values()
         frobenius = math.prod(2 * layer.weight.norm().item() for layer in hidden)  # sqrt(deg) = 2
         ordered.append(frobenius * last.weight.detach().reshape(10, 8, 25).norm(dim=1).sum().item())
@@ -374,14 +448,22 @@ def test_the_bounds_norms_of_masked_networks_are_ordered():
 
 @pytest.mark.parametrize('regrow', ('random', 'gradient'))
 def test_regrowth_keeps_counts_and_starts_at_zero(digits, regrow):
-    flags = {'density': 0.3, 'initial_mask': 'erk', 'regrow': regrow, 'regrow_every': 10, 'regrow_fraction': 0.4}
+    flags = {
+        'density': 0.3,
+        'initial_mask': 'erk',
+        'regrow': regrow,
+        'regrow_every': 10,
+        'regrow_fraction': 0.4,
+    }
     training, moved, returned = Training(digits, steps=100, **flags), 0, 0
     counts = living(training.masks)
     training.step(5)
     addresses = training.addresses()
     for number in range(5, 100):
         before, masks = training.weights, training.masks
-        momenta = {name: training.momentum(layer).clone() for name, layer in training.layers.items()}
+        momenta = {
+            name: training.momentum(layer).clone() for name, layer in training.layers.items()
+        }
         if sparsify.regrow_due(training.settings, number, 100):
             if regrow == 'random':  # the gradient step comes first
                 vars(training.settings)['regrow'] = 'none'
@@ -389,8 +471,13 @@ def test_regrowth_keeps_counts_and_starts_at_zero(digits, regrow):
                 vars(training.settings)['regrow'] = regrow
                 training.number -= 1
                 before = training.weights
-                momenta = {name: training.momentum(layer).clone() for name, layer in training.layers.items()}
-            sparsify.regrow(training.net, training.optimizer, training.settings, number, 100, training.loss)
+                momenta = {
+                    name: training.momentum(layer).clone()
+                    for name, layer in training.layers.items()
+                }
+            sparsify.regrow(
+                training.net, training.optimizer, training.settings, number, 100, training.loss
+            )
             training.number += 1
         else:
             training.step()
@@ -400,11 +487,18 @@ def test_regrowth_keeps_counts_and_starts_at_zero(digits, regrow):
         share = 0.4 / 2 * (1 + math.cos(math.pi * number / 75))
         for (name, layer), count in zip(training.layers.items(), counts):
             old, new, momentum = masks[name], weight_mask(layer), training.momentum(layer)
-            largest = np.argsort(-before[name].abs().masked_fill(~old, -1).numpy().ravel(), kind='stable')
+            largest = np.argsort(
+                -before[name].abs().masked_fill(~old, -1).numpy().ravel(), kind='stable'
+            )
             dropped = old.clone().contiguous()
             dropped.view(-1)[largest[: count - int(share * count)]] = False
-            assert not (old & ~new & ~dropped).any() and (new & (~old | dropped)).sum() == int(share * count)
-            assert layer.weight[(new & ~old) | ~new].eq(0).all() and momentum[(new & ~old) | ~new].eq(0).all()
+            assert not (old & ~new & ~dropped).any() and (new & (~old | dropped)).sum() == int(
+                share * count
+            )
+            assert (
+                layer.weight[(new & ~old) | ~new].eq(0).all()
+                and momentum[(new & ~old) | ~new].eq(0).all()
+            )
             stays = old & new
             assert torch.allclose(layer.weight[stays], before[name][stays], rtol=1e-5, atol=0)
             assert torch.equal(momentum[stays], momenta[name][stays])
@@ -432,7 +526,9 @@ def test_growth_follows_the_dense_gradient(digits):
         factor = layer.parametrizations.weight.original0 / v.norm() if name != '7' else 1
         expected = factor * plain.get_submodule(name).weight.grad
         assert torch.allclose(gradient[dead], expected[dead], rtol=1e-3, atol=1e-7)
-        if name != '7':  # among living entries weight normalization projects, so that only the dead ones rank as W's do
+        if (
+            name != '7'
+        ):  # among living entries weight normalization projects, so that only the dead ones rank as W's do
             assert not torch.allclose(gradient[~dead], expected[~dead], rtol=1e-3, atol=1e-7)
     with pytest.raises(ZeroDivisionError):
         sparsify.dense_gradients(list(training.layers.values()), lambda: 1 / 0)
@@ -472,7 +568,13 @@ def test_when_masks_are_updated():
 
 def test_empty_filters_stay_empty_and_unread_by_what_grows(digits):
     """What grew there would be 0 for ever."""
-    flags = {'density': 0.2, 'initial_mask': 'erk', 'regrow': 'random', 'regrow_every': 5, 'regrow_fraction': 0.5}
+    flags = {
+        'density': 0.2,
+        'initial_mask': 'erk',
+        'regrow': 'random',
+        'regrow_every': 5,
+        'regrow_fraction': 0.5,
+    }
     training = Training(digits, steps=200, **flags).step(20)
     second = training.layers['2']
     mask = weight_mask(second).clone()
@@ -487,7 +589,13 @@ def test_empty_filters_stay_empty_and_unread_by_what_grows(digits):
 
 def test_channels_with_a_bias_may_come_back(digits):
     """With a bias an empty filter's channel is not 0, and what grows in it learns."""
-    flags = {'density': 0.5, 'initial_mask': 'random', 'regrow': 'random', 'regrow_every': 5, 'bias': True}
+    flags = {
+        'density': 0.5,
+        'initial_mask': 'random',
+        'regrow': 'random',
+        'regrow_every': 5,
+        'bias': True,
+    }
     training = Training(digits, **flags).step(20)
     mask = weight_mask(training.layers['2']).clone()
     mask[3] = False
@@ -505,15 +613,25 @@ def layers_of(*magnitudes):
 
 def test_channels_die_on_schedule():
     layers = layers_of([float(value) for value in range(1, 21)], [50.0, 0.5] * 10)
-    counts = {done: [int(alive.sum()) for alive in sparsify.living_channels(layers, 0.6, done)] for done in (0, 0.2, 0.5, 1)}
+    counts = {
+        done: [int(alive.sum()) for alive in sparsify.living_channels(layers, 0.6, done)]
+        for done in (0, 0.2, 0.5, 1)
+    }
     # 40 (1 - 0.6 (1 - (1 - done)^3)) are left; of each layer at least int(0.5 * 0.4 * 20) = 4
     assert {done: sum(count) for done, count in counts.items()} == {0: 40, 0.2: 28, 0.5: 19, 1: 16}
     assert counts[0.2] == [18, 10] and counts[1] == [6, 10]
     first, second = sparsify.living_channels(layers, 0.6, 1)
-    assert first.nonzero().flatten().tolist() == [14, 15, 16, 17, 18, 19] and second.tolist() == [True, False] * 10
+    assert (
+        first.nonzero().flatten().tolist() == [14, 15, 16, 17, 18, 19]
+        and second.tolist() == [True, False] * 10
+    )
     floors = sparsify.living_channels(layers_of([1.0] * 20, [50.0] * 20), 0.6, 1)
-    assert [int(alive.sum()) for alive in floors] == [4, 12] and floors[0].nonzero().flatten().tolist() == [0, 1, 2, 3]
-    assert [int(alive.sum()) for alive in sparsify.living_channels(layers_of([1.0], [50.0]), 0.9, 1)] == [1, 1]
+    assert [int(alive.sum()) for alive in floors] == [4, 12] and floors[
+        0
+    ].nonzero().flatten().tolist() == [0, 1, 2, 3]
+    assert [
+        int(alive.sum()) for alive in sparsify.living_channels(layers_of([1.0], [50.0]), 0.9, 1)
+    ] == [1, 1]
 
 
 def test_channels_die_by_their_mean_magnitude_over_all_entries():
@@ -525,9 +643,15 @@ def test_channels_die_by_their_mean_magnitude_over_all_entries():
     readers = {first: nn.Linear(4, 2), second: nn.Linear(4, 2)}
 
     def best(count):
-        return [alive.nonzero().flatten().tolist() for alive in sparsify.living_channels(readers, 1 - count / 8, 1)]
+        return [
+            alive.nonzero().flatten().tolist()
+            for alive in sparsify.living_channels(readers, 1 - count / 8, 1)
+        ]
 
-    assert best(3) == [[0, 1], [0]]  # by sums it would be [[0], [0, 2]], by squares or over living entries [[0], [0, 1]]
+    assert best(3) == [
+        [0, 1],
+        [0],
+    ]  # by sums it would be [[0], [0, 2]], by squares or over living entries [[0], [0, 1]]
     assert best(4) == [[0, 1], [0, 2]]  # with signs [[0, 1], [0, 1]]
 
 
@@ -539,16 +663,30 @@ def test_channels_that_nothing_reads_die_first():
     last.weight.data[:, 6:] = 0
     last.weight.data[0, 4] = 0  # at one position and in one output of several
     found = sparsify.living_channels({first: second, second: last}, 0.5, 1)
-    assert [alive.tolist() for alive in found] == [[False, False, False, True], [True, True, True, False]]
+    assert [alive.tolist() for alive in found] == [
+        [False, False, False, True],
+        [True, True, True, False],
+    ]
 
 
-@pytest.mark.parametrize('flags', ({}, {'prune_layers': 'conv'}, {'network': 'MLP'}, {'normalization': 'batch'}), ids=str)
+@pytest.mark.parametrize(
+    'flags', ({}, {'prune_layers': 'conv'}, {'network': 'MLP'}, {'normalization': 'batch'}), ids=str
+)
 @pytest.mark.parametrize('regrow', ('random', 'gradient'))
 def test_dead_channels_are_neither_made_nor_read(digits, monkeypatch, regrow, flags):
-    flags = flags | {'density': 0.4, 'initial_mask': 'erk', 'width': 16, 'bias': 'normalization' in flags}
-    training = Training(digits, regrow=regrow, regrow_every=5, channel_sparsity=0.5, **flags).step(2)
+    flags = flags | {
+        'density': 0.4,
+        'initial_mask': 'erk',
+        'width': 16,
+        'bias': 'normalization' in flags,
+    }
+    training = Training(digits, regrow=regrow, regrow_every=5, channel_sparsity=0.5, **flags).step(
+        2
+    )
     living_channels, found = sparsify.living_channels, []
-    monkeypatch.setattr(sparsify, 'living_channels', lambda *of: found.append(living_channels(*of)) or found[-1])
+    monkeypatch.setattr(
+        sparsify, 'living_channels', lambda *of: found.append(living_channels(*of)) or found[-1]
+    )
     addresses, before = training.addresses(), sum(living(training.masks))
     while training.number < 200:
         training.step(5)
@@ -564,7 +702,13 @@ def test_dead_channels_are_neither_made_nor_read(digits, monkeypatch, regrow, fl
 
 
 def test_channel_sparsity_needs_a_chain(digits):
-    flags = {'channel_sparsity': 0.5, 'density': 0.4, 'initial_mask': 'erk', 'regrow': 'random', 'normalization': 'batch'}
+    flags = {
+        'channel_sparsity': 0.5,
+        'density': 0.4,
+        'initial_mask': 'erk',
+        'regrow': 'random',
+        'normalization': 'batch',
+    }
     with pytest.raises(BadInput, match='channel_sparsity = 0.5: needs a chain'):
         Training(digits, network='CONVRES', **flags)
     Training(digits, network='CONVBN', **flags)
@@ -575,13 +719,34 @@ def test_channel_sparsity_needs_a_chain(digits):
     (
         ({'density': 0.5}, 'density = 0.5: needs an initial_mask'),
         ({'regrow': 'random'}, "regrow = 'random': needs an initial_mask"),
-        ({'regrow': 'random', 'initial_mask': 'random'}, "regrow = 'random': needs an initial_mask, with a density below 1"),
-        ({'channel_sparsity': 0.5, 'initial_mask': 'erk', 'density': 0.5}, 'channel_sparsity = 0.5: needs regrow'),
-        ({'regrow': 'random', 'initial_mask': 'erk', 'density': 0.5, 'prune_rounds': 2}, 'prune_rounds = 2: not with regrow'),
-        ({'regrow': 'gradient', 'initial_mask': 'erk', 'density': 0.5, 'regrow_every': 1}, 'regrow_every = 1'),
-        ({'prune_rounds': 1, 'epochs': 7, 'rewind_epoch': 7}, 'rewind_epoch = 7: must be below epochs = 7'),
-        ({'prune_rounds': 1, 'rewind_epoch': 1, 'target_loss': 0.1}, 'rewind_epoch = 1: must be 0 or -1 with target_loss'),
-        ({'prune_rounds': 1, 'epochs': 0, 'rewind_epoch': -1}, 'rewind_epoch = -1: must be below epochs = 0'),
+        (
+            {'regrow': 'random', 'initial_mask': 'random'},
+            "regrow = 'random': needs an initial_mask, with a density below 1",
+        ),
+        (
+            {'channel_sparsity': 0.5, 'initial_mask': 'erk', 'density': 0.5},
+            'channel_sparsity = 0.5: needs regrow',
+        ),
+        (
+            {'regrow': 'random', 'initial_mask': 'erk', 'density': 0.5, 'prune_rounds': 2},
+            'prune_rounds = 2: not with regrow',
+        ),
+        (
+            {'regrow': 'gradient', 'initial_mask': 'erk', 'density': 0.5, 'regrow_every': 1},
+            'regrow_every = 1',
+        ),
+        (
+            {'prune_rounds': 1, 'epochs': 7, 'rewind_epoch': 7},
+            'rewind_epoch = 7: must be below epochs = 7',
+        ),
+        (
+            {'prune_rounds': 1, 'rewind_epoch': 1, 'target_loss': 0.1},
+            'rewind_epoch = 1: must be 0 or -1 with target_loss',
+        ),
+        (
+            {'prune_rounds': 1, 'epochs': 0, 'rewind_epoch': -1},
+            'rewind_epoch = -1: must be below epochs = 0',
+        ),
     ),
 )
 def test_settings_that_do_not_go_together(flags, text):
@@ -601,15 +766,24 @@ def test_path_pruning_does_not_see_a_rescaling(digits):
         for score in ('path', 'magnitude'):
             for rescaled in (False, True):
                 training = copy.deepcopy(trained)
-                masks[rescaled] = training.prune(prune_score=score, prune_fraction=fraction, rescale_neurons=rescaled)
+                masks[rescaled] = training.prune(
+                    prune_score=score, prune_fraction=fraction, rescale_neurons=rescaled
+                )
                 assert density(training.net) == (6112 - round(fraction * 6112)) / 6112
                 for name, layer in training.layers.items():  # the network itself is not rescaled
-                    assert torch.allclose(layer.weight, trained.weights[name] * masks[rescaled][name], rtol=1e-5)
+                    assert torch.allclose(
+                        layer.weight, trained.weights[name] * masks[rescaled][name], rtol=1e-5
+                    )
                 with torch.no_grad():
                     wrong = training.net(digits.test_images).argmax(1) != digits.test_labels
                 errors[score, rescaled] = wrong.double().mean().item()
             assert equal(masks[False], masks[True]) == (score == 'path')
-    expected = {('path', False): 0.111, ('path', True): 0.111, ('magnitude', False): 0.114, ('magnitude', True): 0.828}
+    expected = {
+        ('path', False): 0.111,
+        ('path', True): 0.111,
+        ('magnitude', False): 0.114,
+        ('magnitude', True): 0.828,
+    }
     assert errors == pytest.approx(expected, abs=0.03)  # docs/sparse.md; a digit is 0.003
 
 
@@ -626,7 +800,9 @@ def test_experiments_have_sound_settings(name, networks):
 
 def test_channels_left_are_read_from_a_sweep(tmp_path):
     regrow = '--density 0.3 --initial-mask erk --regrow random gradient --regrow-every 3'
-    flags = f'{regrow} --channel-sparsity 0.5 --train-samples 320 --epochs 2 --layers-every 2 --width 8'
+    flags = (
+        f'{regrow} --channel-sparsity 0.5 --train-samples 320 --epochs 2 --layers-every 2 --width 8'
+    )
     train_small(tmp_path / 'run', *flags.split())
     found = channels.read(tmp_path / 'run')
     assert set(found) == {('random', 0.5), ('gradient', 0.5)}
@@ -653,7 +829,9 @@ def test_a_sparse_student_needs_a_quarter_more_samples_than_weights():
 
 
 def test_a_student_keeps_the_mask_of_its_teacher():
-    teacher, student, mask, inputs = lottery_theory.draw_problem(3, 7, 0.5, torch.Generator().manual_seed(1))
+    teacher, student, mask, inputs = lottery_theory.draw_problem(
+        3, 7, 0.5, torch.Generator().manual_seed(1)
+    )
     assert (mask.sum(1) == 3).all() and inputs.shape == (20, 7, 50)
     assert teacher.ne(0).equal(mask) and student.ne(0).equal(mask)
     assert torch.allclose(teacher.norm(dim=1), torch.ones(20, 5, dtype=torch.double))
@@ -662,15 +840,23 @@ def test_a_student_keeps_the_mask_of_its_teacher():
 
 
 def test_coordinates_and_correlations_of_topology():
-    net = nn.Sequential(nn.Flatten(), nn.Linear(8, 5, bias=False), nn.ReLU(), nn.Linear(5, 4, bias=False))
+    net = nn.Sequential(
+        nn.Flatten(), nn.Linear(8, 5, bias=False), nn.ReLU(), nn.Linear(5, 4, bias=False)
+    )
     with torch.no_grad():
-        net[1].weight.copy_(torch.block_diag(2 * torch.ones(3, 5), torch.ones(2, 3)))  # K_{3,2}: undefined
+        net[1].weight.copy_(
+            torch.block_diag(2 * torch.ones(3, 5), torch.ones(2, 3))
+        )  # K_{3,2}: undefined
         net[3].weight.fill_(1.0)
     gaps = math.sqrt(4) + math.sqrt(2), math.sqrt(4) + math.sqrt(3)  # of K_{5,3} and K_{5,4}
     found = topology.coordinates(net)
     assert found[1] == pytest.approx(np.mean(gaps))  # imdb
     assert found[2] == pytest.approx(np.mean([2 * math.sqrt(15) - math.sqrt(6), math.sqrt(20)]))
     assert found[3] == pytest.approx(np.mean([2 * math.sqrt(15), math.sqrt(20)]))
-    assert topology.spearman(np.array([1.0, 5.0, 3.0]), np.array([10.0, 12.0, 11.0])) == pytest.approx(1)
-    assert topology.spearman(np.array([1.0, 1.0, 2.0]), np.array([3.0, 3.0, -1.0])) == pytest.approx(-1)
+    assert topology.spearman(
+        np.array([1.0, 5.0, 3.0]), np.array([10.0, 12.0, 11.0])
+    ) == pytest.approx(1)
+    assert topology.spearman(
+        np.array([1.0, 1.0, 2.0]), np.array([3.0, 3.0, -1.0])
+    ) == pytest.approx(-1)
     assert math.isnan(topology.spearman(np.ones(3), np.arange(3)))

@@ -16,26 +16,50 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, main, numbers, resume, rows, run, same, settings_of, succeeds, train_small
+from conftest import (
+    ROOT,
+    SMALL,
+    main,
+    numbers,
+    resume,
+    rows,
+    run,
+    same,
+    settings_of,
+    succeeds,
+    train_small,
+)
 from torch import nn
 
+import device as machine
 import evaluation
+import launch
 import models
 import train
 from datasets import VARIANTS, crops, load_dataset
 from evaluation import COLUMNS, PROBES
-from harness import launch, machine
-from harness.records import csv_line, load_checkpoint, parse_line, read_layers, read_metrics, save_checkpoint
 from measures.norms import classification_margins, margin_error, measure_data
 from models import get_network
+from records import (
+    csv_line,
+    load_checkpoint,
+    parse_line,
+    read_layers,
+    read_metrics,
+    save_checkpoint,
+)
 from utils import BOUNDS, evaluate_bounds
 
 
 def test_quick_start(tmp_path):
-    status, stdout, stderr = run('--settings', 'conf/digits.py', '--results-dir', tmp_path / 'results', cwd=ROOT)
+    status, stdout, stderr = run(
+        '--settings', 'conf/digits.py', '--results-dir', tmp_path / 'results', cwd=ROOT
+    )
     assert (status, stderr) == (0, '')
     folder = tmp_path / 'results' / '1'
-    left = {str(path.relative_to(folder)) for path in folder.rglob('*') if not path.name.startswith('.')}
+    left = {
+        str(path.relative_to(folder)) for path in folder.rglob('*') if not path.name.startswith('.')
+    }
     files = {'CONV-3-32/metrics.csv', 'CONV-3-32/model.pt', 'global_settings.py'}
     files |= {f'{name}.{suffix}' for name in ('figure', 'bounds') for suffix in ('png', 'pdf')}
     assert left == files | {'CONV-3-32'}
@@ -52,7 +76,14 @@ def test_quick_start(tmp_path):
     assert (folder / 'figure.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
     assert (folder / 'figure.pdf').read_bytes()[:5] == b'%PDF-'
     header = (folder / 'global_settings.py').read_text()
-    for word in ('# date: 20', 'Python 3.', f'torch {torch.__version__}', 'device: cpu', '# commit: ', '\nthreads = 1 '):
+    for word in (
+        '# date: 20',
+        'Python 3.',
+        f'torch {torch.__version__}',
+        'device: cpu',
+        '# commit: ',
+        '\nthreads = 1 ',
+    ):
         assert word in header
     loaded = load_checkpoint(folder / 'CONV-3-32' / 'model.pt', 'cpu')
     assert loaded['state']['epoch'] == 151
@@ -62,7 +93,12 @@ def test_dropout_is_that_of_the_step(tmp_path, monkeypatch):
     """A run resumed in the middle of an epoch draws what the uninterrupted one does."""
 
     def dropout(settings, input_shape, classes):
-        layers = nn.Linear(64, 8, bias=False), nn.ReLU(), nn.Dropout(), nn.Linear(8, classes, bias=False)
+        layers = (
+            nn.Linear(64, 8, bias=False),
+            nn.ReLU(),
+            nn.Dropout(),
+            nn.Linear(8, classes, bias=False),
+        )
         return nn.Sequential(nn.Flatten(), *layers)
 
     def interrupted(self, *arguments):
@@ -73,7 +109,9 @@ def test_dropout_is_that_of_the_step(tmp_path, monkeypatch):
     train_small(tmp_path / 'whole', '--network', 'DROP', '--epochs', '4')
     with monkeypatch.context() as context:
         context.setattr(train.Run, 'watch_target', interrupted)
-        status, *_ = main(*SMALL, '--network', 'DROP', '--epochs', '4', '--results-path', tmp_path / 'run')
+        status, *_ = main(
+            *SMALL, '--network', 'DROP', '--epochs', '4', '--results-path', tmp_path / 'run'
+        )
     assert status == 128 + signal.SIGTERM
     assert 'epoch 3 after 20 of its 45 steps' in resume(tmp_path / 'run')
     assert same(tmp_path / 'run', tmp_path / 'whole', 'DROP-3-4')
@@ -125,13 +163,20 @@ def test_training_is_sgd_on_the_loss_with_weight_normalization(tmp_path, digits)
             optimizer.step()
     with torch.no_grad():
         loss = ((net(digits.train_images) - torch.eye(10)[digits.train_labels]) ** 2).mean().item()
-    assert read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')['train_loss'][-1] == pytest.approx(loss, rel=1e-4)
+    assert read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')['train_loss'][
+        -1
+    ] == pytest.approx(loss, rel=1e-4)
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     folder = tmp_path / 'run'
     status, _, stderr = main(*SMALL, '--lr', '1e9', '0.01', '--results-path', folder)
-    assert status == 1 and stderr.count('\n') == 1 and 'the loss became NaN or infinite' in stderr and 'lr' in stderr
+    assert (
+        status == 1
+        and stderr.count('\n') == 1
+        and 'the loss became NaN or infinite' in stderr
+        and 'lr' in stderr
+    )
     kept = load_checkpoint(folder / 'CONV-3-4-lr1000000000.0' / 'model.pt', 'cpu')
     assert all(weight.isfinite().all() for weight in kept['network'].values())
     assert len(kept['state']['lines']) == rows(folder, 'CONV-3-4-lr1000000000.0') == 1
@@ -139,7 +184,9 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
 
 
 def test_few_samples_are_trained_on_without_a_certificate(tmp_path):
-    stdout = train_small(tmp_path / 'run', '--train-samples', '5', '--epochs', '1', '--certify-every', '1')
+    stdout = train_small(
+        tmp_path / 'run', '--train-samples', '5', '--epochs', '1', '--certify-every', '1'
+    )
     assert 'certificates stay empty: train_samples = 5, and at least 10 are needed' in stdout
 
 
@@ -162,13 +209,17 @@ def test_weights_that_explode_in_the_last_step_of_an_epoch_are_kept_nowhere(tmp_
     status, _, stderr = main(*SMALL, *flags, '--results-path', tmp_path / 'run')
     assert status == 1 and stderr.count('\n') == 1 and 'the loss became NaN or infinite' in stderr
     for path in (tmp_path / 'run').rglob('*.pt'):
-        assert all(weight.isfinite().all() for weight in load_checkpoint(path, 'cpu')['network'].values())
+        assert all(
+            weight.isfinite().all() for weight in load_checkpoint(path, 'cpu')['network'].values()
+        )
 
 
 def test_periods(tmp_path, uninterrupted):
     folder = tmp_path / 'run'
     train_small(folder, '--epochs', '5', '--eval-every', '2', '--checkpoint-every', '3')
-    table, every = (read_metrics(path / 'CONV-3-4' / 'metrics.csv') for path in (folder, uninterrupted))
+    table, every = (
+        read_metrics(path / 'CONV-3-4' / 'metrics.csv') for path in (folder, uninterrupted)
+    )
     assert table['epoch'].tolist() == [0, 2, 4, 5]
     assert table['our_bound'].tolist() == every['our_bound'][[0, 2, 4, 5]].tolist()
 
@@ -176,7 +227,13 @@ def test_periods(tmp_path, uninterrupted):
 def test_early_stopping(tmp_path):
     flags = ('--early-stop-epoch', '4', '--early-stop-accuracy', '0.5', '--checkpoint-every', '100')
     train_small(tmp_path / 'run', '--lr', '1e-9', *flags)
-    assert read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')['epoch'].tolist() == [0, 1, 2, 3, 4]
+    assert read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')['epoch'].tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
     assert load_checkpoint(tmp_path / 'run' / 'CONV-3-4' / 'model.pt', 'cpu')['state']['epoch'] == 5
     assert 'finished already' in resume(tmp_path / 'run')
     assert rows(tmp_path / 'run') == 5
@@ -189,14 +246,27 @@ def test_a_training_ends_at_its_target_loss(tmp_path):
     whole = read_metrics(tmp_path / 'whole' / 'CONV-3-4' / 'metrics.csv')
     target = (3 * whole['train_loss'][4] + whole['train_loss'][5]) / 4
     assert whole['train_loss'][5] < target < whole['train_loss'][:5].min()
-    every = [word for knob in ('eval', 'layers', 'snapshot', 'measures') for word in (f'--{knob}-every', '4')]
+    every = [
+        word
+        for knob in ('eval', 'layers', 'snapshot', 'measures')
+        for word in (f'--{knob}-every', '4')
+    ]
     said = train_small(tmp_path / 'run', *flags, *every, '--target-loss', target, '--epochs', '9')
     assert f'CONV-3-4: stopped at epoch 5: training loss at most {target:g}' in said
     table = read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')
-    assert table['epoch'].tolist() == [0, 4, 5] and table['train_loss'][:2].tolist() == whole['train_loss'][[0, 4]].tolist()
-    assert whole['train_loss'][5] < table['train_loss'][2] <= target  # the epoch was not trained to its end
+    assert (
+        table['epoch'].tolist() == [0, 4, 5]
+        and table['train_loss'][:2].tolist() == whole['train_loss'][[0, 4]].tolist()
+    )
+    assert (
+        whole['train_loss'][5] < table['train_loss'][2] <= target
+    )  # the epoch was not trained to its end
     assert np.isfinite(table['sharpness']).tolist() == [False, True, True]
-    assert {path.stem for path in (tmp_path / 'run' / 'CONV-3-4' / 'snapshots').iterdir()} == {'0-0', '0-4', '0-5'}
+    assert {path.stem for path in (tmp_path / 'run' / 'CONV-3-4' / 'snapshots').iterdir()} == {
+        '0-0',
+        '0-4',
+        '0-5',
+    }
     assert read_layers(tmp_path / 'run' / 'CONV-3-4' / 'layers.csv')['epoch'][-1] == 5
     before = (tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv').read_bytes()
     assert 'finished already' in resume(tmp_path / 'run', '--epochs', '20')
@@ -204,24 +274,45 @@ def test_a_training_ends_at_its_target_loss(tmp_path):
     assert 'training loss at most' in succeeds('--results-path', tmp_path / 'run', '--status')
 
 
-@pytest.mark.parametrize('flags', [('--loss', 'CE'), ('--loss', 'L1'), ('--normalize', 'True'), ('--precision', 'bf16')])
+@pytest.mark.parametrize(
+    'flags', [('--loss', 'CE'), ('--loss', 'L1'), ('--normalize', 'True'), ('--precision', 'bf16')]
+)
 def test_other_settings_learn_too(tmp_path, flags):
     train_small(tmp_path / 'run', '--epochs', '20', '--width', '8', '--lr', '0.05', *flags)
     table = read_metrics(tmp_path / 'run' / 'CONV-3-8' / 'metrics.csv')
     assert table['train_loss'][-1] < 0.95 * table['train_loss'][0]
-    assert 'L1' in flags or table['train_error'][-1] < 0.5  # the mean absolute error is content with zeros for a long time
+    assert (
+        'L1' in flags or table['train_error'][-1] < 0.5
+    )  # the mean absolute error is content with zeros for a long time
 
 
 def test_a_network_that_bounds_do_not_cover(tmp_path):
     """It is trained, the reason is said once and kept, its cells are empty, and a resume goes on to the same digits."""
-    folder, flags = tmp_path / 'run', ('--bias', 'True', '--layers-every', '2', '--train-samples', '320')
+    folder, flags = (
+        tmp_path / 'run',
+        ('--bias', 'True', '--layers-every', '2', '--train-samples', '320'),
+    )
     stdout = train_small(folder, *flags, '--width', '4', '5')
-    assert stdout.count('bounds that do not cover CONV stay empty: ') == stdout.count(' has a bias') == 1
-    assert '\n# bounds that do not cover CONV stay empty: ' in (folder / 'global_settings.py').read_text()
+    assert (
+        stdout.count('bounds that do not cover CONV stay empty: ')
+        == stdout.count(' has a bias')
+        == 1
+    )
+    assert (
+        '\n# bounds that do not cover CONV stay empty: '
+        in (folder / 'global_settings.py').read_text()
+    )
     table = read_metrics(folder / 'CONV-3-4' / 'metrics.csv')
     missing = {column for column, values in table.items() if np.isnan(values).all()}
     assert {'our_bound', 'rho', 'corrected_bound', 'certified_error', 'pac_bayes_error'} <= missing
-    assert not missing & {'train_error', 'test_error', 'test_set_bound', 'density', 'path_norm', 'path_bound'}
+    assert not missing & {
+        'train_error',
+        'test_error',
+        'test_set_bound',
+        'density',
+        'path_norm',
+        'path_bound',
+    }
     assert 'nan' not in (folder / 'CONV-3-4' / 'metrics.csv').read_text() and ' nan' not in stdout
 
     train_small(tmp_path / 'short', *flags, '--epochs', '3', '--width', '4', '5')
@@ -241,7 +332,11 @@ def test_threads_are_written_down_and_kept(tmp_path, monkeypatch):
     train_small(tmp_path / 'slurm', '--epochs', '1', '--prepare')  # each task has its own number
     assert '\nthreads = 0 ' in (tmp_path / 'slurm' / 'global_settings.py').read_text()
     resume(tmp_path / 'slurm')
-    assert load_checkpoint(tmp_path / 'slurm' / 'CONV-3-4' / 'model.pt', 'cpu')['threads'] == torch.get_num_threads() == 2
+    assert (
+        load_checkpoint(tmp_path / 'slurm' / 'CONV-3-4' / 'model.pt', 'cpu')['threads']
+        == torch.get_num_threads()
+        == 2
+    )
     monkeypatch.setattr(train, 'TORCH_THREADS', 1)
     resume(tmp_path / 'slurm', '--epochs', '2')
     assert torch.get_num_threads() == 2
@@ -253,19 +348,80 @@ def test_threads_are_written_down_and_kept(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------------
 
 TINY = ('--train-samples', '320', '--epochs', '3')  # 10 steps an epoch
-CHANNELS = '--density 0.3 --initial-mask erk --regrow random --regrow-every 3 --channel-sparsity 0.5'
+CHANNELS = (
+    '--density 0.3 --initial-mask erk --regrow random --regrow-every 3 --channel-sparsity 0.5'
+)
 KINDS = {
-    'dense': (*TINY, '--layers-every', '2', '--eval-every', '2', '--snapshot-every', '1', '--checkpoint-every', '2'),
-    'target rounds': (*TINY[:2], *'--epochs 5 --target-loss 0.1002 --eval-every 9 --prune-rounds 2'.split()),
-    'target': (*TINY[:2], *'--epochs 7 --target-loss 0.1002 --eval-every 9 --measures-every 4 --snapshot-every 1'.split()),
+    'dense': (
+        *TINY,
+        '--layers-every',
+        '2',
+        '--eval-every',
+        '2',
+        '--snapshot-every',
+        '1',
+        '--checkpoint-every',
+        '2',
+    ),
+    'target rounds': (
+        *TINY[:2],
+        *'--epochs 5 --target-loss 0.1002 --eval-every 9 --prune-rounds 2'.split(),
+    ),
+    'target': (
+        *TINY[:2],
+        *'--epochs 7 --target-loss 0.1002 --eval-every 9 --measures-every 4 --snapshot-every 1'.split(),
+    ),
     'batch norm': (*TINY, '--network', 'CONVBN', '--normalization', 'batch', '--layers-every', '1'),
-    'rounds': (*TINY, '--prune-rounds', '2', '--rewind-epoch', '1', '--layers-every', '3', '--snapshot-every', '1'),
-    'fine-tuning': (*TINY, '--prune-rounds', '1', '--prune-fraction', '0.8', '--rewind-epoch', '-1', '--checkpoint-every', '5'),
-    'gradient': (*TINY, *'--density 0.2 --initial-mask erk --regrow gradient --regrow-every 4 --snapshot-every 1'.split()),
-    'a step an epoch': (*TINY, '--density', '0.2', '--initial-mask', 'erk', '--regrow', 'gradient', '--batch-size', '9999'),
+    'rounds': (
+        *TINY,
+        '--prune-rounds',
+        '2',
+        '--rewind-epoch',
+        '1',
+        '--layers-every',
+        '3',
+        '--snapshot-every',
+        '1',
+    ),
+    'fine-tuning': (
+        *TINY,
+        '--prune-rounds',
+        '1',
+        '--prune-fraction',
+        '0.8',
+        '--rewind-epoch',
+        '-1',
+        '--checkpoint-every',
+        '5',
+    ),
+    'gradient': (
+        *TINY,
+        *'--density 0.2 --initial-mask erk --regrow gradient --regrow-every 4 --snapshot-every 1'.split(),
+    ),
+    'a step an epoch': (
+        *TINY,
+        '--density',
+        '0.2',
+        '--initial-mask',
+        'erk',
+        '--regrow',
+        'gradient',
+        '--batch-size',
+        '9999',
+    ),
     'channels': (*TINY, *CHANNELS.split()),
     'channels, gradient': (*TINY, *CHANNELS.replace('random', 'gradient').split()),
-    'random': (*TINY, '--density', '0.2', '--initial-mask', 'random', '--regrow', 'random', '--regrow-every', '3'),
+    'random': (
+        *TINY,
+        '--density',
+        '0.2',
+        '--initial-mask',
+        'random',
+        '--regrow',
+        'random',
+        '--regrow-every',
+        '3',
+    ),
     'crop': (*TINY, '--augment', 'crop', '--layers-every', '2'),
 }
 
@@ -278,8 +434,16 @@ def test_a_kill_at_any_moment_changes_nothing(tmp_path, kill_at, kind):
     (network,) = (path.name for path in whole.iterdir() if path.is_dir())
     chance = random.Random(kind)
     for name in chance.sample(names * 2, 2 * len(names)):
-        arguments = ('--resume',) if (folder / 'global_settings.py').exists() else (*SMALL, *KINDS[kind])
-        kill_at(name, chance.randint(1, 12 if name == 'step' else 4), *arguments, '--results-path', folder)
+        arguments = (
+            ('--resume',) if (folder / 'global_settings.py').exists() else (*SMALL, *KINDS[kind])
+        )
+        kill_at(
+            name,
+            chance.randint(1, 12 if name == 'step' else 4),
+            *arguments,
+            '--results-path',
+            folder,
+        )
     kill_at(None, 0, '--results-path', folder, '--resume')
     assert same(whole, folder, network)
     network += '/model.pt'
@@ -320,8 +484,13 @@ def test_a_signal_at_any_moment_changes_nothing(tmp_path, monkeypatch, kind):
             kept = load_checkpoint(path, 'cpu')
             if kept['place']:
                 round_, epoch = kept['place']
-                snapshot = load_checkpoint(tmp_path / 'whole' / 'CONV-3-4' / 'snapshots' / f'{round_}-{epoch}.pt', 'cpu')
-                assert all((kept['network'][name] == weight).all() for name, weight in snapshot['network'].items())
+                snapshot = load_checkpoint(
+                    tmp_path / 'whole' / 'CONV-3-4' / 'snapshots' / f'{round_}-{epoch}.pt', 'cpu'
+                )
+                assert all(
+                    (kept['network'][name] == weight).all()
+                    for name, weight in snapshot['network'].items()
+                )
     assert 4 < len(lives) < 60 and same(tmp_path / 'whole', tmp_path / 'run')
 
 
@@ -347,33 +516,49 @@ def test_a_stop_before_the_first_step_keeps_the_place(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, 'check_stop', stop)
     status, _, _ = main('--results-path', tmp_path / 'run', '--resume', '--epochs', '2')
-    assert status == 143 and load_checkpoint(tmp_path / 'run' / 'CONV-3-4' / 'model.pt', 'cpu')['place'] == [0, 1]
+    assert status == 143 and load_checkpoint(tmp_path / 'run' / 'CONV-3-4' / 'model.pt', 'cpu')[
+        'place'
+    ] == [0, 1]
 
 
 @pytest.mark.parametrize('kind', ['dense', 'rounds', 'fine-tuning'])
 def test_a_checkpoint_says_which_row_its_weights_are_those_of(tmp_path, kill_at, kind):
     """Wherever the run is killed, --evaluate measures what is logged of that epoch, or nothing."""
-    names, folder = kill_at(None, 0, *SMALL, *KINDS[kind], '--results-path', tmp_path / 'whole'), tmp_path / 'run'
+    names, folder = (
+        kill_at(None, 0, *SMALL, *KINDS[kind], '--results-path', tmp_path / 'whole'),
+        tmp_path / 'run',
+    )
     for count in range(2, names.count('save') + 1, 2):  # after each save
         kill_at('save', count, *SMALL, *KINDS[kind], '--results-path', folder)
         kill_at(None, 0, '--results-path', folder, '--evaluate')
         tables = [folder / 'CONV-3-4' / f'{name}.csv' for name in ('metrics', 'evaluation')]
         tables = [numbers(table) if table.exists() else [] for table in tables]
         logged, measured = ({tuple(line[:2]): line for line in table} for table in tables)
-        assert all(logged.get(key, line[:-2]) == line[:-2] for key, line in measured.items())  # without delta and gamma
+        assert all(
+            logged.get(key, line[:-2]) == line[:-2] for key, line in measured.items()
+        )  # without delta and gamma
         shutil.rmtree(folder)
 
 
 def test_augmentation_is_of_training_alone(tmp_path, uninterrupted, monkeypatch):
     """Steps see crops, another of each image in every epoch; the order of the samples and what is measured stay."""
     train_small(tmp_path / 'run', '--augment', 'crop', '--epochs', '2')
-    augmented, plain = (numbers(path / 'CONV-3-4' / 'metrics.csv') for path in (tmp_path / 'run', uninterrupted))
-    assert augmented[1] == plain[1] and augmented[2] != plain[2]  # row 0 is of the untrained network
+    augmented, plain = (
+        numbers(path / 'CONV-3-4' / 'metrics.csv') for path in (tmp_path / 'run', uninterrupted)
+    )
+    assert (
+        augmented[1] == plain[1] and augmented[2] != plain[2]
+    )  # row 0 is of the untrained network
 
-    settings, dataset = settings_of(augment='crop', dataset_name='digits', width=4), load_dataset('digits', 'nowhere')
+    settings, dataset = (
+        settings_of(augment='crop', dataset_name='digits', width=4),
+        load_dataset('digits', 'nowhere'),
+    )
     (tmp_path / 'net').mkdir()
     run, seen = train.Run(settings, dataset, tmp_path / 'net', torch.device('cpu')), []
-    plain = train.Run(settings_of(dataset_name='digits', width=4), dataset, tmp_path / 'net', torch.device('cpu'))
+    plain = train.Run(
+        settings_of(dataset_name='digits', width=4), dataset, tmp_path / 'net', torch.device('cpu')
+    )
     run.net.register_forward_pre_hook(lambda net, inputs: seen.append(inputs[0]))
     for epoch in (1, 2):
         for state in (run.state, plain.state):
@@ -395,15 +580,23 @@ def test_rounds_are_logged_from_the_pruned_network_on(tmp_path):
     weights = 4 * 4 + 2 * 4 * 4 * 4 + 100 * 10
     left = [weights, weights - round(0.2 * weights)]
     left.append(left[1] - round(0.2 * left[1]))
-    assert table['density'] == pytest.approx([left[int(number)] / weights for number in table['round']], rel=1e-12)
+    assert table['density'] == pytest.approx(
+        [left[int(number)] / weights for number in table['round']], rel=1e-12
+    )
     figures = {path.name for path in (tmp_path / 'run').glob('*.p[nd][gf]')}
-    assert figures == {f'{name}.{suffix}' for name in ('figure', 'bounds', 'density', 'layers') for suffix in ('png', 'pdf')}
+    assert figures == {
+        f'{name}.{suffix}'
+        for name in ('figure', 'bounds', 'density', 'layers')
+        for suffix in ('png', 'pdf')
+    }
 
 
 def test_a_density_of_1_is_the_dense_network(tmp_path, uninterrupted):
     train_small(tmp_path / 'run', '--density', '1', '--initial-mask', 'erk')
     assert same(tmp_path / 'run', uninterrupted)
-    train_small(tmp_path / 'rounds', '--prune-rounds', '1', '--epochs', '6')  # masks of ones until the first pruning
+    train_small(
+        tmp_path / 'rounds', '--prune-rounds', '1', '--epochs', '6'
+    )  # masks of ones until the first pruning
     path = 'CONV-3-4/metrics.csv'
     assert numbers(tmp_path / 'rounds' / path)[: 1 + 7] == numbers(uninterrupted / path)
 
@@ -437,15 +630,24 @@ def test_layers_logged_before_there_were_probes(tmp_path):
     checkpoint = load_checkpoint(path, 'cpu')
     state = checkpoint['state']
     kept = state.pop('layer_columns').index(PROBES[0])
-    state['layer_lines'] = [','.join(line.split(',')[:kept]) + '\n' for line in state['layer_lines']]
+    state['layer_lines'] = [
+        ','.join(line.split(',')[:kept]) + '\n' for line in state['layer_lines']
+    ]
     save_checkpoint(path, checkpoint)
     resume(tmp_path / 'run', '--epochs', '4')
     after = read_layers(tmp_path / 'run' / 'CONV-3-4' / 'layers.csv')
     assert after['epoch'].tolist() == [epoch for epoch in (0, 2, 4) for _ in range(5)]
     for number, (column, values) in enumerate(before.items()):
         earlier = after[column][:10]
-        assert np.array_equal(earlier, values, equal_nan=True) if number < kept else np.isnan(earlier).all()
-    assert np.isfinite(after['test_probe_error'][10:14]).all() and np.isfinite(after['nc1'][10:14]).all()
+        assert (
+            np.array_equal(earlier, values, equal_nan=True)
+            if number < kept
+            else np.isnan(earlier).all()
+        )
+    assert (
+        np.isfinite(after['test_probe_error'][10:14]).all()
+        and np.isfinite(after['nc1'][10:14]).all()
+    )
 
 
 def test_the_seconds_of_a_row_that_is_taken_back_are_kept(tmp_path):
@@ -470,7 +672,10 @@ def test_resume_to_more_epochs_takes_back_certificates(tmp_path, monkeypatch):
     resume(tmp_path / 'run', '--epochs', '6')
     assert same(tmp_path / 'run', tmp_path / 'whole')
     certified = read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')['pac_bayes_error']
-    assert np.flatnonzero(certified == 0.5).tolist() == [2, 4, 6] and np.isnan(certified[[0, 1, 3, 5]]).all()
+    assert (
+        np.flatnonzero(certified == 0.5).tolist() == [2, 4, 6]
+        and np.isnan(certified[[0, 1, 3, 5]]).all()
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -479,11 +684,19 @@ def test_resume_to_more_epochs_takes_back_certificates(tmp_path, monkeypatch):
 
 
 def test_report_shows_what_fits_most_wanted_first():
-    row = {'test_error': 0.1, 'train_error': 0.05, 'generalization_gap': 0.05, 'pac_bayes_error': 0.4, 'our_bound': 8.0}
+    row = {
+        'test_error': 0.1,
+        'train_error': 0.05,
+        'generalization_gap': 0.05,
+        'pac_bayes_error': 0.4,
+        'our_bound': 8.0,
+    }
     row |= {column: float('nan') for column in BOUNDS if column not in row}
     assert train.report(row) == 'test 0.1000 A 0.4000 train 0.0500 gap +0.0500 ours 2^3.0'
     for width in range(-20, 60):
-        assert len(train.report(row, width)) <= max(width, 0) and train.report(row).startswith(train.report(row, width))
+        assert len(train.report(row, width)) <= max(width, 0) and train.report(row).startswith(
+            train.report(row, width)
+        )
 
 
 def on_a_terminal(columns, *arguments):
@@ -507,7 +720,9 @@ def on_a_terminal(columns, *arguments):
 
 
 def test_a_long_name_on_a_narrow_terminal(tmp_path):
-    text = on_a_terminal(60, '--label-noise', 0, 0.1, '--epochs', '1', '--results-path', tmp_path / 'run')
+    text = on_a_terminal(
+        60, '--label-noise', 0, 0.1, '--epochs', '1', '--results-path', tmp_path / 'run'
+    )
     assert 'CONV-3-4-label_noise0.1' in text and 'Traceback' not in text
 
 
@@ -530,7 +745,16 @@ def test_progress_bar_on_a_terminal(tmp_path, columns):
 
 def test_paper_run_learns_mnist(tmp_path, mnist):
     """Width 4 and one epoch: enough to see the real files go through the program."""
-    flags = ('--width', '4', '--epochs', '1', '--certify-every', '0', '--results-path', tmp_path / 'run')
+    flags = (
+        '--width',
+        '4',
+        '--epochs',
+        '1',
+        '--certify-every',
+        '0',
+        '--results-path',
+        tmp_path / 'run',
+    )
     status, stdout, stderr = run(*flags, cwd=ROOT, timeout=600)
     assert (status, stderr) == (0, '') and 'MNIST, 60000 training and 10000 test images' in stdout
     assert read_metrics(Path(tmp_path, 'run', 'CONV-3-4', 'metrics.csv'))['test_error'][-1] < 0.12

@@ -1,0 +1,1 @@
+"""Studies of trained networks: python -m studies.NAME --help."""

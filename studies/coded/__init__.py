@@ -1,0 +1,1 @@
+"""Coded networks, whose error is proven: python -m studies.coded --help."""

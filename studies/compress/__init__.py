@@ -1,0 +1,1 @@
+"""Narrower networks: python -m studies.compress --help."""
