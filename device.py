@@ -74,7 +74,7 @@ def describe_machine(device):
     else:
         model = re.search(r'model name\s*: (.*)', _cpu_info())
         processor = f'{model[1] if model else "CPU"}, {torch.backends.cpu.get_cpu_capability()}'
-    return {'processor': processor, 'threads': torch.get_num_threads(), 'torch': torch.__version__}
+    return {'processor': processor, 'threads': torch.get_num_threads(), 'torch': str(torch.__version__)}
 
 
 def graphed(step, batch_size, device):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from conf import BadInput, load_launch, locked, read_layers, rows_of, write_file
+from conf import BadInput, load_launch, read_layers, rows_of, write_file
 from evaluation import is_finished, last_epoch
 from measures.representations import effective_depth
 from panels import (

@@ -212,14 +212,11 @@ def load_checkpoint(path, device='cpu'):
         return checkpoint
     except OSError:
         raise
-    except Exception as error:  # torch raises whatever a damaged or hostile file leads it to
-        reason = str(error).partition('\n')[0]
-        advice = (
-            'move the file away'
-            if path.name != 'model.pt'
-            else f'move {path.parent} away and train again'
-        )
-        raise BadInput(f'{path}: damaged, or not a checkpoint ({reason}); {advice}') from None
+    except Exception:  # torch raises whatever a damaged or hostile file leads it to
+        advice = 'move the file away'
+        if path.name == 'model.pt':
+            advice = f'move {path.parent} away to train this network again'
+        raise BadInput(f'{path}: damaged, or not a checkpoint; {advice}') from None
 
 
 def check_origin(path, checkpoint, settings, data, free=FREE):

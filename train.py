@@ -514,10 +514,8 @@ def draw_figures(folder):
 def plot(folder):
     try:
         import figures
-    except ImportError:
-        raise BadInput(
-            'no figure, since matplotlib is not installed: pip install matplotlib'
-        ) from None
+    except ModuleNotFoundError as error:
+        raise BadInput(f'no figure: {error}; pip install {error.name}') from None
     paths = figures.draw(folder)
     if not paths:
         print(f'{folder}: nothing is logged yet, so there is no figure')
