@@ -449,7 +449,7 @@ def check_options(options, flags):
         raise BadInput(f"--{existing[0]} reads the folder's own settings; leave --settings out")
     if flags and (options.plot or options.status):
         raise BadInput(f'--{existing[0]} takes no setting; leave --{next(iter(flags))} out')
-    if flags and options.run is not None:
+    if flags and options.resume and options.run is not None:
         raise BadInput('a setting cannot change with --run; give it to the whole sweep')
     if options.prepare and options.run is not None:
         raise BadInput('--prepare makes the folder of a whole sweep; leave --run out')

@@ -1,6 +1,7 @@
-"""The recipe of the paper's released code, where it differs from the paper's table (docs/released_code.md).
+"""The recipe of the paper's released code, where it differs from the table (docs/released_code.md).
 
-Its scheduler is stepped before an epoch, so its decays at 60, 100 and 300 act one epoch earlier than milestones here.
+Its scheduler is stepped before an epoch, so that its decays at 60, 100 and 300 act one epoch earlier
+than milestones here.
 """
 
 normalize = True  # there: mean 0.1307, std 0.3081
