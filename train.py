@@ -352,7 +352,8 @@ def check_run(settings, folder):
     if folder:
         path = folder / settings.name
         if (path / 'model.pt').exists():
-            records.load_run(path / 'model.pt', settings, fingerprint(dataset), 'cpu')
+            with records.lock(path):
+                records.load_run(path / 'model.pt', settings, fingerprint(dataset), 'cpu')
         elif any(path.glob('*.csv')):
             advice = f'to train it again: --settings {folder}/global_settings.py'
             raise BadInput(f'{path}: has results and no model.pt to resume; {advice}')

@@ -1,4 +1,4 @@
-"""The first figure of Galanti, Galanti and Ben-Shaul (TMLR 2023): CONVBN-L-400 on CIFAR10; on a GPU.
+"""Figure 1 of Galanti, Galanti and Ben-Shaul (TMLR 2023): CONVBN-L-400 on CIFAR10, on a GPU.
 
 Its README has a rate of 0.1, times 0.1 after epochs 60, 120 and 160 of 500, the defaults here. Its
 code, at the jumps of that figure's curves, has other steps: times 0.2 from epochs 60, 100 and 200

@@ -1,8 +1,8 @@
 """Every knob of the experiment, with the values of the paper's CONV-L-H experiments on MNIST.
 
-Any knob but the folders, milestones, device, threads and jobs may be a list: `depth = [3, 4, 5]` and
-`width = [200, 600, 1000]` train the nine networks of the product. A settings file wins over this
-file, and a flag of train.py over both.
+Any knob but the folders, milestones, device, threads and jobs may be a list: `depth = [3, 4, 5]`
+and `width = [200, 600, 1000]` train the nine networks of the product. A settings file wins over
+this file, and a flag of train.py over both.
 """
 
 # Data
