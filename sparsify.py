@@ -344,11 +344,10 @@ def dense_gradients(layers, batch_loss):
     before = [mask.clone() for mask in masks]
     for mask in masks:
         mask.fill_(True)
-    try:
-        return torch.autograd.grad(batch_loss(), [free_weight(layer) for layer in layers])
-    finally:
-        for mask, values in zip(masks, before):
-            mask.copy_(values)
+    gradients = torch.autograd.grad(batch_loss(), [free_weight(layer) for layer in layers])
+    for mask, values in zip(masks, before):
+        mask.copy_(values)
+    return gradients
 
 
 def living_channels(readers, channel_sparsity, done):
