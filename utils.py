@@ -7,10 +7,10 @@ import numpy as np
 from conf import BadInput
 from measures.norms import NotCovered, log_product, margin_error, measure_network, product
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Formulas of bounds on err_P(f) - err_S^gamma(f). Each is a function of the two tables, delta and gamma. The words before
 # the first colon of its docstring name it in the figure; where it is logged and plotted follows from its entry in BOUNDS.
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def tail(norm, m, delta):
