@@ -143,7 +143,7 @@ def measure_masks(net):
 def _measure_mask(layer, readers, layers):
     weight, kept = _filters(layer), _kept(layer)
     dead = weight.eq(0).flatten(1).all(1)
-    if readers and None not in readers:
+    if len(dead) and readers and None not in readers:
         dead |= ~torch.stack([reads(layers[reader], len(dead)) for reader in readers]).any(0)
     return {
         'density': int(kept.count_nonzero()) / kept.numel() if kept.numel() else math.nan,

@@ -297,7 +297,7 @@ def rescale_neurons(net, factors):
     steps, net = _used_once(net), plain_copy(net)
     for index, step in enumerate(steps):
         way = channel_readers(steps, index) if step.op[0] in LAYERS else None
-        if way is None:
+        if way is None or not channels(step):
             continue
         passed, readers = way
         # A sum has channels of others in it, and what reaches the output has no reader to undo the
