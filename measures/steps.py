@@ -198,10 +198,13 @@ def _trace(net):
             'global forward hooks (register_module_forward_hook) can change what modules compute; '
             'remove them'
         )
-    reasons = [
-        (named(name, module), _module_obstacle(module)) for name, module in net.named_modules()
-    ]
-    obstacles = [(what, reason) for what, reason in reasons if reason]
+    obstacles = []
+    for name, module in net.named_modules():
+        # What is traced are the classes of the network and of the modules that it is made of.
+        fixed = module is net or _Tracer().is_leaf_module(module, name)
+        reason = _module_obstacle(module, fixed)
+        if reason:
+            obstacles.append((named(name, module), reason))
     if obstacles:
         raise NotCovered(_listed(obstacles))
     try:
@@ -230,8 +233,8 @@ def _name(node):
     return getattr(node.target, '__name__', node.target)
 
 
-def _module_obstacle(module):
-    """Why a module may compute something else than its type says, or None."""
+def _module_obstacle(module, fixed):
+    """Why a module may compute something else than what is traced of it, or None."""
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return ' is a wrapper: pass the network in it, its .module'
     if hasattr(module, '_orig_mod'):
@@ -254,7 +257,7 @@ def _module_obstacle(module):
             own |= type(module).forward is not kind.forward
             convolves = getattr(type(module), '_conv_forward', None)
             own |= convolves is not getattr(kind, '_conv_forward', None)
-    if own and _Tracer().is_leaf_module(module, ''):
+    if own and fixed:
         return ' has a forward pass of its own, which is not covered'
     return None
 

@@ -155,7 +155,9 @@ def _chain(net, steps, bias_free=False):
         kind, *how = step.op
         reason = step.obstacle
         if step.inputs != (number,):
-            reason = ': does not read the layer before it alone; skip connections are not covered'
+            reason = reason or (
+                ': does not read the layer before it alone; skip connections are not covered'
+            )
         elif kind in ('conv', 'linear'):
             if kind == 'conv' and (flat or how[3] != 1 or isinstance(how[1], str)):
                 reason = ': only ungrouped convolutions, padded with a number of zeros, are covered'

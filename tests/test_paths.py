@@ -570,7 +570,8 @@ def test_what_has_no_paths_is_refused_by_name(case):
     assert message in str(caught.value) and '\n' not in str(caught.value)
 
 
-# By enumerating 94,968, 159,276, 48,168 and 120,864 paths: l1 norm, l2 norm, sum of outputs on ones.
+# By enumerating 94,968, 159,276, 48,168 and 120,864 paths: l1 norm, l2 norm, sum of outputs on
+# ones.
 UNETS = [
     (nn.ConvTranspose2d(2, 2, 2, stride=2), 5288.80984133, 31.5253561126, -2.50476689569),
     (nn.ConvTranspose2d(2, 2, 3, 2, 1, 1), 7429.33571655, 34.3863393021, 2.82447077281),
