@@ -1,6 +1,6 @@
 """Sparse networks: masks at initialization, pruning rounds with rewinding, and regrowth.
 
-Every function depends on its arguments alone: what is random is drawn from generators keyed by the
+Every function depends only on its arguments: what is random is drawn from generators keyed by the
 seed and the round or step, so that a resumed run equals an uninterrupted one. Weights, masks and
 momentum change in place, since a captured CUDA graph keeps their addresses. The masks are buffers
 of the network, so its checkpoints hold them.
