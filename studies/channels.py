@@ -7,14 +7,15 @@ prints a table of the sweep. The weights of each network without its dead channe
 its model.pt is, and otherwise come from export.csv in the sweep's folder.
 """
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
+from conf import load_launch, run_program
 from measures.masks import drop_dead
-from records import load_network, read_layers, read_metrics
-from studies.interim import load_launch, run_program, write_table
+from records import load_network, read_layers, read_metrics, write_table
 from studies.report import new_figure, plot_range, print_table, read_csv, save, study_parser
 
 NAMES = {'random': 'SET', 'gradient': 'RigL'}
@@ -108,4 +109,4 @@ def main(arguments=None):
 
 
 if __name__ == '__main__':
-    run_program(main)
+    sys.exit(run_program(main))

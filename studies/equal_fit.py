@@ -9,13 +9,13 @@ Prints the gaps of sparse networks less those of their dense ones, and the sign 
 measure along the density of each kind of mask and between masks of equal density.
 """
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
-from conf import BadInput
-from studies.interim import run_program
+from conf import BadInput, run_program
 from studies.ranking import (
     Pairs,
     gap,
@@ -137,4 +137,4 @@ def main(arguments=None):
 
 
 if __name__ == '__main__':
-    run_program(main)
+    sys.exit(run_program(main))

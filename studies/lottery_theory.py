@@ -9,13 +9,14 @@ inputs its teacher reads. Measured are the samples that it needs, how fast it ge
 far away.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from conf import ROOT
-from studies.interim import run_program, write_table
+from conf import ROOT, run_program
+from records import write_table
 from studies.report import new_figure, print_table, read_csv, save, study_parser
 
 SHIPPED = ROOT / 'results' / 'lottery_theory.csv'
@@ -200,4 +201,4 @@ def main(arguments=None):
 
 
 if __name__ == '__main__':
-    run_program(main)
+    sys.exit(run_program(main))

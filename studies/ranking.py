@@ -13,16 +13,17 @@ docs/ranking.md has the definitions. The networks come from the sweep's summary.
 
 import collections
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 
-from conf import BadInput
+from conf import BadInput, load_launch, run_program
 from datasets import DATASETS
-from evaluation import at_target, finished
-from studies.interim import load_launch, run_program, write_table
+from evaluation import at_target, is_finished
+from records import write_table
+from studies.interim import varied
 from studies.report import new_figure, print_table, read_csv, save, study_parser
-from summary import varied
 
 LEAST_NETWORKS, LEAST_KNOBS = 20, 2
 LEAST_SIZE = 2  # of an environment: (sum w)^2 / sum w^2 over its pairs
@@ -250,7 +251,7 @@ def rank_networks(folder):
     last = {settings.name: (settings, row) for settings, row in read_rows(folder)}
     networks = []
     for settings, row in last.values():
-        if not finished(settings, [row]):
+        if not is_finished(settings, [row]):
             continue
         if reached(settings, row):
             networks.append((settings, row))
@@ -360,4 +361,4 @@ def main(arguments=None):
 
 
 if __name__ == '__main__':
-    run_program(main)
+    sys.exit(run_program(main))

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
+from conf import Parser
+
 
 def study_parser(name, text, files=None):
     """The argument parser of `python -m studies.NAME`, with --out if it writes files."""
-    parser = argparse.ArgumentParser(
-        f'python -m studies.{name}',
-        description=text,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = Parser(f'python -m studies.{name}', text, formatter_class=as_written)
     if files:
         help = f'write {files} into this folder'
         parser.add_argument('--out', type=Path, metavar='DIR', help=help)

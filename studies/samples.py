@@ -5,14 +5,15 @@
 prints a table of launches of conf/samples.py, one per number of training images.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
 
+from conf import load_launch, run_program
 from records import read_metrics
-from studies.interim import load_launch, run_program
+from studies.interim import last_rows
 from studies.report import new_figure, plot_range, print_table, save, study_parser
-from summary import last_rows
 
 ERROR = 0.08
 
@@ -62,4 +63,4 @@ def main(arguments=None):
 
 
 if __name__ == '__main__':
-    run_program(main)
+    sys.exit(run_program(main))

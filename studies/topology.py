@@ -10,20 +10,21 @@ imdb and weighted_gap of measures.masks.topology, and of weighted_gap over imdb'
 distance is the Euclidean one to the coordinates of the dense network at initialization.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import sparsify
-from conf import ROOT, load_settings
+import train
+from conf import ROOT, load_settings, run_program
 from measures.masks import measure_masks, topology
 from measures.norms import measure_network
 from measures.paths import path_norm
 from measures.trace import weight_layers
 from models import get_network
-from records import load_checkpoint, read_metrics
-from studies.interim import load_data, run_program, train_network, write_table
+from records import load_checkpoint, load_data, lock, read_metrics, write_table
 from studies.report import new_figure, print_table, read_csv, save, study_parser
 
 SHIPPED = ROOT / 'results' / 'topology'
@@ -86,7 +87,9 @@ def measure(net, shape, origin):
 
 def measure_run(settings, dataset, folder):
     """Trains one network in `folder`. Returns {measure: value}, under its first and last mask."""
-    train_network(settings, dataset, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder):
+        train.train(settings, dataset, folder)
     torch.manual_seed(settings.seed)
     net = get_network(settings, dataset.input_shape, dataset.num_classes)
     origin = coordinates(net)
@@ -94,7 +97,7 @@ def measure_run(settings, dataset, folder):
     found, round_ = {}, settings.prune_rounds
     for when, epoch in (('start', 0), ('end', EPOCHS)):
         snapshot = folder / 'snapshots' / f'{round_}-{epoch}.pt'
-        net.load_state_dict(load_checkpoint(snapshot, 'cpu')['network'])
+        net.load_state_dict(load_checkpoint(snapshot)['network'])
         if round_ and epoch == 0:
             # The snapshot has the pruned weights, and training starts with the rewound ones.
             sparsify.rewind(net, torch.optim.SGD(net.parameters()), dense)
@@ -204,4 +207,4 @@ def main(arguments=None):
 
 
 if __name__ == '__main__':
-    run_program(main)
+    sys.exit(run_program(main))
