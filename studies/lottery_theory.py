@@ -3,10 +3,10 @@
     python -m studies.lottery_theory [--out DIR]           the table of results/lottery_theory.csv
     python -m studies.lottery_theory --measure FILE.csv    measures it first: 3.5 minutes of a core
 
-The setting of Zhang et al. (NeurIPS 2021, arXiv 2110.05667): a teacher f(x) = mean_j relu(w_j x) of K
-neurons of unit norm, each of which reads r of the D inputs, with x ~ N(0, I). The student knows which
-inputs its teacher reads. Measured are the samples that it needs, how fast it gets there, and from how
-far away.
+The setting of Zhang et al. (NeurIPS 2021, arXiv 2110.05667): a teacher f(x) = mean_j relu(w_j x)
+of K neurons of unit norm, each of which reads r of the D inputs, with x ~ N(0, I). The student
+knows which inputs its teacher reads. Measured are the samples that it needs, how fast it gets
+there, and from how far away.
 """
 
 import sys
@@ -81,7 +81,7 @@ def half(samples, shares):
 
 
 def steps_per_factor(r, samples):
-    """Steps in which the distance falls by e, from 0.05 to RECOVERED, without momentum; a median."""
+    """Median of the steps in which the distance falls by e, from 0.05 on, without momentum."""
     distances = learn(r, samples, 0.1, 0.0, 3000)
     steps = []
     for trial in distances.T:

@@ -4,10 +4,11 @@
     python -m studies.topology --train results/9    trains the 21 networks there (2 minutes of a
                                                     core); prints and draws what they give
 
-CONV-3-32 of stride 2 on 2,000 images of MNIST, with a fifth of the weights. The coordinates are those
-of Hoang et al. (NeurIPS 2023, "Don't just prune by magnitude!"): means over layers of ramanujan_gap,
-imdb and weighted_gap of measures.masks.topology, and of weighted_gap over imdb's subgraphs. The
-distance is the Euclidean one to the coordinates of the dense network at initialization.
+CONV-3-32 of stride 2 on 2,000 images of MNIST, with a fifth of the weights. The coordinates are
+those of Hoang et al. (NeurIPS 2023, "Don't just prune by magnitude!"): means over layers of
+ramanujan_gap, imdb and weighted_gap of measures.masks.topology, and of weighted_gap over imdb's
+subgraphs. The distance is the Euclidean one to the coordinates of the dense network at
+initialization.
 """
 
 import sys
@@ -116,7 +117,8 @@ def measure_all(folder):
         for seed in SEEDS:
             flags = KNOBS | {'density': 0.2, 'seed': seed} | knobs
             settings = load_settings(flags=flags)[1][0]
-            rows.append(measure_run(settings, load_data(settings), folder / f'{way}-{seed}'))
+            settings.name = f'{way}-{seed}'
+            rows.append(measure_run(settings, load_data(settings), folder / settings.name))
     shape = len(WAYS), len(SEEDS)
     return {name: np.array([row[name] for row in rows]).reshape(shape) for name in rows[0]}
 
