@@ -30,13 +30,12 @@ def read(folder):
         layers = read_layers(folder / run.name / 'layers.csv')
         metrics = read_metrics(folder / run.name / 'metrics.csv')
         hidden = (layers['layer'] > 0) & (layers['layer'] <= run.depth)
-        epochs, dead = layers['epoch'][hidden], layers['dead_channels'][hidden]
-        network = SimpleNamespace(
-            name=run.name,
-            error=metrics['test_error'][-1],
-            density=metrics['density'][-1],
-            channels={epoch: run.width - dead[epochs == epoch] for epoch in np.unique(epochs)},
-        )
+        channels = {}
+        for epoch in np.unique(layers['epoch']):
+            dead = layers['dead_channels'][hidden & (layers['epoch'] == epoch)]
+            channels[epoch] = run.width - dead
+        network = SimpleNamespace(name=run.name, channels=channels)
+        network.error, network.density = metrics['test_error'][-1], metrics['density'][-1]
         networks.setdefault((run.regrow, run.channel_sparsity), []).append(network)
     return networks
 

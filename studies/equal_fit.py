@@ -11,7 +11,6 @@ measure along the density of each kind of mask and between masks of equal densit
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -36,60 +35,64 @@ TEST_SIZE = 10000
 
 
 def read(folders):
-    """(networks, measures): of each network of summary.csv and each round its mask, density, the
-    knobs of SAME as `group`, and gap; and {measure: values}.
+    """The networks of summary.csv, those of every round.
 
     The first round of a ticket is the dense network, which stands for all kinds of masks.
+
+    Returns:
+        {'mask': kinds, 'density': values, 'group': values of the knobs in SAME}, gaps (N,), and
+        {measure: (N,)}.
     """
-    networks, rows = [], []
+    masks, densities, groups, networks = [], [], [], []
     for folder in folders:
         for settings, row in read_rows(folder):
             if not reached(settings, row):
                 raise BadInput(f'{folder}/{settings.name}: did not reach target_loss')
             density = min(DENSITIES, key=lambda value: abs(value - row['density']))
-            group = str([getattr(settings, knob) for knob in SAME])
-            masks = [settings.initial_mask]
+            kinds = [settings.initial_mask]
             if density == 1:
-                masks = list(COLORS)
+                kinds = list(COLORS)
             elif settings.initial_mask == 'none':
-                masks = ['tickets']
-            for mask in masks:
-                about = {'mask': mask, 'density': density, 'group': group}
-                networks.append(SimpleNamespace(**about, gap=gap(settings, row)))
-                rows.append((settings, row))
-    return networks, measures_of(rows)
+                kinds = ['tickets']
+            for mask in kinds:
+                masks.append(mask)
+                densities.append(density)
+                groups.append([getattr(settings, knob) for knob in SAME])
+                networks.append((settings, row))
+    gaps = np.array([gap(*network) for network in networks])
+    knobs = {'mask': np.array(masks), 'density': np.array(densities), 'group': groups}
+    return knobs, gaps, measures_of(networks)
 
 
-def excess_gaps(networks):
+def excess_gaps(knobs, gaps):
     """{(mask, density): gaps, each less that of the dense network of its group}."""
-    excess = {(mask, density): [] for mask in COLORS for density in DENSITIES}
-    for one in networks:
-        for dense in networks:
-            if (dense.mask, dense.group, dense.density) == (one.mask, one.group, 1):
-                excess[one.mask, one.density].append(one.gap - dense.gap)
+    dense, excess = {}, {(mask, density): [] for mask in COLORS for density in DENSITIES}
+    networks = list(zip(knobs['mask'], knobs['density'], map(str, knobs['group']), gaps))
+    for mask, density, group, value in networks:
+        if density == 1:
+            dense[mask, group] = value
+    for mask, density, group, value in networks:
+        excess[mask, density].append(value - dense[mask, group])
     return excess
 
 
-def errors_along(networks, measures):
+def errors_along(knobs, gaps, measures):
     """{kind: {measure: weighted sign error}} of the kinds of pairs of which some have weight.
 
     Both networks of a pair are of one group. They differ in density alone, for a kind named after
     their mask, or in the mask alone, for the kind 'mask'.
     """
-    names = 'mask', 'density', 'group'
-    knobs = {name: np.array([getattr(network, name) for network in networks]) for name in names}
-    gaps, errors = np.array([network.gap for network in networks]), {}
-    pairs = Pairs(knobs, gaps, TEST_SIZE)
+    pairs, errors = Pairs(knobs, gaps, TEST_SIZE), {}
     mask, density = knobs['mask'][pairs.i], knobs['density'][pairs.i]
     for kind in (*COLORS, 'mask'):
         if kind == 'mask':
             chosen = (pairs.knob == 0) & (density < 1)
         else:
             chosen = (pairs.knob == 1) & (mask == kind)
-        weights = pairs.weights[chosen]
+        i, j, weights = pairs.i[chosen], pairs.j[chosen], pairs.weights[chosen]
         print(f'{kind}: {len(weights)} pairs, {(weights > 0).sum()} with weight')
         if weights.any():
-            i, j, errors[kind] = pairs.i[chosen], pairs.j[chosen], {}
+            errors[kind] = {}
             for name, values in measures.items():
                 errors[kind][name] = weighted_mean(sign_errors(values, gaps, i, j), weights)
     return errors
@@ -118,17 +121,17 @@ def main(arguments=None):
     parser = study_parser('equal_fit', __doc__, 'equal_fit.png')
     parser.add_argument('folders', nargs='+', type=Path, help='results folders of the sweeps')
     options = parser.parse_args(arguments)
-    networks, measures = read(options.folders)
-    excess = excess_gaps(networks)
+    knobs, gaps, measures = read(options.folders)
+    excess = excess_gaps(knobs, gaps)
     rows = []
-    for (mask, density), gaps in excess.items():
+    for (mask, density), values in excess.items():
         if density < 1:
-            cell = f'{np.median(gaps):+.4f} ({min(gaps):+.4f} to {max(gaps):+.4f})'
-            larger = sum(gap > 0 for gap in gaps)
-            rows.append((mask, f'{density:g}', cell, f'{larger} of {len(gaps)}'))
+            cell = f'{np.median(values):+.4f} ({min(values):+.4f} to {max(values):+.4f})'
+            larger = sum(value > 0 for value in values)
+            rows.append((mask, f'{density:g}', cell, f'{larger} of {len(values)}'))
     gap_column = 'gap, less that of the dense network: median (range)'
     print_table(('mask', 'density', gap_column, 'larger'), rows)
-    errors = errors_along(networks, measures)
+    errors = errors_along(knobs, gaps, measures)
     names = sorted(measures, key=lambda name: np.mean([errors[kind][name] for kind in errors]))
     rows = [(name, *(f'{errors[kind][name]:.2f}' for kind in errors)) for name in names]
     print_table(('sign error along', *errors), rows)

@@ -115,15 +115,19 @@ def read(path):
     """{(measure, r, samples, distance): value} of a file that --measure wrote."""
     found = {}
     for row in read_csv(path):
-        place = row['measure'], int(row['r']), int(row['samples']), float(row['distance'])
-        found[place] = float(row['value'])
+        r, samples, distance, value = (float(row[name]) for name in HEADER[1:])
+        found[row['measure'], r, samples, distance] = value
     return found
 
 
 def tried(found, r):
     """The numbers of samples tried at a distance of 0.5, and the shares that recovered."""
-    shares = {n: share for (_, size, n, far), share in found.items() if (size, far) == (r, 0.5)}
-    return list(shares), list(shares.values())
+    samples, shares = [], []
+    for (_, size, number, distance), share in found.items():
+        if (size, distance) == (r, 0.5):
+            samples.append(number)
+            shares.append(share)
+    return samples, shares
 
 
 def curve(found, measure, numbers, distance):
