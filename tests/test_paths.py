@@ -3,8 +3,6 @@
 import copy
 import itertools
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ from measures.norms import classification_margins, measure_data, measure_network
 from measures.paths import measure_paths, path_magnitude, path_metric, path_norm, rescale_neurons
 from measures.trace import not_covered
 from models import get_network
-from studies import quantize
 
 
 class Residual(nn.Module):
@@ -1019,75 +1016,3 @@ def test_the_reason_why_bounds_do_not_cover_a_network():
     assert not_covered(NETWORKS['residual'](), SHAPE).startswith(
         'Sequential: 0 (Conv2d) has a bias'
     )
-
-
-def test_a_quantized_or_pruned_network_moves_by_less_than_the_path_metric(digits):
-    """docs/quantize.py, row by row; without biases on images in [0, 1], and with them on images larger than 1."""
-    torch.manual_seed(0)
-    biased = nn.Sequential(conv(1, 3, 2, bias=True), nn.LeakyReLU(0.1), nn.MaxPool2d(2, ceil_mode=True),
-                           nn.Flatten(), nn.Linear(48, 10))  # fmt: skip
-    bias_free = get_network(settings_of(depth=2, width=4), digits.input_shape, 10)
-    plain = nn.BatchNorm2d(
-        3, affine=False
-    )  # no parameters, and biases all the same, of its running means
-    plain.running_mean.fill_(-3)
-    folded = nn.Sequential(
-        nn.Conv2d(1, 3, 2, bias=False),
-        plain,
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(147, 10, bias=False),
-    )
-    for net, images in (
-        (bias_free, digits.test_images),
-        (biased, 3 * digits.test_images),
-        (folded, digits.test_images / 50),
-    ):
-        rows = list(quantize.measure(net, images, digits.test_labels))
-        assert [(words, level) for words, level, _ in rows] == [
-            (words, level) for words, (_, levels, _) in quantize.CHANGES.items() for level in levels
-        ]
-        for _, _, row in rows:
-            assert 0 < row['worst'] < row['metric'] and 0 < row['pair'] < row['metric']
-            assert row['stays_by_sum'] <= row['stays'] <= 1 - row['changed']
-        last = {words: row for words, _, row in rows}
-        assert last['fixed point, to nearest']['stays'] > 0.9 > last['magnitude pruning']['stays']
-
-
-def test_quantize_refuses_to_measure_no_images(tmp_path):
-    words = [sys.executable, '-m', 'studies.quantize', '--images', '0']
-    process = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
-    assert process.returncode == 1 and process.stderr == 'error: --images 0: must be at least 1\n'
-
-
-def test_quantize_writes_a_table_and_a_picture(tmp_path, monkeypatch, digits, capsys):
-    net = get_network(settings_of(depth=1, width=2), digits.input_shape, 10)
-    monkeypatch.setattr(quantize, 'load_network', lambda run: (net, None))
-    monkeypatch.setattr(quantize, 'get_inputs', lambda settings: (None, digits))
-    quantize.main('any', 20, tmp_path / 'my_quantize')
-    lines = (tmp_path / 'my_quantize.csv').read_text().splitlines()
-    assert (
-        len(lines) == 35
-        and lines[0].startswith('change,level,metric,pair,worst')
-        and (tmp_path / 'my_quantize.png').exists()
-    )
-    assert len(capsys.readouterr().out.splitlines()) == 35
-
-
-def test_levels_of_quantization():
-    weights = torch.tensor([-1.0, 0.3, 0.55, 0.0]).double()
-    nearest, to_zero = (
-        quantize.fixed_point(weights, 3, rounding) for rounding in (torch.round, torch.trunc)
-    )
-    torch.testing.assert_close(nearest, torch.tensor([-1, 1 / 3, 2 / 3, 0]).double())
-    torch.testing.assert_close(to_zero, torch.tensor([-1, 0, 1 / 3, 0]).double())
-    assert quantize.fixed_point(0 * weights, 3, torch.round).equal(0 * weights)
-    assert quantize.mantissa(weights, 2, torch.trunc).tolist() == [
-        -1,
-        0.25,
-        0.5,
-        0,
-    ]  # two significant bits
-    assert quantize.mantissa(weights, 2, torch.round).tolist() == [-1, 0.25, 0.5, 0]
-    assert quantize.mantissa(weights, 3, torch.round).tolist() == [-1, 0.3125, 0.5, 0]
-    assert quantize.pruned(weights, 50).tolist() == [-1, 0, pytest.approx(0.55), 0]
