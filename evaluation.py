@@ -15,7 +15,8 @@ from measures.norms import classification_margins, margin_error
 from measures.pac_bayes import COLUMNS as CERTIFICATES
 from measures.pac_bayes import certify, test_set_bound
 from measures.representations import measure_probes, measure_representations
-from measures.trace import ieee_float32, images_per_pass, not_covered, traced_once
+from measures.steps import traced_once
+from measures.trace import ieee_float32, images_per_pass, not_covered
 from models import get_network
 from utils import BOUNDS, evaluate_bounds
 
@@ -267,7 +268,7 @@ def evaluate_layers(net, dataset, round_, epoch, probes=False):
         for row, values in zip(rows[1:], masks):
             row |= values
     if not not_covered(net, dataset.input_shape):
-        for row, values in zip(rows[1:], sharing(net, dataset.train_images)):
+        for row, values in zip(rows[1:], sharing(net, dataset.input_shape)):
             row |= values
     return rows
 
@@ -275,6 +276,13 @@ def evaluate_layers(net, dataset, round_, epoch, probes=False):
 def rounded_up(bound, digits=4):
     """A bound rounded up to this number of decimals, so that it is still a bound."""
     return math.ceil(10**digits * bound) / 10**digits if math.isfinite(bound) else bound
+
+
+def power_of_2(bound):
+    """A bound as a text, 2^3.7, rounded up."""
+    if 0 < bound < math.inf:
+        return f'2^{rounded_up(math.log2(bound), 1):.1f}'
+    return f'{bound:g}'
 
 
 def report(row):
@@ -288,5 +296,5 @@ def report(row):
         names['path_bound'] = 'path'
     for column, name in names.items():
         if 0 < row.get(column, math.nan) < math.inf:
-            items.append(f'{name} 2^{rounded_up(math.log2(row[column]), 1):.1f}')
+            items.append(f'{name} {power_of_2(row[column])}')
     return ' '.join(items)
