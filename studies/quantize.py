@@ -15,7 +15,7 @@ import torch
 from conf import ROOT, BadInput, run_program
 from measures.paths import path_metric, path_norm
 from measures.steps import forward_steps
-from measures.trace import plain_copy
+from measures.trace import outputs, plain_copy
 from records import load_data, load_network, write_table
 from studies.report import new_figure, save, study_parser
 
@@ -49,10 +49,6 @@ CHANGES = {
     'significant bits, to zero': (mantissa, BITS, torch.trunc),
     'magnitude pruning': (pruned, (20, 25, 30, 40, 60, 80), None),
 }
-
-
-def outputs(net, images):
-    return torch.cat([net(part) for part in images.split(100)])
 
 
 def share(cases):

@@ -281,20 +281,26 @@ def rank_networks(folder):
 
 
 def show(rows, pairs, band):
-    """Prints the statistics over all knobs beside those of 95 % of random measures."""
+    """Prints each measure's statistics beside those of 95 % of random measures."""
     sure = (pairs.weights > 0).sum()
     print(f'{len(pairs.gaps)} networks, {len(pairs.i):,} pairs that differ in one knob,')
     print(f"{sure:,} of them by more than the test set's noise\n")
+    columns = ['mean', 'psi', 'tau', *(f'error_{knob}' for knob in pairs.knobs)]
     cells = []
     for row in rows:
-        numbers = [row[name] for name in ('mean', 'psi', 'tau', 'worst')]
-        cells.append((row['measure'], *(f'{number:.3f}' for number in numbers)))
+        cells.append((row['measure'], *(f'{row[column]:.3f}' for column in columns)))
     ranges = [f'{low:.3f} to {high:.3f}' for low, high in band.values()]
-    cells.append(('95 % of random measures', *ranges, ''))
-    print_table(('measure', 'mean', 'psi', 'tau', 'worst knob'), cells)
+    cells.append(('95 % of random measures', *ranges, *([''] * len(pairs.knobs))))
+    print_table(('measure', *columns), cells)
+    by_mean = [row['measure'] for row in rows if row['mean'] < band['mean'][0]]
+    by_psi = [row['measure'] for row in rows if row['psi'] > band['psi'][1]]
+    print(
+        f'\nBetter than the range of random measures by the mean: {", ".join(by_mean) or "none"};'
+    )
+    print(f'by psi: {", ".join(by_psi) or "none"}.')
     # The knobs are the independent evidence, however many pairs there are.
     count = len(pairs.knobs)
-    print(f'\nA measure is right along all {count} knobs by chance with probability 1/{2**count}.')
+    print(f'By chance a measure is right along all {count} knobs with probability 1/{2**count}.')
 
 
 def picture(rows, knobs, band):

@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, settings_of, train_small
+from conftest import ROOT, refused, settings_of, succeeds, train_small
 from torch import nn
 
-from conf import BadInput, load_launch, load_settings, settings_text
+from conf import load_launch, load_settings, settings_text
 from datasets import load_dataset
 from measures.paths import path_norm
 from measures.trace import plain_copy, weight_layers
@@ -82,9 +82,8 @@ def test_a_mistake_is_one_line():
         (lottery_theory, [], [8]),
     ],
 )
-def test_the_page_of_sparse_networks_quotes_the_shipped_files(study, folders, counts, capsys):
-    study.main(list(map(str, folders)))
-    printed = tables_in(capsys.readouterr().out)
+def test_the_page_of_sparse_networks_quotes_the_shipped_files(study, folders, counts):
+    printed = tables_in(succeeds(*folders, program=study.main))
     page = tables_in((ROOT / 'docs' / 'sparse.md').read_text())
     assert [len(page[header]) for header in printed] == counts
     for header, rows in printed.items():
@@ -103,10 +102,9 @@ def test_shipped_sweeps_are_complete(folder):
 
 
 @pytest.mark.pages
-def test_the_page_of_rankings_quotes_the_sparse_networks_at_equal_fit(capsys, tmp_path):
-    folders = [str(RESULTS / 'equal-fit' / name) for name in ('masks', 'tickets')]
-    equal_fit.main([*folders, '--out', str(tmp_path)])
-    printed = capsys.readouterr().out
+def test_the_page_of_rankings_quotes_the_sparse_networks_at_equal_fit(tmp_path):
+    folders = [RESULTS / 'equal-fit' / name for name in ('masks', 'tickets')]
+    printed = succeeds(*folders, '--out', tmp_path, program=equal_fit.main)
     excess, errors = tables_in(printed).values()
     page = ' '.join((ROOT / 'docs' / 'ranking.md').read_text().split())
     for mask in ('random', 'erk', 'tickets'):
@@ -128,12 +126,12 @@ def test_the_page_of_rankings_quotes_the_sparse_networks_at_equal_fit(capsys, tm
 # --- small sweeps ---
 
 
-def test_channels_of_a_sweep(tmp_path, capsys):
+def test_channels_of_a_sweep(tmp_path):
     flags = '--density 0.3 --initial-mask erk --regrow random gradient --regrow-every 3 --width 8'
     more = '--channel-sparsity 0.5 --train-samples 320 --epochs 2 --layers-every 2'
     train_small(tmp_path / 'run', *flags.split(), *more.split())
-    channels.main([str(tmp_path / 'run'), '--out', str(tmp_path)])
-    (rows,) = tables_in(capsys.readouterr().out).values()
+    printed = succeeds(tmp_path / 'run', '--out', tmp_path, program=channels.main)
+    (rows,) = tables_in(printed).values()
     assert [row[:2] for row in rows] == [('SET', '0.5'), ('RigL', '0.5')]
     exported = [row['weights'] for row in read_csv(tmp_path / 'export.csv')]
     for (_, _, error, density, left, weights), count in zip(rows, exported):
@@ -145,19 +143,19 @@ def test_channels_of_a_sweep(tmp_path, capsys):
     assert (tmp_path / 'channels.png').stat().st_size > 10000
 
 
-def test_samples_of_several_sweeps(tmp_path, capsys):
+def test_samples_of_several_sweeps(tmp_path):
     flags = '--epochs 1 --prune-rounds 2 --prune-fraction 0.5 --data-seed 0 1'
     for count in ('64', '96'):
         train_small(tmp_path / count, '--train-samples', count, *flags.split())
-    samples.main([str(tmp_path / '96'), str(tmp_path / '64')])
-    ((header, rows),) = tables_in(capsys.readouterr().out).items()
+    printed = succeeds(tmp_path / '96', tmp_path / '64', program=samples.main)
+    ((header, rows),) = tables_in(printed).items()
     assert header[:3] == ('density', '64 images', '96 images')
     assert [row[0] for row in rows] == ['1', '0.5', '0.25']
     errors, _ = samples.read([tmp_path / '96'])
     assert errors[96].shape == (2, 3) and rows[1][2] == f'{errors[96][:, 1].mean():.3f}'
 
 
-def test_the_comparative_bound_of_a_sweep(tmp_path, capsys):
+def test_the_comparative_bound_of_a_sweep(tmp_path):
     """S1 takes 2 layers of 3; S1 and S2 take 3 in the first draw, none suffices in the second."""
     sweep, runs = load_settings(ROOT / 'conf' / 'comparative.py', {'data_seed': [0, 1], 'depth': 3})
     (tmp_path / 'global_settings.py').write_text(settings_text(sweep, []))
@@ -173,10 +171,8 @@ def test_the_comparative_bound_of_a_sweep(tmp_path, capsys):
         (tmp_path / run.name).mkdir()
         (tmp_path / run.name / 'layers.csv').write_text(layers)
         (tmp_path / run.name / 'metrics.csv').write_text(metrics + '200,0.004,0.08,0.076\n')
-    comparative.main([str(tmp_path)])
-    lines = [line.split(':', 1)[1].strip() for line in capsys.readouterr().out.splitlines()[:-1]]
-    assert lines == [
-        '2 draws of (S1, S2), 2 networks each',
+    _, *lines, _ = succeeds(tmp_path, program=comparative.main).splitlines()
+    assert [line.split(':')[1].strip() for line in lines] == [
         '2 2',
         '3 inf',
         '1',
@@ -186,11 +182,9 @@ def test_the_comparative_bound_of_a_sweep(tmp_path, capsys):
         '0.004 on S1, 0.004 on both',
     ]
     (tmp_path / run.name / 'layers.csv').write_text(layers[: layers.index('200')])
-    with pytest.raises(BadInput, match='finish it with --resume'):
-        comparative.main([str(tmp_path)])
+    assert 'finish it with --resume' in refused(tmp_path, program=comparative.main)
     (tmp_path / 'global_settings.py').write_text(settings_text(sweep | {'width': [100, 200]}, []))
-    with pytest.raises(BadInput, match='also varies width'):
-        comparative.main([str(tmp_path)])
+    assert 'also varies width' in refused(tmp_path, program=comparative.main)
 
 
 # --- teacher and student ---
@@ -241,14 +235,14 @@ def test_correlations_of_ranks(first, second, correlation):
 
 @pytest.mark.long
 @pytest.mark.filterwarnings('ignore:Mean of empty slice')  # so small networks have no subgraphs
-def test_topology_trains_and_measures_ways_to_a_mask(tmp_path, monkeypatch, capsys):
+def test_topology_trains_and_measures_ways_to_a_mask(tmp_path, monkeypatch):
     small = {'dataset_name': 'digits', 'width': 8, 'stride': 1, 'train_samples': 64}
     knobs = topology.KNOBS | small | {'epochs': 1, 'eval_every': 1, 'snapshot_every': 1}
     ways = {name: topology.WAYS[name] for name in ('SNIP', 'magnitude', 'RigL')}
     for name, value in (('KNOBS', knobs), ('WAYS', ways), ('EPOCHS', 1), ('SEEDS', range(2))):
         monkeypatch.setattr(topology, name, value)
-    topology.main(['--train', str(tmp_path)])
-    errors, correlations = tables_in(capsys.readouterr().out).items()
+    printed = tables_in(succeeds('--train', tmp_path, program=topology.main))
+    errors, correlations = printed.items()
     assert len(errors[1]) == 3 and len(correlations[1]) == 14
     assert correlations[0] == ('measure', 'all 6', '3 means', 'within a way')
     assert (tmp_path / 'topology.png').stat().st_size > 10000
@@ -306,10 +300,11 @@ def test_a_changed_network_moves_by_less_than_the_path_metric(digits, make, scal
     assert last['fixed point, to nearest'] > 0.9 > last['magnitude pruning']
 
 
-def test_quantize_prints_and_writes_a_table_and_a_picture(tmp_path, capsys):
+def test_quantize_prints_and_writes_a_table_and_a_picture(tmp_path):
     train_small(tmp_path, '--depth', '1', '--width', '2', '--epochs', '1')
-    quantize.main([str(tmp_path / 'CONV-1-2'), '--images', '20', '--out', str(tmp_path)])
-    ((header, rows),) = tables_in(capsys.readouterr().out).items()
+    run = tmp_path / 'CONV-1-2', '--images', 20
+    printed = succeeds(*run, '--out', tmp_path, program=quantize.main)
+    ((header, rows),) = tables_in(printed).items()
     written = read_csv(tmp_path / 'quantize.csv')
     assert len(rows) == len(written) == 34 and tuple(written[0]) == header
     assert rows[33][2] == f'{float(written[33]["metric"]):.3g}'
