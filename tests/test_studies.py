@@ -119,7 +119,8 @@ def test_the_page_of_rankings_quotes_the_sparse_networks_at_equal_fit(tmp_path):
         ('wrong almost everywhere ({}, {} and {})', 'path_bound'),
     ):
         assert sentence.format(*errors[bound]) in page
-    assert errors['epochs'] == ['0.00'] * 3 and 'tickets: 72 pairs, 0 with weight' in printed
+    assert errors['epochs'] == ['0.00'] * 3
+    assert 'tickets: 72 pairs, 0 with weight' in printed
     assert (tmp_path / 'equal_fit.png').stat().st_size > 10000
 
 
@@ -135,11 +136,13 @@ def test_channels_of_a_sweep(tmp_path):
     assert [row[:2] for row in rows] == [('SET', '0.5'), ('RigL', '0.5')]
     exported = [row['weights'] for row in read_csv(tmp_path / 'export.csv')]
     for (_, _, error, density, left, weights), count in zip(rows, exported):
-        assert 0 < float(error[:5]) <= 1 and 0 < float(density[:-2]) < 31
+        assert 0 < float(error[:5]) <= 1
+        assert 0 < float(density[:-2]) < 31
         # Three layers of 2 x 2 kernels turn images of 8 x 8 into maps of 5 x 5.
         a, b, c = map(int, left.split('-'))
         assert 6 <= a + b + c <= 12
-        assert int(weights) == int(count) == 4 * (a + a * b + b * c) + 10 * 25 * c
+        size = 4 * (a + a * b + b * c) + 10 * 25 * c
+        assert int(weights) == int(count) == size
     assert (tmp_path / 'channels.png').stat().st_size > 10000
 
 
@@ -152,7 +155,9 @@ def test_samples_of_several_sweeps(tmp_path):
     assert header[:3] == ('density', '64 images', '96 images')
     assert [row[0] for row in rows] == ['1', '0.5', '0.25']
     errors, _ = samples.read([tmp_path / '96'])
-    assert errors[96].shape == (2, 3) and rows[1][2] == f'{errors[96][:, 1].mean():.3f}'
+    assert errors[96].shape == (2, 3)
+    mean = errors[96][:, 1].mean()
+    assert rows[1][2] == f'{mean:.3f}'
 
 
 def test_the_comparative_bound_of_a_sweep(tmp_path):
@@ -195,15 +200,19 @@ def test_a_sparse_student_needs_a_quarter_more_samples_than_weights():
     for r in (4, 8):
         tried = [round(ratio * lottery_theory.K * r) for ratio in (0.8, 1.1, 1.4, 1.7)]
         shares = [lottery_theory.recovered(r, samples, 0.5) for samples in tried]
-        assert shares[0] < 0.2 and shares[-1] > 0.8
-        assert 1 < lottery_theory.half(tried, shares) / (lottery_theory.K * r) < 2
+        assert shares[0] < 0.2
+        assert shares[-1] > 0.8
+        needed = lottery_theory.half(tried, shares)
+        assert 1 < needed / (lottery_theory.K * r) < 2
 
 
 def test_a_student_keeps_the_mask_of_its_teacher():
     generator = torch.Generator().manual_seed(1)
     teacher, student, mask, inputs = lottery_theory.draw_problem(3, 7, 0.5, generator)
-    assert (mask.sum(1) == 3).all() and inputs.shape == (20, 7, 50)
-    assert teacher.ne(0).equal(mask) and student.ne(0).equal(mask)
+    assert (mask.sum(1) == 3).all()
+    assert inputs.shape == (20, 7, 50)
+    assert teacher.ne(0).equal(mask)
+    assert student.ne(0).equal(mask)
     torch.testing.assert_close(teacher.norm(dim=1), torch.ones(20, 5).double())
     ratios = (student - teacher).norm(dim=(1, 2)) / teacher.norm(dim=(1, 2))
     torch.testing.assert_close(ratios, torch.full((20,), 0.5).double())
@@ -219,9 +228,9 @@ def test_coordinates_of_a_network():
         first.weight.copy_(torch.block_diag(2 * torch.ones(3, 5), torch.ones(2, 3)))
         second.weight.fill_(1.0)
     _, imdb, gap, gap_of_subgraphs = topology.coordinates(nn.Sequential(first, nn.ReLU(), second))
-    assert imdb == pytest.approx(np.mean([2 + math.sqrt(2), 2 + math.sqrt(3)]))
-    assert gap == pytest.approx(np.mean([2 * math.sqrt(15) - math.sqrt(6), math.sqrt(20)]))
-    assert gap_of_subgraphs == pytest.approx(np.mean([2 * math.sqrt(15), math.sqrt(20)]))
+    assert imdb == pytest.approx(2 + (2**0.5 + 3**0.5) / 2)
+    assert gap == pytest.approx((60**0.5 - 6**0.5 + 20**0.5) / 2)
+    assert gap_of_subgraphs == pytest.approx((60**0.5 + 20**0.5) / 2)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +252,8 @@ def test_topology_trains_and_measures_ways_to_a_mask(tmp_path, monkeypatch):
         monkeypatch.setattr(topology, name, value)
     printed = tables_in(succeeds('--train', tmp_path, program=topology.main))
     errors, correlations = printed.items()
-    assert len(errors[1]) == 3 and len(correlations[1]) == 14
+    assert len(errors[1]) == 3
+    assert len(correlations[1]) == 14
     assert correlations[0] == ('measure', 'all 6', '3 means', 'within a way')
     assert (tmp_path / 'topology.png').stat().st_size > 10000
 
@@ -294,7 +304,8 @@ def test_a_changed_network_moves_by_less_than_the_path_metric(digits, make, scal
         expected += [(name, level) for level in levels]
     assert [(row['change'], row['level']) for row in rows] == expected
     for row in rows:
-        assert 0 < row['worst'] < row['metric'] and 0 < row['pair'] < row['metric']
+        assert 0 < row['worst'] < row['metric']
+        assert 0 < row['pair'] < row['metric']
         assert row['stays_by_sum'] <= row['stays'] <= 1 - row['changed']
     last = {row['change']: row['stays'] for row in rows}
     assert last['fixed point, to nearest'] > 0.9 > last['magnitude pruning']
@@ -306,7 +317,8 @@ def test_quantize_prints_and_writes_a_table_and_a_picture(tmp_path):
     printed = succeeds(*run, '--out', tmp_path, program=quantize.main)
     ((header, rows),) = tables_in(printed).items()
     written = read_csv(tmp_path / 'quantize.csv')
-    assert len(rows) == len(written) == 34 and tuple(written[0]) == header
+    assert len(rows) == len(written) == 34
+    assert tuple(written[0]) == header
     assert rows[33][2] == f'{float(written[33]["metric"]):.3g}'
     assert (tmp_path / 'quantize.png').stat().st_size > 10000
 
