@@ -329,6 +329,6 @@ def test_levels_of_quantization():
         found = quantize.fixed_point(weights, 3, rounding)
         torch.testing.assert_close(found, torch.tensor([-1, third, half, 0]).double())
     assert quantize.fixed_point(0 * weights, 3, torch.round).equal(0 * weights)
-    assert quantize.mantissa(weights, 2, torch.trunc).tolist() == [-1, 0.25, 0.5, 0]
+    assert quantize.mantissa(weights, 3, torch.trunc).tolist() == [-1, 0.25, 0.5, 0]
     assert quantize.mantissa(weights, 3, torch.round).tolist() == [-1, 0.3125, 0.5, 0]
     assert quantize.pruned(weights, 50).tolist() == [-1, 0, pytest.approx(0.55), 0]
