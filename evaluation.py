@@ -13,8 +13,9 @@ from measures.landscape import MEASURES, measure_landscape
 from measures.masks import density, masked_density, measure_masks, sharing
 from measures.norms import classification_margins, margin_error
 from measures.pac_bayes import COLUMNS as CERTIFICATES
-from measures.pac_bayes import certify, test_set_bound
+from measures.pac_bayes import certify
 from measures.representations import measure_probes, measure_representations
+from measures.tails import test_set_bound
 from measures.trace import ieee_float32, images_per_pass, not_covered, traced_once
 from models import get_network
 from utils import BOUNDS, evaluate_bounds
@@ -224,7 +225,7 @@ def evaluate(net, settings, dataset, data, round_, epoch, delta=None, certificat
     row |= evaluate_bounds(net, data, margins, delta, settings.gamma, skip_uncovered=True)
     last = last_epoch(settings, epoch, train_loss)
     if certifies(settings, round_, epoch, last) and not not_covered(net, dataset.input_shape):
-        row |= certify(net, dataset.train_images, dataset.train_labels, delta, certificates)
+        row |= certify(net, dataset.train_images, dataset.train_labels, delta)
     row |= {'test_set_bound': test_set_bound(test_error, len(test_margins), settings.delta)}
     row |= {
         'masked_density': masked_density(net),

@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize
 
 from conf import BadInput
 from measures.norms import classification_margins, margin_error
+from measures.tails import binomial_inverse
 from measures.trace import evaluation_mode, ieee_float32, images_per_pass
-from studies.coded.message import binomial_inverse
 
 PROBE_SIZE = 2048  # coordinates that a linear probe reads at most of the maps of a layer
 PROBE_RIDGE = 1e-3  # lambda of a probe, as a share of the mean of H'H's diagonal

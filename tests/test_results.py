@@ -14,9 +14,9 @@ from conftest import ROOT, run, succeeds
 
 from datasets import DATASETS
 from measures.norms import measure_network
-from measures.pac_bayes import kl_inverse
 from measures.paths import path_norm
 from measures.representations import effective_depth
+from measures.tails import kl_inverse
 from records import folder_settings, load_network, read_layers, read_metrics
 from studies import certificate_parts
 from studies.compress.__main__ import load
