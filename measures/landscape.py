@@ -18,35 +18,26 @@ import torch
 from conf import BadInput
 from measures.norms import classification_margins, margin_error, product
 from measures.paths import path_metric, path_norm
-from measures.trace import evaluation_mode, plain_copy, weight_layers
+from measures.steps import evaluation_mode
+from measures.trace import effective_weights, outputs, plain_copy, weight_layers
 
 SHARPNESS_SAMPLES, SHARPNESS_DRAWS, SHARPNESS_RISE = 500, 5, 0.1
 
 
-def _weights(net):
-    with evaluation_mode(net):
-        return [layer.weight.detach().double() for layer in weight_layers(net).values()]
-
-
 def _moved(net, initial):
     """The Frobenius distance of each layer from its start."""
-    pairs = zip(_weights(net), _weights(initial), strict=True)
-    return [(weight - start).norm().item() for weight, start in pairs]
-
-
-@torch.no_grad()
-def _margins(net, images, labels):
-    return classification_margins(torch.cat([net(batch) for batch in images.split(100)]), labels)
+    weights, starts = effective_weights(net).values(), effective_weights(initial).values()
+    return [(weight - start).norm().item() for weight, start in zip(weights, starts, strict=True)]
 
 
 def living_weights(net, initial, images, labels):
     """The number of nonzero weights."""
-    return sum(weight.count_nonzero().item() for weight in _weights(net))
+    return sum(weight.count_nonzero().item() for weight in effective_weights(net).values())
 
 
 def weight_norm(net, initial, images, labels):
     """sqrt(sum_l ||W_l||_F^2)."""
-    return math.hypot(*(weight.norm().item() for weight in _weights(net)))
+    return math.hypot(*(weight.norm().item() for weight in effective_weights(net).values()))
 
 
 def distance(net, initial, images, labels):
@@ -61,8 +52,7 @@ def distance_product(net, initial, images, labels):
 
 def margin_10(net, initial, images, labels):
     """The 10 % quantile of the training margins, with its sign."""
-    with evaluation_mode(net):
-        return _margins(net, images, labels).quantile(0.1).item()
+    return classification_margins(outputs(net, images), labels).quantile(0.1).item()
 
 
 def path_norm_2(net, initial, images, labels):
@@ -104,18 +94,18 @@ def sharpness(net, initial, images, labels):
         for draw in draws:
             for weight, center, noise in zip(weights, trained, draw):
                 weight.copy_(center + sigma * noise)
-            errors.append(margin_error(_margins(net, images, labels), 0))
+            margins = classification_margins(outputs(net, images), labels)
+            errors.append(margin_error(margins, 0))
         return sum(errors) / len(errors)
 
-    with evaluation_mode(net):
-        allowed = error(0.0) + SHARPNESS_RISE
-        low, high = -12.0, 4.0
-        for _ in range(10):
-            middle = (low + high) / 2
-            if error(2.0**middle) > allowed:
-                high = middle
-            else:
-                low = middle
+    allowed = error(0.0) + SHARPNESS_RISE
+    low, high = -12.0, 4.0
+    for _ in range(10):
+        middle = (low + high) / 2
+        if error(2.0**middle) > allowed:
+            high = middle
+        else:
+            low = middle
     if low == -12 or high == 4:
         return math.nan
     return 2.0**low

@@ -158,7 +158,8 @@ def _operator_norm(kernel, layer):
     """An upper bound of the operator norm of a layer with that kernel."""
     if layer.is_linear:
         return torch.linalg.matrix_norm(kernel.flatten(1), 2).item()
-    return dft_norm(kernel, layer.in_size, layer.padding, layer.dilation)
+    padding, dilation = layer.geometry['padding'], layer.geometry['dilation']
+    return dft_norm(kernel, layer.in_size, padding, dilation)
 
 
 def _measure(layers, kernels, data):
@@ -375,8 +376,8 @@ def certificates(net, images, labels, delta=0.001, prior=PRIOR):
     """As `certify`, which see, with what each bound is made of: {column: Certificate}."""
     layers = trace_layers(net, tuple(images.shape[1:]))
     kernels = [layer.kernel for layer in layers]
-    m, classes = len(images), len(kernels[-1])
-    labels = _checked(net, kernels, images, labels, delta)
+    m = len(images)
+    labels = _checked(images, labels, delta, len(kernels[-1]))
     n0 = max(1, min(prior.images, m // 10, MAX_FLOATS // kernels[-1][0].numel()))
     order = torch.from_numpy(np.random.default_rng(0).permutation(m)).to(images.device)
     data = SimpleNamespace(images=images, labels=labels, design=prior, m1=m - n0)
@@ -402,9 +403,9 @@ def certificates(net, images, labels, delta=0.001, prior=PRIOR):
     return nothing | {column: part for column, part in found.items() if part.bound < 1}
 
 
-def _checked(net, kernels, images, labels, delta):
+def _checked(images, labels, delta, classes):
     """The labels as int64. Raises BadInput where the arguments make no sense."""
-    m, classes = len(images), len(kernels[-1])
+    m = len(images)
     if m < 10 or labels.shape != (m,):
         shape = tuple(labels.shape)
         raise BadInput(f'{m} images, labels {shape}: must be at least 10, and a label for each')
@@ -412,8 +413,8 @@ def _checked(net, kernels, images, labels, delta):
         raise BadInput(f'labels: must be integers from 0 to {classes - 1}, one for each output')
     if not 0 < delta < 1:
         raise BadInput(f'delta = {delta!r}: must be between 0 and 1')
-    if not all(tensor.isfinite().all() for tensor in (images, *kernels)):
-        raise BadInput(f'{type(net).__name__}: the images or its weights contain NaN or infinity')
+    if not images.isfinite().all():
+        raise BadInput('the images contain NaN or infinity')
     largest = images.abs().max().item()
     if largest > MAX_PIXEL:
         raise BadInput(f'images: a pixel of {largest:g}, above {MAX_PIXEL:g}; scale them down')

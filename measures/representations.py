@@ -14,8 +14,9 @@ from torch.nn.utils import parametrize
 
 from conf import BadInput
 from measures.norms import classification_margins, margin_error
+from measures.steps import evaluation_mode
 from measures.tails import binomial_inverse
-from measures.trace import evaluation_mode, hooked, ieee_float32, images_per_pass
+from measures.trace import hooked, ieee_float32, images_per_pass, outputs
 
 PROBE_SIZE = 2048  # most coordinates of a layer's maps that a linear probe reads
 PROBE_RIDGE = 1e-3  # lambda of a probe, as a share of the mean of H'H's diagonal
@@ -65,8 +66,7 @@ def measure_representations(net, train_images, train_labels, test_images, test_l
         on_train = _compare(net, modules, *train, centers, classes, centers)
         test_means = _class_means(net, modules, *test)
         on_test = _compare(net, modules, *test, centers, classes, test_means)
-        batches = train_images.split(images_per_pass(net, train_images))
-        outputs = torch.cat([net(batch).flatten(1) for batch in batches]).double()
+        scores = outputs(net, train_images).flatten(1)
     rows = []
     for layer, means in enumerate(centers):
         row = {'size': means.shape[1]}
@@ -77,11 +77,11 @@ def measure_representations(net, train_images, train_labels, test_images, test_l
         row |= {'nc3': math.nan, 'nc4': math.nan}
         if len(classes) > 1:
             chosen = classes[on_train['nearest'][layer]]
-            row['nc4'] = (chosen != outputs.argmax(1)).double().mean().item()
+            row['nc4'] = (chosen != scores.argmax(1)).double().mean().item()
         rows.append(row)
-    if len(classes) == outputs.shape[1]:
+    if len(classes) == scores.shape[1]:
         # Means of the outputs are those of Wh; a bias is the same in every class and cancels.
-        means = [outputs[members].mean(0) for _, members in _by_class(train[1])]
+        means = [scores[members].mean(0) for _, members in _by_class(train[1])]
         rows[-1]['nc3'] = _off_simplex(_centered(torch.stack(means)))
     return rows
 

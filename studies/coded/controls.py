@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from conf import ROOT, KNOBS, Parser, run_program
+from conf import KNOBS, ROOT, Parser, run_program
 from evaluation import rounded_up
 from measures.pac_bayes import COLUMNS as CERTIFICATES
 from measures.tails import exact_binomial_inverse

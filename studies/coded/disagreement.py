@@ -8,7 +8,7 @@ import torch
 from conf import BadInput
 from measures.norms import classification_margins
 from measures.tails import exact_binomial_inverse
-from measures.trace import evaluation_mode, ieee_float32, images_per_pass
+from measures.trace import outputs
 from studies.coded.message import Proof, is_largest, prove, scores
 
 
@@ -41,16 +41,14 @@ def certify_by_disagreement(net, message, images, labels, held_out, delta=0.001)
     Raises:
         BadInput: as `prove`; or f and g do not fit.
     """
-    with evaluation_mode(net), ieee_float32():
-        batches = held_out.split(images_per_pass(net, held_out))
-        outputs = torch.cat([net(batch) for batch in batches])
-    if outputs.dim() != 2:
-        raise BadInput(f'outputs of shape {tuple(outputs.shape)}: must be (images, classes)')
+    found = outputs(net, held_out)
+    if found.dim() != 2:
+        raise BadInput(f'outputs of shape {tuple(found.shape)}: must be (images, classes)')
     half = Fraction(str(delta)) / 2
-    proof = prove(message, images, labels, outputs.shape[1], half)
+    proof = prove(message, images, labels, found.shape[1], half)
     coded_scores = scores(proof.code, held_out)
     predicted = coded_scores.argmax(1)
-    agree = is_largest(coded_scores, predicted) & (classification_margins(outputs, predicted) > 0)
+    agree = is_largest(coded_scores, predicted) & (classification_margins(found, predicted) > 0)
     differ = len(held_out) - int(agree.sum())
     share = exact_binomial_inverse(differ, len(held_out), half)
     return Disagreement(min(Fraction(1), proof.bound + share), proof, share, differ)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from conf import BadInput
-from measures.chains import Plain, sequential
 from measures.tails import exact_binomial_inverse
+from measures.trace import Layer, sequential
 
 # The format: how many choices there are of each field.
 DEPTHS, WIDTHS, SIZES, STRIDES, PADDINGS, FREQUENCIES, GAINS, UNITS = 8, 64, 8, 4, 4, 8, 4, 64
@@ -313,15 +313,15 @@ def coded_network(code, input_shape):
     """
     layers, size = [], input_shape[1:]
     for kernel, (stride, padding) in zip(code.kernels, code.geometry):
-        layers.append(Plain(kernel.double(), None, True, {'stride': stride, 'padding': padding}))
+        layers.append(Layer(kernel.double(), None, True, {'stride': stride, 'padding': padding}))
         size = [(n + 2 * padding - kernel.shape[2]) // stride + 1 for n in size]
     q, classes = code.direct.shape[2], torch.eye(len(code.direct), dtype=torch.int64)
     vertical, horizontal = (_cosines(n, q) for n in size)
     units = torch.cat([code.hidden, code.direct, -code.direct]) * _gains(q, code.gain)
     first = torch.einsum('rcuv,ui,vj->rcij', units, vertical, horizontal).flatten(1)
     last = torch.cat([code.head, DIRECT * classes, -DIRECT * classes], 1)
-    layers.append(Plain(first.double(), None, True, {}))
-    return sequential([*layers, Plain(last.double(), None, False, {})])
+    layers.append(Layer(first.double(), None, True, {}))
+    return sequential([*layers, Layer(last.double(), None, False, {})])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -60,9 +60,13 @@ def initial_code(net, input_shape, classes):
         BadInput: `trace_layers` does not take the network, or a message cannot have its layers.
     """
     layers = trace_layers(net, input_shape)
+    geometry = []
     for layer in layers[:-1]:
-        square = all(len(set(pair)) == 1 for pair in (layer.shape[2:], layer.stride, layer.padding))
-        if layer.is_linear or not square or layer.dilation != (1, 1):
+        stride, padding = layer.geometry.get('stride', ()), layer.geometry.get('padding', ())
+        square = all(len(set(pair)) == 1 for pair in (layer.kernel.shape[2:], stride, padding))
+        if square and layer.geometry['dilation'] == (1, 1):
+            geometry.append((stride[0], padding[0]))
+        else:
             needs = 'a message has only convolutions with square kernels and without dilation'
             raise BadInput(f'{layer.name}: {needs}')
     kernels = []
@@ -71,7 +75,6 @@ def initial_code(net, input_shape, classes):
             raise BadInput(f'{type(net).__name__}: the network is zero')
         scale = SIZE / kernel[kernel != 0].square().mean().sqrt()
         kernels.append((kernel * scale).round().long())
-    geometry = [(layer.stride[0], layer.padding[0]) for layer in layers[:-1]]
     code = unfitted(kernels[:-1], geometry, input_shape[0], classes)
     encode(code)  # refuses what has no message
     return code
