@@ -307,7 +307,7 @@ def _certificate(problem, point, count=None):
 
 
 def _score(problem, point, count=None):
-    """The bound at a point; where it says nothing, a surrogate above 1 that keeps a search going."""
+    """The bound at a point; otherwise a surrogate above 1 that keeps the search descending."""
     found = _certificate(problem, point, count)
     if found.bound < 1 or found.bound == math.inf:
         return found.bound

@@ -1,4 +1,4 @@
-"""Upper limits of an error rate from the errors counted on a sample: tails of the binomial, inverted.
+"""Upper limits of an error rate from a sample: tails of the binomial distribution, inverted.
 
 K ~ Bin(m, p) is the number of errors on m independent samples, p the true error rate.
 """

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from conf import BadInput, Parser, load_launch, load_settings, run_program
@@ -46,20 +47,20 @@ def coded_line(message, dataset, name, delta):
     proven = f'proven error {rounded_up(proof.bound):.4f} at delta {delta:g}'
     found = digest(images, labels)
     origin = ' (as published)' if PUBLISHED.get(name) == found else ''
-    return f'{len(message)} bytes, {counted}, {proven}; {name} {found}{origin}'
+    return f'{len(message)} bytes, {counted}, {proven}; {name}, sha256 {found}{origin}'
 
 
-def load_run(folder):
-    """(network, settings, dataset) of a trained network. Raises BadInput if D does not cover it."""
-    net, settings = load_network(folder)
+def refuse_uncovered(folder, settings):
+    """Raises BadInput if the training set is not an i.i.d. sample, as the theorem needs it."""
     if reason := no_certificate(settings):
         raise BadInput(f'{folder}: {reason}, which the theorem does not cover')
-    return net, settings, load_data(settings, 'cpu')
 
 
 def code_run(folder, seconds, sweeps):
     """Searches for a trained network's message, from its coded.bin if there is one."""
-    net, settings, dataset = load_run(folder)
+    net, settings = load_network(folder)
+    refuse_uncovered(folder, settings)
+    dataset = load_data(settings, 'cpu')
     path, least = folder / 'coded.bin', 1.0
     torch.set_num_threads(1)  # the last digits of a search depend on it, and more gain nothing
     # One search at a time, so that a worse message never replaces a better one.
@@ -101,12 +102,29 @@ def check(path, dataset_name):
     print(f'{path}: {read(path, coded_line, dataset, settings.dataset_name, settings.delta)}')
 
 
+class Standardized(nn.Module):
+    """A network behind the standardization of `normalize`, so that it takes pixels from 0 to 1."""
+
+    def __init__(self, net, images):
+        super().__init__()
+        std, mean = torch.std_mean(images.double(), (0, 2, 3), correction=0, keepdim=True)
+        self.net, self.mean, self.std = net, mean.float(), std.float()
+
+    def forward(self, images):
+        return self.net((images - self.mean) / self.std)
+
+
 def compare(folder, path):
     """Bounds the error of a trained network by its disagreement with a message's, on test images.
 
-    Returns the row of results/coded/disagreement.csv.
+    Returns a row of disagreement.csv.
     """
-    net, settings, dataset = load_run(folder)
+    net, settings = load_network(folder)
+    normalized, settings.normalize = settings.normalize, False
+    refuse_uncovered(folder, settings)
+    dataset = load_data(settings, 'cpu')
+    if normalized:
+        net = Standardized(net, dataset.train_images)
     sample = dataset.train_images, dataset.train_labels, dataset.test_images, settings.delta
     found = read(path, lambda message: certify_by_disagreement(net, message, *sample))
     coded, share, bound = map(rounded_up, (found.proof.bound, found.share, found.bound))
@@ -114,13 +132,7 @@ def compare(folder, path):
     count = f'{found.differ} of {len(dataset.test_images)} test images'
     text = f'error at most {bound:.4f}: {parts} (they differ on {count}), delta {settings.delta:g}'
     print(f'{folder}: {text}')
-    return {
-        'name': str(folder),
-        'differ': found.differ,
-        'coded': coded,
-        'share': share,
-        'bound': bound,
-    }
+    return {'differ': found.differ, 'coded': coded, 'share': share, 'bound': bound}
 
 
 def read(path, use, *arguments):
