@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from conf import BadInput, load_launch, read_layers, rows_of, write_file
+from conf import BadInput, load_launch
 from evaluation import is_finished, last_epoch
 from measures.representations import effective_depth
 from panels import (
@@ -33,6 +33,7 @@ from panels import (
     power_ticks,
     rows_and_columns,
 )
+from records import read_layers, rows_of, write_file
 from summary import grouped, last_rows, read_runs, spread, summary, varied
 from utils import BOUNDS
 

@@ -6,10 +6,13 @@ it was or complete.
 
 import contextlib
 import csv
+import datetime
 import fcntl
 import functools
 import io
 import os
+import platform
+import subprocess
 import sys
 import time
 import warnings
@@ -19,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from conf import KNOBS, ROOT, BadInput, load_launch
+from conf import KNOBS, ROOT, BadInput, load_launch, settings_text
 from datasets import DATASETS, load_dataset
-from device import choose_device
-from evaluation import COLUMNS, LAYER_COLUMNS, is_finished
+from device import choose_device, describe_machine
+from evaluation import COLUMNS, LAYER_COLUMNS, is_finished, stopped_early
 from models import get_network
 
 CHECKPOINT_FORMAT = 2  # 1 had the log as text; only its weights are read now
@@ -104,6 +107,99 @@ def is_locked(folder):
         return True
     except OSError:  # a read-only folder, in which nobody trains
         return False
+
+
+# ------------------------------------------------------------------------------------------------
+# A launch
+# ------------------------------------------------------------------------------------------------
+
+
+def resumed_settings(folder, flags):
+    """(sweep, runs) of a folder with these flags, which may change FREE knobs. Raises BadInput."""
+    sweep, before = load_launch(folder)
+    for name in flags:
+        if name not in FREE:
+            raise BadInput(f'--resume keeps the setting {name}; only {", ".join(FREE)} may change')
+        if isinstance(sweep[name], list):
+            raise BadInput(f'--resume keeps the sweep over {name}; leave the flag out')
+    sweep, runs = load_launch(folder, flags)
+    if [run.name for run in runs] != [run.name for run in before]:
+        raise BadInput(f'--resume keeps the networks of {folder}; give one value of each setting')
+    if sweep['epochs'] != before[0].epochs and 'epochs' in flags:
+        if sweep['epochs'] < before[0].epochs:
+            raise BadInput(f'epochs = {sweep["epochs"]}: a run cannot become shorter')
+        if any(run.prune_rounds or run.regrow != 'none' for run in runs):
+            raise BadInput(f'epochs = {before[0].epochs} cannot change with rounds or regrowth')
+    return sweep, runs
+
+
+def launch_header(device, notes):
+    """What the settings file of a launch says of its origin, and what it does not log, as lines."""
+    git = ['git', '-C', str(ROOT)]
+    try:
+        commit = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout
+        changes = [*git, 'status', '--porcelain', '--untracked-files=no']
+        changed = subprocess.run(changes, capture_output=True, text=True).stdout
+    except OSError:  # git is not installed
+        commit = changed = ''
+    commit = commit.strip() or 'unknown'
+    if changed:
+        commit += ' with uncommitted changes'
+    machine = describe_machine(device)
+    return [
+        f'date: {datetime.datetime.now().astimezone().isoformat(timespec="seconds")}',
+        f'versions: Python {platform.python_version()}, torch {torch.__version__}',
+        f'device: {device}, {machine["processor"]}, {machine["threads"]} threads',
+        f'commit: {commit}',
+        *notes,
+    ]
+
+
+def make_folder(options, flags, sweep, notes, device):
+    """Makes the results folder with its settings, or updates the settings of a resumed one."""
+    header = launch_header(device, notes)
+    if options.resume:
+        folder = Path(options.results_path)
+        if flags:
+            lines = (folder / 'global_settings.py').read_text('utf-8').splitlines()
+            before = [line[2:] for line in lines if line.startswith('# ')]
+            changed = ', '.join(f'{name} = {value!r}' for name, value in flags.items())
+            header = [*before, f'resumed with {changed}', *header]
+            write_file(folder / 'global_settings.py', settings_text(sweep, header).encode())
+        return folder
+    if options.results_path:
+        folder = Path(options.results_path)
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        folder = new_results_folder(ROOT / sweep['results_dir'])
+    command = f'python train.py --settings {folder}/global_settings.py'
+    header = [f'The settings of this launch, which {command} repeats.', *header]
+    write_file(folder / 'global_settings.py', settings_text(sweep, header).encode())
+    return folder
+
+
+def show_status(folder):
+    """Prints a line for each network: its state, its last row, and when that was written."""
+    print(
+        f'{"network":40} {"state":10} {"round":>5} {"epoch":>11} {"test error":>10}  last written'
+    )
+    for settings in load_launch(folder)[1]:
+        path = Path(folder, settings.name)
+        rows = rows_so_far(path)
+        state = 'unfinished'
+        if is_finished(settings, rows):
+            state = 'finished'
+        elif path.is_dir() and is_locked(path):
+            state = 'running'
+        line = f'{settings.name:40} {state:10}'
+        if rows:
+            last, epoch = rows[-1], f'{rows[-1]["epoch"]:.0f}/{settings.epochs}'
+            written = time.strftime(
+                '%Y-%m-%d %H:%M', time.localtime((path / 'metrics.csv').stat().st_mtime)
+            )
+            line += f' {last["round"]:5.0f} {epoch:>11} {last["test_error"]:10.4f}  {written}'
+            line += f'  {stopped_early(settings, rows) or ""}'
+        print(line.rstrip())
 
 
 # ------------------------------------------------------------------------------------------------

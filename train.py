@@ -15,7 +15,6 @@ import datetime
 import functools
 import math
 import os
-import platform
 import shlex
 import signal
 import subprocess
@@ -28,17 +27,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import records
 import sparsify
-from conf import (
-    GLOBAL_SETTINGS,
-    ROOT,
-    BadInput,
-    load_launch,
-    load_settings,
-    parse_command_line,
-    run_program,
-    settings_text,
-)
+from conf import GLOBAL_SETTINGS, ROOT, BadInput, load_settings, parse_command_line, run_program
 from datasets import VARIANTS, crops, fingerprint
 from device import (
     check_memory,
@@ -74,18 +65,6 @@ from evaluation import (
 from measures.norms import measure_data
 from measures.trace import not_covered
 from models import get_network
-from records import (
-    FREE,
-    is_locked,
-    load_data,
-    load_run,
-    lock,
-    new_results_folder,
-    rows_so_far,
-    save_checkpoint,
-    write_file,
-    write_table,
-)
 
 TORCH_THREADS = torch.get_num_threads()
 PARENT = 'SPARSE_NETWORKS_PARENT'  # in the environment of a process of --jobs: who started it
@@ -207,7 +186,7 @@ def train(settings, dataset, folder):
     global busy
     device, path = dataset.train_images.device, Path(folder, 'model.pt')
     origin = {'settings': vars(settings), 'data': fingerprint(dataset)}
-    checkpoint = load_run(path, settings, origin['data'], device) if path.exists() else None
+    checkpoint = records.load_run(path, settings, origin['data'], device) if path.exists() else None
     threads = checkpoint['machine']['threads'] if checkpoint else TORCH_THREADS
     torch.set_num_threads(settings.threads or threads)
     choose_precision(settings.precision, device)
@@ -251,12 +230,12 @@ def train(settings, dataset, folder):
     def save(position):
         require_finite(*net.state_dict().values())
         saved = {'network': net.state_dict(), 'momentum': optimizer.state_dict()['state']}
-        save_checkpoint(path, origin | saved | {'state': state, 'position': position})
+        records.save_checkpoint(path, origin | saved | {'state': state, 'position': position})
 
     def write_tables():
-        write_table(folder / 'metrics.csv', COLUMNS, state['rows'])
+        records.write_table(folder / 'metrics.csv', COLUMNS, state['rows'])
         if settings.layers_every:
-            write_table(folder / 'layers.csv', LAYER_COLUMNS, state['layers'])
+            records.write_table(folder / 'layers.csv', LAYER_COLUMNS, state['layers'])
 
     folder = Path(folder)
     if checkpoint:
@@ -302,7 +281,9 @@ def train(settings, dataset, folder):
         if due(epoch, settings.snapshot_every, last):
             (folder / 'snapshots').mkdir(exist_ok=True)
             snapshot = {'network': net.state_dict(), 'position': position}
-            save_checkpoint(folder / 'snapshots' / f'{round_}-{epoch}.pt', origin | snapshot)
+            records.save_checkpoint(
+                folder / 'snapshots' / f'{round_}-{epoch}.pt', origin | snapshot
+            )
         if row or layers:
             write_tables()
         state |= {'done': position, 'step': 0}
@@ -357,7 +338,7 @@ def check_run(settings, folder):
             `folder`, if not None, does not fit.
     """
     device = choose_device(settings.device)
-    dataset = load_data(settings)
+    dataset = records.load_data(settings)
     choose_precision(settings.precision, device)
     sparsify.check(settings)
     m, batch = len(dataset.train_labels), settings.batch_size
@@ -371,7 +352,8 @@ def check_run(settings, folder):
     if folder:
         path = folder / settings.name
         if (path / 'model.pt').exists():
-            load_run(path / 'model.pt', settings, fingerprint(dataset), 'cpu')
+            with records.lock(path):
+                records.load_run(path / 'model.pt', settings, fingerprint(dataset), 'cpu')
         elif any(path.glob('*.csv')):
             advice = f'to train it again: --settings {folder}/global_settings.py'
             raise BadInput(f'{path}: has results and no model.pt to resume; {advice}')
@@ -381,80 +363,16 @@ def check_run(settings, folder):
     return [f'certificates stay empty: {reason}'] if settings.certify_every and reason else []
 
 
-def resumed_settings(folder, flags):
-    """(sweep, runs) of a folder with these flags, which may change FREE knobs. Raises BadInput."""
-    sweep, before = load_launch(folder)
-    for name in flags:
-        if name not in FREE:
-            raise BadInput(f'--resume keeps the setting {name}; only {", ".join(FREE)} may change')
-        if isinstance(sweep[name], list):
-            raise BadInput(f'--resume keeps the sweep over {name}; leave the flag out')
-    sweep, runs = load_launch(folder, flags)
-    if [run.name for run in runs] != [run.name for run in before]:
-        raise BadInput(f'--resume keeps the networks of {folder}; give one value of each setting')
-    if sweep['epochs'] != before[0].epochs and 'epochs' in flags:
-        if sweep['epochs'] < before[0].epochs:
-            raise BadInput(f'epochs = {sweep["epochs"]}: a run cannot become shorter')
-        if any(run.prune_rounds or run.regrow != 'none' for run in runs):
-            raise BadInput(f'epochs = {before[0].epochs} cannot change with rounds or regrowth')
-    return sweep, runs
-
-
-def launch_header(device, notes):
-    """What the settings file of a launch says of its origin, and what it does not log, as lines."""
-    git = ['git', '-C', str(ROOT)]
-    try:
-        commit = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout
-        changes = [*git, 'status', '--porcelain', '--untracked-files=no']
-        changed = subprocess.run(changes, capture_output=True, text=True).stdout
-    except OSError:  # git is not installed
-        commit = changed = ''
-    commit = commit.strip() or 'unknown'
-    if changed:
-        commit += ' with uncommitted changes'
-    machine = describe_machine(device)
-    return [
-        f'date: {datetime.datetime.now().astimezone().isoformat(timespec="seconds")}',
-        f'versions: Python {platform.python_version()}, torch {torch.__version__}',
-        f'device: {device}, {machine["processor"]}, {machine["threads"]} threads',
-        f'commit: {commit}',
-        *notes,
-    ]
-
-
-def make_folder(options, flags, sweep, notes, device):
-    """Makes the results folder with its settings, or updates the settings of a resumed one."""
-    header = launch_header(device, notes)
-    if options.resume:
-        folder = Path(options.results_path)
-        if flags:
-            lines = (folder / 'global_settings.py').read_text('utf-8').splitlines()
-            before = [line[2:] for line in lines if line.startswith('# ')]
-            changed = ', '.join(f'{name} = {value!r}' for name, value in flags.items())
-            header = [*before, f'resumed with {changed}', *header]
-            write_file(folder / 'global_settings.py', settings_text(sweep, header).encode())
-        return folder
-    if options.results_path:
-        folder = Path(options.results_path)
-        folder.mkdir(parents=True, exist_ok=True)
-    else:
-        folder = new_results_folder(ROOT / sweep['results_dir'])
-    command = f'python train.py --settings {folder}/global_settings.py'
-    header = [f'The settings of this launch, which {command} repeats.', *header]
-    write_file(folder / 'global_settings.py', settings_text(sweep, header).encode())
-    return folder
-
-
 def train_here(runs, folder):
     """Trains networks one after the other. Returns the exit status."""
     keep_freed_memory()
     status = 0
     for settings in runs:
-        dataset, path = load_data(settings), folder / settings.name
+        dataset, path = records.load_data(settings), folder / settings.name
         sizes = f'{len(dataset.train_labels)} training and {len(dataset.test_labels)} test images'
         say(f'{path}: {dataset.name}, {sizes}, on {dataset.train_images.device}')
         path.mkdir(exist_ok=True)
-        with lock(path):
+        with records.lock(path):
             try:
                 if not train(settings, dataset, path):
                     return 128 + (stop or signal.SIGTERM)
@@ -523,30 +441,6 @@ def plot(folder):
         print(f'drew {path}')
 
 
-def show_status(folder):
-    """Prints a line for each network: its state, its last row, and when that was written."""
-    print(
-        f'{"network":40} {"state":10} {"round":>5} {"epoch":>11} {"test error":>10}  last written'
-    )
-    for settings in load_launch(folder)[1]:
-        path = Path(folder, settings.name)
-        rows = rows_so_far(path)
-        state = 'unfinished'
-        if is_finished(settings, rows):
-            state = 'finished'
-        elif path.is_dir() and is_locked(path):
-            state = 'running'
-        line = f'{settings.name:40} {state:10}'
-        if rows:
-            last, epoch = rows[-1], f'{rows[-1]["epoch"]:.0f}/{settings.epochs}'
-            written = time.strftime(
-                '%Y-%m-%d %H:%M', time.localtime((path / 'metrics.csv').stat().st_mtime)
-            )
-            line += f' {last["round"]:5.0f} {epoch:>11} {last["test_error"]:10.4f}  {written}'
-            line += f'  {stopped_early(settings, rows) or ""}'
-        print(line.rstrip())
-
-
 def check_options(options, flags):
     """Raises BadInput if the options do not fit together, or the folder does not fit them."""
     existing = [name for name in ('resume', 'plot', 'status') if getattr(options, name)]
@@ -556,7 +450,7 @@ def check_options(options, flags):
         raise BadInput(f"--{existing[0]} reads the folder's own settings; leave --settings out")
     if flags and (options.plot or options.status):
         raise BadInput(f'--{existing[0]} takes no setting; leave --{next(iter(flags))} out')
-    if flags and options.run is not None:
+    if flags and options.resume and options.run is not None:
         raise BadInput('a setting cannot change with --run; give it to the whole sweep')
     if options.prepare and options.run is not None:
         raise BadInput('--prepare makes the folder of a whole sweep; leave --run out')
@@ -576,12 +470,12 @@ def main(argv=None):
         plot(options.results_path)
         return 0
     if options.status:
-        show_status(options.results_path)
+        records.show_status(options.results_path)
         return 0
     signal.signal(signal.SIGINT, request_stop)
     signal.signal(signal.SIGTERM, request_stop)
     if options.resume:
-        sweep, runs = resumed_settings(options.results_path, flags)
+        sweep, runs = records.resumed_settings(options.results_path, flags)
     else:
         sweep, runs = load_settings(options.settings or GLOBAL_SETTINGS, flags)
     if options.run is not None and not 1 <= options.run <= len(runs):
@@ -597,7 +491,7 @@ def main(argv=None):
         sweep['threads'] = sweep['threads'] or share
         for settings in runs:
             settings.threads = sweep['threads']
-    folder = make_folder(options, flags, sweep, notes, choose_device(sweep['device']))
+    folder = records.make_folder(options, flags, sweep, notes, choose_device(sweep['device']))
     if options.prepare:
         print(len(runs), folder)
         return 0
@@ -615,7 +509,9 @@ def main(argv=None):
         sys.stderr.write(stopped_message())
     elif PARENT not in os.environ:
         # Of an array job on Slurm, the task that ends last draws.
-        finished = [is_finished(settings, rows_so_far(folder / settings.name)) for settings in runs]
+        finished = [
+            is_finished(settings, records.rows_so_far(folder / settings.name)) for settings in runs
+        ]
         if options.run is None or all(finished):
             draw_figures(folder)
     return status

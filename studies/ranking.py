@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from conf import RULES
+from conf import KNOBS as RULES
 from datasets import DATASETS
 from evaluation import at_target, is_finished
 from records import folder_settings, write_file
