@@ -23,7 +23,7 @@ from measures.masks import (
 )
 from models import get_network
 from models.weight_norm import set_mask
-from studies.compress.__main__ import load, save
+from studies.compress import load, save
 
 
 def blocks(*shapes):
