@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from conf import BadInput
 from measures.paths import measure_paths
+from measures.steps import NotCovered
 from measures.trace import not_covered, trace_layers
 
 # What `measure_network` measures of the layers of a chain, and what `measure_paths` measures of more networks.
@@ -31,10 +32,6 @@ LAYER_MEASURES = (
     'prod_ratio',
 )
 PATH_MEASURES = 'path_norm', 'path_depth', 'pool', 'biased', 'chain', 'outputs'
-
-
-class NotCovered(BadInput):
-    """A measure was asked for that a network does not have, since the theory does not cover it; its text says why."""
 
 
 class Table(SimpleNamespace):
@@ -263,9 +260,7 @@ def _measure_layers(layers, input_shape):
             gram = filters @ filters.T if len(filters) <= filters.shape[1] else filters.T @ filters
             spectral = math.sqrt(torch.linalg.eigvalsh(gram)[-1].item())
         else:
-            spectral = operator_norm(
-                weight, layer.in_size, layer.stride, layer.padding, layer.dilation
-            )
+            spectral = operator_norm(weight, layer.in_size, **layer.geometry)
         table['F'].append(scale * weight.norm().item())
         table['T'].append(scale * math.sqrt((tap_squares * counts).sum()))
         table['s'].append(scale * spectral)
@@ -275,7 +270,7 @@ def _measure_layers(layers, input_shape):
         table['A'].append(scale * incoming.sqrt().sum().item())
         table['deg'].append(rows.sum((0, 2)).max() * columns.sum((0, 2)).max())
         table['p'].append(rows.shape[1] * columns.shape[1])
-        table['c'].append(layer.shape[0])
+        table['c'].append(len(layer.weight))
         table['W'].append(weight.numel())
     network = SimpleNamespace(
         **{symbol: np.array(values, dtype=float) for symbol, values in table.items()}

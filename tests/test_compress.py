@@ -24,10 +24,12 @@ from conf import BadInput
 from measures.masks import neuron_norms
 from measures.norms import classification_margins, measure_data, measure_network
 from measures.pac_bayes import test_set_bound as set_bound
+from measures.trace import trace_layers
 from models import get_network
 from models.weight_norm import weight_norm
 from records import load_network
 from studies import neuron_sharing, width_theorem
+from studies.compress import __main__ as command
 from studies.compress import (
     balance,
     compress,
@@ -38,7 +40,6 @@ from studies.compress import (
     narrow,
     save,
 )
-from studies.compress import __main__ as command
 from studies.compress.lasso import Problem, group_lasso, norms, ridge, squared_residual
 from utils import evaluate_bounds
 
@@ -168,7 +169,8 @@ def test_ridge_solves_its_normal_equations():
 def test_residual_of_a_layer_is_that_of_its_pre_activations(net, index, limit, monkeypatch):
     for name, value in limit.items():
         monkeypatch.setattr(narrow, name, value)
-    layers, weights = narrow._weights(net, SHAPE)
+    layers = trace_layers(net, SHAPE)
+    weights = [layer.kernel for layer in layers]
     problem = narrow._layer_problem(
         layers[: index + 1], weights[:index], weights[: index + 1], IMAGES
     )
@@ -698,8 +700,8 @@ NO_CHAIN = {
     'add': lambda: get_network(
         settings_of(network='CONVRES', depth=1, width=4, normalization='batch'), (1, 16, 16), 10
     ),
-    '^Sequential: 0|^0': lambda: GROUPED,
-    'linear': lambda: nn.Sequential(nn.Linear(7, 3), nn.ReLU()),
+    '0 .Conv2d.': lambda: GROUPED,
+    '0 .Linear.': lambda: nn.Sequential(nn.Linear(7, 3), nn.ReLU()),
 }
 
 
@@ -1031,7 +1033,7 @@ def test_bad_command_lines_write_nothing(trained, words, said, capsys):
 
 def test_a_lam_at_which_a_layer_dies_leaves_the_other_rows(trained):
     before = set(trained.parent.iterdir())
-    with pytest.raises(BadInput, match='CONV-2-16: lam = 0.99.*loses all its channels'):
+    with pytest.raises(BadInput, match='CONV-2-16: lam = 1: layer 0 loses all its channels'):
         command.main([str(trained), '--lam', '0.1', '0.9999999'])
     (folder,) = set(trained.parent.iterdir()) - before
     assert [row['lam'] for row in rows_of(folder)] == ['0', '0.1']

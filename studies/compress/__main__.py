@@ -20,10 +20,9 @@ from conf import ROOT, BadInput, settings_text
 from datasets import fingerprint
 from device import choose_precision, guarded, keep_freed_memory
 from evaluation import evaluate
-from measures.chains import plain, plain_layers
 from measures.norms import measure_data
 from measures.pac_bayes import COLUMNS as CERTIFICATES
-from measures.trace import plain_copy, trace_layers, weight_layers
+from measures.trace import folded, folded_layers, plain_copy, trace_layers, weight_layers
 from records import (
     csv_line,
     folder_settings,
@@ -91,7 +90,7 @@ def load_source(folder, options):
     if options.lam and not options.layer:
         trace_layers(net, dataset.input_shape)
     elif not options.lam:
-        plain_layers(net)
+        folded_layers(net)
     return net, settings, position or (math.nan, math.nan)
 
 
@@ -108,7 +107,7 @@ def narrower(net, images, lam, options):
         net, reports = compress_layer(net, images, options.layer, lam, options.refit)
         return plain_copy(net), [reports[name] for name in options.layer]
     if not options.lam:
-        return plain(net), []
+        return folded(net), []
     if lam == 0:
         return balance(net, tuple(images.shape[1:])), []
     return compress(net, images, lam, options.refit)

@@ -7,8 +7,7 @@ from torch import nn
 
 from conf import BEFORE, BadInput
 from datasets import DATASETS
-from measures.chains import Plain, plain_layers, sequential
-from measures.trace import plain_copy
+from measures.trace import Layer, folded_layers, plain_copy, sequential
 from models import get_network
 from records import load_checkpoint, save_checkpoint
 from studies.compress.linear import FIELDS, set_tensors
@@ -19,13 +18,13 @@ def save(path, net, input_shape, settings=None):
 
     Args:
         path: the file.
-        net: a chain as `plain_layers` takes it, or, with settings, any network.
+        net: a chain as `folded_layers` takes it, or, with settings, any network.
         input_shape: (channels, height, width) of an image.
         settings: of the network that it was made from, for `get_network`.
     """
     saved = {'input_shape': list(input_shape)}
     if settings is None:
-        layers, dtype = plain_layers(net), next(net.parameters()).dtype
+        layers, dtype = folded_layers(net), next(net.parameters()).dtype
         saved['weights'] = [layer.weight.to('cpu', dtype) for layer in layers]
         saved['biases'] = [
             None if layer.bias is None else layer.bias.to('cpu', dtype) for layer in layers
@@ -61,7 +60,7 @@ def load(path):
     biases = saved.get('biases', [None] * len(weights))
     rectified = saved.get('rectified', [True] * (len(weights) - 1) + [False])
     geometry = [how if weight.ndim == 4 else {} for how, weight in zip(saved['geometry'], weights)]
-    return sequential(Plain(*layer) for layer in zip(weights, biases, rectified, geometry))
+    return sequential(Layer(*layer) for layer in zip(weights, biases, rectified, geometry))
 
 
 def _of_family(saved):

@@ -9,18 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from conf import BadInput
-from measures.steps import folded_norm
-from measures.trace import (
-    RELUS,
-    averages,
-    evaluation_mode,
-    flattens,
-    hooked,
-    images_per_pass,
-    make_plain,
-    trace,
-    viewed_as,
-)
+from measures.steps import RELUS, averages, evaluation_mode, flattens, folded_norm, trace, viewed_as
+from measures.trace import hooked, images_per_pass, make_plain
 from studies.compress.narrow import CHUNK, check_fit, fit_layer, problem_of, subsample
 
 # Modules, functions and methods that act on each channel by itself: a channel that no layer reads

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from conf import BadInput
-from measures.chains import Plain, sequential
-from measures.trace import features, trace_layers
+from measures.trace import features, sequential, trace_layers
 from studies.compress.lasso import Problem, group_lasso, norms, ridge, scaled, squared_residual
 
 FIT_IMAGES = 10_000  # the largest number of images that a layer is fitted to
@@ -30,8 +29,8 @@ def balance(net, input_shape):
     Returns:
         An nn.Sequential of plain layers.
     """
-    layers, weights = _weights(net, input_shape)
-    return _sequential(layers, _balanced(weights))
+    layers = trace_layers(net, input_shape)
+    return _sequential(net, layers, _balanced([layer.kernel for layer in layers]))
 
 
 @torch.no_grad()
@@ -67,8 +66,8 @@ def compress(net, images, lam, refit='ridge', tolerance=1e-3):
     check_fit(images, lam, refit)
     if images.dim() != 4:
         raise BadInput(f'images of shape {tuple(images.shape)}: must be (m, C, H, W)')
-    layers, weights = _weights(net, tuple(images.shape[1:]))
-    original = _balanced(weights)
+    layers = trace_layers(net, tuple(images.shape[1:]))
+    original = _balanced([layer.kernel for layer in layers])
     narrow, report = list(original), []
     for index in range(1, len(layers)):
         problem = _layer_problem(layers[: index + 1], narrow[:index], original[: index + 1], images)
@@ -80,7 +79,7 @@ def compress(net, images, lam, refit='ridge', tolerance=1e-3):
         narrow[index] = V[:, kept].unflatten(2, narrow[index].shape[2:])
         narrow[index - 1] = narrow[index - 1][kept]
         narrow = _balanced(narrow)
-    return _sequential(layers, narrow), report
+    return _sequential(net, layers, narrow), report
 
 
 # --------------------------------------------------------------------------------------------------
@@ -174,10 +173,10 @@ def _layer_problem(layers, narrow, original, images):
     The targets are its pre-activations in the original network.
     """
     *before, layer = layers
-    positions = layer.taps[0].shape[1] * layer.taps[1].shape[1]
-    kernel = layer.shape[2:]
-    taps = math.prod(kernel)
-    columns = len(narrow[-1]) * taps
+    *whole, weight = original
+    kernel = layer.kernel.shape[2:]
+    groups = len(narrow[-1]), math.prod(kernel)
+    columns, positions = math.prod(groups), math.prod(axis.shape[1] for axis in layer.taps)
 
     def rows(maps):
         return maps.flatten(2).transpose(0, 1).flatten(1)
@@ -185,24 +184,11 @@ def _layer_problem(layers, narrow, original, images):
     def batches():
         chosen = subsample(images, columns, positions)
         for batch in chosen.split(max(1, CHUNK // (columns * positions))):
-            whole = features(before, original, batch)
-            targets = layer.forward(original[-1].to(batch.dtype), whole)
-            maps = features(before, narrow, batch)
-            phi = F.unfold(maps, kernel, layer.dilation, layer.padding, layer.stride)
+            targets = layer.forward(weight.to(batch.dtype), features(before, whole, batch))
+            phi = F.unfold(features(before, narrow, batch), kernel, **layer.geometry)
             yield rows(phi), rows(targets)
 
-    return problem_of(batches(), (len(narrow[-1]), taps))
-
-
-def _weights(net, input_shape):
-    """The layers of a network and their weights (out, in, h, w) in float64."""
-    layers = trace_layers(net, input_shape)
-    weights = [layer.kernel for layer in layers]
-    for layer, weight in zip(layers, weights):
-        if not weight.isfinite().all():
-            kind = type(net).__name__
-            raise BadInput(f'{kind}: the weights of {layer.name} contain NaN or infinity')
-    return layers, weights
+    return problem_of(batches(), groups)
 
 
 def _balanced(weights, tolerance=1e-12):
@@ -227,15 +213,11 @@ def _balanced(weights, tolerance=1e-12):
     return weights
 
 
-def _sequential(layers, weights):
-    """The nn.Sequential of plain layers with these weights, of the dtype of the traced ones."""
+def _sequential(net, layers, weights):
+    """The nn.Sequential of layers with other weights (out, in, h, w), of the dtype of a network."""
     chain = []
     for layer, weight in zip(layers, weights):
-        geometry = {}
-        if layer.module.weight.ndim == 4:
-            for field in ('stride', 'padding', 'dilation'):
-                geometry[field] = getattr(layer, field)
-        else:
+        if layer.is_linear:
             weight = weight.flatten(1)
-        chain.append(Plain(weight, None, layer is not layers[-1], geometry))
-    return sequential(chain).to(layers[0].module.weight.dtype)
+        chain.append(layer._replace(weight=weight))
+    return sequential(chain).to(next(net.parameters()).dtype)
