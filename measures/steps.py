@@ -11,8 +11,7 @@ which channels are views of its steps.
 import contextlib
 import contextvars
 import operator
-from collections import Counter
-from typing import NamedTuple
+from collections import Counter, namedtuple
 
 import torch
 import torch.nn.functional as F
@@ -54,12 +53,30 @@ _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _PASSED = (nn.Identity, nn.Dropout, nn.Dropout2d)
 # Not covered, but known to keep channels in their order.
 _PER_CHANNEL_MODULES = (
-    *(nn.PReLU, nn.ReLU6, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.Softplus),
-    *(nn.Hardtanh, nn.Hardswish, nn.GroupNorm, nn.InstanceNorm2d, nn.AdaptiveMaxPool2d),
+    nn.PReLU,
+    nn.ReLU6,
+    nn.ELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.GroupNorm,
+    nn.InstanceNorm2d,
+    nn.AdaptiveMaxPool2d,
 )
 _PER_CHANNEL_FUNCTIONS = (
-    *(F.relu6, F.elu, F.gelu, F.silu, F.softplus, F.hardtanh, F.hardswish, torch.tanh),
-    *(torch.sigmoid, 'tanh', 'sigmoid', operator.mul, operator.truediv, operator.neg),
+    F.relu6,
+    F.elu,
+    F.gelu,
+    F.silu,
+    F.softplus,
+    torch.tanh,
+    torch.sigmoid,
+    'tanh',
+    'sigmoid',
+    operator.mul,
+    operator.truediv,
 )
 _PATHS = (
     'paths go through convolutions, transposed too, Linear, BatchNorm, ReLU, LeakyReLU, Flatten, pooling, means, '
@@ -77,22 +94,16 @@ class NotCovered(BadInput, AttributeError):
     """
 
 
-class Step(NamedTuple):
+class Step(
+    namedtuple('Step', 'name op inputs module obstacle weight bias norm', defaults=(None,) * 5)
+):
     """A step of the forward pass.
 
-    `op` says what it does, as a tuple that two networks of the same structure share; `inputs` are the indices of the steps
-    that it reads; `obstacle` is why it is not covered, or None. `forward_steps` adds weight and bias, float64 copies with
-    batch normalization folded in, and `norm`, the name of the batch norm that was folded in.
+    `name` and `module` (None: a function) are those of the network; `op` says what the step does, as a
+    tuple that two networks of the same structure share; `inputs` are the indices of the steps that it
+    reads; `obstacle` is why it is not covered, or None. `forward_steps` adds weight and bias, float64
+    copies with batch normalization folded in, and `norm`, the name of the batch norm.
     """
-
-    name: str
-    op: tuple
-    inputs: tuple
-    module: nn.Module | None = None
-    obstacle: str | None = None
-    weight: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-    norm: str | None = None
 
     @property
     def what(self):
@@ -101,7 +112,7 @@ class Step(NamedTuple):
 
 
 def refuse(net, obstacles, covered):
-    """Raises NotCovered where there are obstacles, pairs (what, reason); names all of them and what would be covered."""
+    """Raises NotCovered where there are obstacles, pairs (what, reason), and names all of them."""
     if obstacles:
         raise NotCovered(f'{type(net).__name__}: {_listed(obstacles)}; {covered}')
 
@@ -227,15 +238,15 @@ def _module_obstacle(module):
         )
     if hooks:
         return ' has forward hooks, which can change what it computes; remove them'
-    own = 'forward' in vars(module) and _Tracer().is_leaf_module(module, '')
+    own = 'forward' in vars(module) or '_conv_forward' in vars(module)
     for kind in LAYER_TYPES:
         if isinstance(module, kind):
-            own = any(
-                getattr(getattr(module, method, None), '__func__', None)
-                is not getattr(kind, method, None)
-                for method in ('forward', '_conv_forward')
-            )
-    return ' has a forward pass of its own, which is not covered' if own else None
+            own |= type(module).forward is not kind.forward
+            convolves = getattr(type(module), '_conv_forward', None)
+            own |= convolves is not getattr(kind, '_conv_forward', None)
+    if own and _Tracer().is_leaf_module(module, ''):
+        return ' has a forward pass of its own, which is not covered'
+    return None
 
 
 def viewed_as(node):

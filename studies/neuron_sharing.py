@@ -7,11 +7,14 @@ times their decay and a tenth of their steps; docs/compress.md. It takes about a
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+
+from conf import Parser, run_program
 
 STEPS, RATE, DECAY = 100_000, 0.2, 5e-4
 TEACHER, STUDENT = 5, 100
@@ -82,7 +85,7 @@ def show(panels, name, W, V, loss):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser('python -m studies.neuron_sharing', description=__doc__)
+    parser = Parser('python -m studies.neuron_sharing', __doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument('--out', type=Path, metavar='FILE', help='draw a picture')
     path = parser.parse_args(argv).out
@@ -100,4 +103,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_program(main))

@@ -6,9 +6,12 @@ python -m studies.width_theorem --N 4 --D 3 --K 9 --rY 2  other problems
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
+
+from conf import Parser, run_program
 
 FIGURES = {
     3: [{'K': 500, 'N': N, 'D': 10} for N in (10, 20, 30, 40)],
@@ -132,7 +135,7 @@ def draw(problems, counts, path):
 
 def parse_arguments(argv=None):
     """The command line as (problems, draws, path of the picture or None)."""
-    parser = argparse.ArgumentParser('python -m studies.width_theorem', description=__doc__)
+    parser = Parser('python -m studies.width_theorem', __doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     K = [7, 8, 9, 10, 11]
@@ -177,4 +180,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_program(main))

@@ -15,21 +15,20 @@ from types import SimpleNamespace
 
 import torch
 
-import launch
-from conf import ROOT, BadInput, settings_text
+import train
+from conf import ROOT, BadInput, Parser, load_launch, run_program, settings_text
 from datasets import fingerprint
-from device import choose_precision, guarded, keep_freed_memory
+from device import choose_device, choose_precision, keep_freed_memory
 from evaluation import evaluate
 from measures.norms import measure_data
 from measures.pac_bayes import COLUMNS as CERTIFICATES
 from measures.trace import folded, folded_layers, plain_copy, trace_layers, weight_layers
 from records import (
-    csv_line,
-    folder_settings,
+    launch_header,
+    load_data,
     load_network,
     load_weights,
     new_results_folder,
-    seen_from_here,
     write_file,
     write_table,
 )
@@ -46,11 +45,8 @@ COLUMNS = [*_FIRST.split(), *BOUNDS, *CERTIFICATES, 'test_set_bound', 'test_size
 
 def parse_arguments(argv=None):
     """The command line as a namespace of source, lam, layer, refit and run."""
-    parser = argparse.ArgumentParser(
-        'python -m studies.compress',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser('python -m studies.compress', __doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add('source', type=Path, metavar='DIR', help='results folder of the trained networks')
     about = 'penalties between 0 and 1, as shares of the smallest one that removes all channels'
@@ -81,7 +77,7 @@ def load_source(folder, options):
         BadInput: settings or data are not those of the training, or the network is not covered.
     """
     net, settings = load_network(folder)
-    dataset = launch.get_inputs(settings)[1]
+    dataset = load_data(settings)
     files = [folder / name for name in ('model.pt', 'weights.pt')]
     path = next(path for path in files if path.exists())
     position = load_weights(net, path, settings, fingerprint(dataset))
@@ -147,11 +143,12 @@ def compress_run(net, settings, position, options, folder):
     Returns:
         The errors of the lams at which a layer lost all its channels.
     """
-    device, dataset = launch.get_inputs(settings)
-    choose_precision('float32', device)
+    dataset = load_data(settings)
+    images = dataset.train_images
+    choose_precision('float32', images.device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    net, images = net.to(device), dataset.train_images
+    net = net.to(images.device)
     source, _ = narrower(net, images, 0, options)
     data = measure_data(source, images, skip_uncovered=True)
     delta = settings.delta / math.prod(widths(source))
@@ -178,7 +175,7 @@ def compress_run(net, settings, position, options, folder):
             row['speed_up'] = speed_up(source, narrow, dataset.test_images[:32])
         row['residual'] = '|'.join(f'{report["residual"]:.3g}' for report in reports)
         row['gap'] = max((report['gap'] for report in reports), default=0.0)
-        rows.append(csv_line(row, COLUMNS))
+        rows.append({column: row[column] for column in COLUMNS if column in row})
         write_table(folder / 'compress.csv', COLUMNS, rows)
         print(f'{settings.name} {describe(row)}', flush=True)
     return errors
@@ -210,7 +207,7 @@ def command_line(options):
 def main(argv=None):
     """Runs the command line. Raises BadInput."""
     options = parse_arguments(argv)
-    sweep, runs = folder_settings(options.source)
+    sweep, runs = load_launch(options.source)
     if options.run is not None:
         if not 1 <= options.run <= len(runs):
             raise BadInput(f'--run {options.run}: the folder has the networks 1 to {len(runs)}')
@@ -223,21 +220,21 @@ def main(argv=None):
     for note in notes:
         print(note, flush=True)
 
-    folder = new_results_folder(seen_from_here(ROOT / sweep['results_dir']))
+    folder = new_results_folder(ROOT / sweep['results_dir'])
     made = f'Networks made narrower by {command_line(options)}'
     header = [f'{made}; the settings are those that they were trained with.']
-    header += launch.launch_header(launch.get_inputs(runs[0])[0], notes)
+    header += launch_header(choose_device(sweep['device']), notes)
     write_file(folder / 'global_settings.py', settings_text(sweep, header).encode())
     keep_freed_memory()
     errors = []
     for net, settings, position in sources:
         print(f'{folder / settings.name}: from {options.source / settings.name}', flush=True)
         errors += compress_run(net, settings, position, options, folder / settings.name)
-    launch.draw(folder)
+    train.draw_figures(folder)
     if errors:
         raise BadInput('; '.join(errors))
     return 0
 
 
 if __name__ == '__main__':
-    sys.exit(guarded('studies.compress', main, lambda: ''))
+    sys.exit(run_program(main))

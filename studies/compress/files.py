@@ -1,11 +1,10 @@
 """Files of narrower networks."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 from torch import nn
 
-from conf import BEFORE, BadInput
+from conf import KNOBS, BadInput
 from datasets import DATASETS
 from measures.trace import Layer, folded_layers, plain_copy, sequential
 from models import get_network
@@ -47,10 +46,7 @@ def load(path):
     Raises:
         BadInput: the file holds no narrower network, or one of a family that `models` lacks.
     """
-    path = Path(path)
-    if not path.exists():
-        raise BadInput(f'{path}: no such file')
-    saved = load_checkpoint(path, 'cpu')
+    saved = load_checkpoint(path)
     if 'input_shape' not in saved:
         raise BadInput(f'{path}: does not hold a narrower network')
     if 'settings' in saved:
@@ -65,7 +61,8 @@ def load(path):
 
 def _of_family(saved):
     """The network that the saved settings describe, with the sizes of the saved tensors."""
-    settings, state = SimpleNamespace(**BEFORE | saved['settings']), saved['network']
+    knobs = {name: neutral for name, (neutral, _) in KNOBS.items()} | saved['settings']
+    settings, state = SimpleNamespace(**knobs), saved['network']
     net = plain_copy(get_network(settings, *DATASETS[settings.dataset_name][1:3])).eval()
     for name, module in net.named_modules():
         fields = [field for field in FIELDS if f'{name}.{field}' in state]
