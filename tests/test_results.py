@@ -19,7 +19,7 @@ from measures.representations import effective_depth
 from measures.tails import kl_inverse
 from records import folder_settings, load_network, read_layers, read_metrics
 from studies import certificate_parts
-from studies.compress.__main__ import load
+from studies.compress import load
 
 RESULTS = ROOT / 'results'
 FOLDERS = [
