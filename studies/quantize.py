@@ -19,7 +19,7 @@ from measures.paths import path_metric, path_norm
 from measures.steps import forward_steps
 from measures.trace import plain_copy
 from records import load_network
-from summary import csv_file
+from figures import csv_file
 
 
 def fixed_point(tensor, bits, rounding):

@@ -18,7 +18,7 @@ from conf import RULES
 from datasets import DATASETS
 from evaluation import at_target, finished
 from records import folder_settings, write_file
-from summary import csv_file, varied
+from figures import csv_file, varied
 
 LEAST_NETWORKS, LEAST_KNOBS = 20, 2
 LEAST_SIZE = 2  # of an environment's pairs, (sum w)^2 / sum w^2

@@ -33,7 +33,7 @@ from conf import load_settings
 from evaluation import COLUMNS
 from jobs import resuming
 from records import folder_settings, load_checkpoint, locked, read_metrics, save_checkpoint
-from summary import read_runs
+from figures import read_runs
 from utils import BOUNDS
 
 

@@ -18,7 +18,7 @@ from measures.pac_bayes import COLUMNS as CERTIFICATES
 from records import read_metrics
 from studies.coded.message import binomial_inverse, count_errors, encode, log_eta, prove
 from studies.coded.search import search, unfitted
-from summary import csv_file
+from figures import csv_file
 
 FOLDER = ROOT / 'results' / 'coded'
 COLUMNS = 'name', 'bytes', 'train_error', 'test_error', 'bound'
