@@ -331,7 +331,9 @@ def epochs_picture(caption, runs, columns, ylabel, set_axis, levels=None):
         network = settings.dataset_name, settings.network, settings.depth, settings.width
         if levels and network in PAPER_NETWORKS:
             for column, limits in levels.items():
-                look = MARKS['level'] | {'color': style(column)['color'], 'marker': '_'}
+                if np.isnan(table[column]).all():
+                    continue
+                look = MARKS['level'] | {'color': CURVES[column][0], 'marker': '_'}
                 right = panel.get_yaxis_transform()  # x: 0 is the left edge, 1 the right one
                 panel.plot([1.015, 1.015], np.exp2(limits), transform=right, clip_on=False, **look)
     if labelled(panels):
