@@ -70,7 +70,7 @@ PAPER_NETWORKS = [('MNIST', 'CONV', 3, width) for width in (200, 600, 1000)]
 MARKS = {
     'pruning': {'label': '_pruning', 'color': '0.6', 'linewidth': 0.8},
     'left': {'label': '_value at the left end', 'color': '0.4', 'linewidth': 0.6},
-    'range': {'label': '_range over seeds', 'color': '0.8', 'linewidth': 6},
+    'range': {'label': '_range over networks', 'color': '0.8', 'linewidth': 6},
     'deviation': {'label': '_± standard deviation', 'color': '0.4', 'linewidth': 3, 'alpha': 0.5},
     'level': {'label': "_level in the paper's Figure 1", 'color': '0.4', 'linewidth': 3},
     'zero': {'label': '_0 (below the axis)', 'color': '0.4', 'linewidth': 0, 'marker': 'v'},
@@ -85,7 +85,6 @@ MARKS = {
 ERROR = 'error'
 EXCESS = 'excess over the margin error'  # what a bound limits
 WEIGHTS, WEIGHTS_LEFT = 'number of weights', 'weights left in the pruned layers (%)'
-NCC = 'nearest-class-center accuracy'
 PAGE = 850 / 96  # inches: a page shows 850 pixels, 96 an inch, so that 9 points are 9 points there
 MOST_PANELS = 24
 FEW_POINTS = 50  # a curve of at most this many shows its points
@@ -186,16 +185,12 @@ def varied(runs):
     return names
 
 
-def described(settings, knobs):
-    """'depth 3, width 8' for these knobs."""
-    return ', '.join(f'{knob} {getattr(settings, knob)}' for knob in knobs)
-
-
 def grouped(runs, knobs):
     """{'depth 3, width 8': the runs with these values} for these knobs."""
     groups = {}
     for run in runs:
-        groups.setdefault(described(run[0], knobs), []).append(run)
+        title = ', '.join(f'{knob} {getattr(run[0], knob)}' for knob in knobs)
+        groups.setdefault(title, []).append(run)
     return groups
 
 
@@ -334,6 +329,7 @@ def epochs_picture(caption, runs, columns, ylabel, set_axis, levels=None):
                 if np.isnan(table[column]).all():
                     continue
                 look = MARKS['level'] | {'color': CURVES[column][0], 'marker': '_'}
+                look |= {'markersize': 8, 'markeredgewidth': 2.5}
                 right = panel.get_yaxis_transform()  # x: 0 is the left edge, 1 the right one
                 panel.plot([1.015, 1.015], np.exp2(limits), transform=right, clip_on=False, **look)
     if labelled(panels):
@@ -353,14 +349,14 @@ def sweep_picture(runs):
     numbers = [knob for knob in knobs if type(getattr(runs[0][0], knob)) in (int, float)]
     groups = []
     for knob in numbers or knobs[:1]:
-        texts = list(dict.fromkeys(getattr(settings, knob) for settings, _ in runs))
+        texts = list(dict.fromkeys(str(getattr(settings, knob)) for settings, _ in runs))
         others = [other for other in knobs if other != knob]
         for title, members in grouped(runs, others).items():
             rows = []
             for settings, table in members:
                 row, place = last_rows(table)[-1], getattr(settings, knob)
                 if knob not in numbers:
-                    place = texts.index(place)
+                    place = texts.index(str(place))
                 if knob == 'train_samples' and place == 0:  # all of them
                     place = np.nan_to_num(row['train_size'])
                 rows.append(row | {'place': place})
@@ -487,9 +483,9 @@ def read_learned(runs, folder):
 
 
 def last_evaluation(layers):
-    """The rows of the last evaluation."""
-    last = (layers['round'] == layers['round'][-1]) & (layers['epoch'] == layers['epoch'][-1])
-    return {column: cells[last] for column, cells in layers.items()}
+    """The last row of each layer."""
+    count = len(set(layers['layer']))
+    return {column: cells[-count:] for column, cells in layers.items()}
 
 
 def layers_picture(runs, folder):
@@ -502,27 +498,31 @@ def layers_picture(runs, folder):
     learned = read_learned(runs, folder)
     if not learned:
         return None
-    caption = 'Layers at the end, on the training set (solid) and the test set (dashed)'
-    kinds = {'ncc_error': NCC, 'cdnv': 'CDNV'}
-    if any(not np.isnan(layers['train_probe_error']).all() for _, _, layers in learned):
+    caption = (
+        'Layers at the end, on the training set (solid) and the test set (dashed): accuracy of '
+    )
+    caption += 'the nearest class center\n(NCC), class-distance normalized variance (CDNV)'
+    kinds = {'ncc_error': 'NCC accuracy', 'cdnv': 'CDNV'}
+    if any(np.isfinite(layers['train_probe_error']).any() for _, _, layers in learned):
         kinds['probe_error'] = 'linear-probe accuracy'
     first, *others = varied(learned) or ['name']
     groups, names = grouped(learned, others), list(grouped(learned, [first]))
     figure, panels = grid(caption, list(groups), list(kinds.values()), 2.4)
     for column, members in zip(panels.T, groups.values()):
         column[-1].set_xlabel('layer')
-        for settings, _, layers in members:
-            name = described(settings, [first])
-            share, last = names.index(name) / len(names), last_evaluation(layers)
+        for name, same in grouped(members, [first]).items():
+            share = names.index(name) / len(names)
             look = {'color': matplotlib.colormaps['plasma'](0.9 * share), 'marker': '.'}
             look['linewidth'] = 2.4 - 1.4 * share  # of curves that coincide the lower is the wider
-            for panel, kind in zip(column, kinds):
-                panel.xaxis.get_major_locator().set_params(integer=True)
-                train, test = last[f'train_{kind}'], last[f'test_{kind}']
-                if kind != 'cdnv':
-                    train, test = 1 - train, 1 - test
-                panel.plot(last['layer'], train, '-', label=name, **look)
-                panel.plot(last['layer'], test, '--', label='_test', **look)
+            for _, _, layers in same:
+                last = last_evaluation(layers)
+                for panel, kind in zip(column, kinds):
+                    panel.xaxis.get_major_locator().set_params(integer=True)
+                    train, test = last[f'train_{kind}'], last[f'test_{kind}']
+                    if kind != 'cdnv':
+                        train, test = 1 - train, 1 - test
+                    panel.plot(last['layer'], train, '-', label=name, **look)
+                    panel.plot(last['layer'], test, '--', label='_test', **look)
     power_axis(panels[1, 0])
     return finish(figure, panels)
 
@@ -534,9 +534,11 @@ def layers_epochs_picture(runs, folder):
     learned = read_learned(runs, folder)
     if not learned:
         return None
-    caption = 'Nearest-class-center accuracy of each layer on the training set by epoch'
+    caption = (
+        'Accuracy of the nearest class center (NCC) of each layer by epoch, on the training set'
+    )
     titles = [settings.name for settings, _, _ in learned]
-    figure, panels = grid(caption, titles, [NCC], 2.7)
+    figure, panels = grid(caption, titles, ['NCC accuracy'], 2.7)
     deepest = max(layers['layer'].max() for _, _, layers in learned)
     for panel, (settings, table, layers) in zip(panels[0], learned):
         x = epoch_axis(panel, table, settings)

@@ -368,7 +368,7 @@ def test_against_density(tmp_path):
     np.testing.assert_allclose(bar[:, 1], [0.375 - deviation, 0.375 + deviation])
     assert legend(figure)[-3:] == [
         'value at the left end',
-        'range over seeds',
+        'range over networks',
         '± standard deviation',
     ]
 
@@ -415,6 +415,7 @@ def test_sweep_with_seeds(tmp_path):
 
 SWEEPS = [
     ({'loss': ['MSE', 'CE']}, [0, 1], ['MSE', 'CE']),
+    ({'bias': [True, False]}, [0, 1], ['True', 'False']),
     ({'train_samples': [0, 100, 200]}, [100, 200, 1437], ['100', '200', '1437']),
     ({'density': [1.0, 0.5], 'initial_mask': 'random'}, [0.5, 1], ['0.5', '1']),
     ({'width': [100, 101, 200]}, [100, 101, 200], ['100', '', '200']),  # two would touch
