@@ -4,9 +4,7 @@ A run is a pair here: the settings of a network and its table of metrics, {colum
 """
 
 import colorsys
-import csv
 import io
-import itertools
 import math
 import textwrap
 from pathlib import Path
@@ -14,11 +12,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from conf import NOT_SWEPT, BadInput
-from evaluation import finished, last_epoch
+from conf import NOT_SWEPT, BadInput, load_launch
+from evaluation import is_finished, last_epoch
 from measures.representations import effective_depth
-from records import folder_settings as load_launch
-from records import read_layers, read_metrics, rows_of, write_file
+from records import read_layers, read_metrics, rows_of, write_file, write_table
 from utils import BOUNDS
 
 # Column: color, line style, width, label, in the order of every legend: the paper's Figure 1 from
@@ -211,18 +208,8 @@ def spread(rows):
     return tables
 
 
-def csv_file(rows):
-    """Rows, {column: cell}, as the bytes of a csv file; nan is an empty cell."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, dict.fromkeys(itertools.chain(*rows)), lineterminator='\n')
-    writer.writeheader()
-    for row in rows:
-        writer.writerow(filled(row))
-    return text.getvalue().encode()
-
-
 def summary(runs):
-    """summary.csv: the last row of each network and round, after the knobs that differ and seeds.
+    """The rows of summary.csv: name, knobs that differ, seeds, the last row of each round.
 
     A knob that has the name of a column, as lr, is called lr_setting.
     """
@@ -233,7 +220,7 @@ def summary(runs):
             column = f'{knob}_setting' if knob in table else knob
             start[column] = getattr(settings, knob)
         rows += [start | row for row in last_rows(table)]
-    return csv_file(rows)
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------
@@ -284,7 +271,7 @@ def draw(folder):
                 write_file(paths[-1], buffer.getvalue())
     if pictures['sweep'] or pictures['density']:
         paths.append(Path(folder, 'summary.csv'))
-        write_file(paths[-1], summary(runs))
+        write_table(paths[-1], ['name'], summary(runs))
     return paths
 
 
@@ -342,7 +329,7 @@ def sweep_picture(runs):
 
     A panel for each value of the knobs that vary besides. None for runs of pruning rounds.
     """
-    runs = [run for run in runs if finished(run[0], rows_of(run[1])[-3:])]
+    runs = [run for run in runs if is_finished(run[0], rows_of(run[1])[-3:])]
     if any(table['round'].any() for _, table in runs):
         return None
     knobs = varied(runs)

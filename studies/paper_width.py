@@ -20,10 +20,9 @@ from conf import load_settings
 from device import keep_freed_memory
 from evaluation import losses_and_margins, rounded_up
 from launch import get_inputs
-from measures.chains import plain_layer
 from measures.norms import margin_error
 from measures.pac_bayes import certify, live_channels
-from measures.trace import trace_layers
+from measures.trace import plain_layer, trace_layers
 from models import get_network
 from models.layers import hidden_layer
 from models.weight_norm import Mask, set_mask
@@ -38,9 +37,7 @@ STAGES = [  # weights of the second and of the third convolution that stay, None
 
 
 def kernels_of(net, input_shape):
-    return [
-        layer.module.weight.detach().view(layer.shape) for layer in trace_layers(net, input_shape)
-    ]
+    return [layer.kernel.float() for layer in trace_layers(net, input_shape)]
 
 
 def chain(kernels, masks):

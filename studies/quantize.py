@@ -12,14 +12,14 @@ import sys
 from pathlib import Path
 
 import torch
+from launch import get_inputs
 
 from conf import ROOT, BadInput
-from launch import get_inputs
 from measures.paths import path_metric, path_norm
 from measures.steps import forward_steps
 from measures.trace import plain_copy
 from records import load_network
-from figures import csv_file
+from summary import csv_file
 
 
 def fixed_point(tensor, bits, rounding):

@@ -10,7 +10,7 @@ import numpy as np
 
 from conf import ROOT
 from records import folder_settings, read_metrics
-from figures import last_rows
+from summary import last_rows
 
 PICTURE = ROOT / 'docs' / 'samples.png'
 ERROR = 0.08

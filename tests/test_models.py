@@ -148,7 +148,7 @@ def test_layers_are_counted_without_stem_and_classifier(name):
 def test_what_the_norm_based_bounds_cover():
     for flags in ({'normalization': 'weight'}, {'normalization': 'none'}):
         layers = trace_layers(build(network='MLP', depth=2, width=4, **flags), DIGITS)
-        assert [layer.shape for layer in layers] == [(4, 1, 8, 8), (4, 4, 1, 1), (10, 4, 1, 1)]
+        assert [tuple(layer.kernel.shape) for layer in layers] == [(4, 1, 8, 8), (4, 4, 1, 1), (10, 4, 1, 1)]
     for name, flags in (
         ('MLP', {'bias': True}),
         ('MLP', {'normalization': 'batch'}),

@@ -10,15 +10,15 @@ import sys
 
 import matplotlib
 import torch
+from launch import get_dataset
 
 from conf import ROOT
 from evaluation import rounded_up
-from launch import get_dataset
 from measures.pac_bayes import COLUMNS as CERTIFICATES
 from records import read_metrics
 from studies.coded.message import binomial_inverse, count_errors, encode, log_eta, prove
 from studies.coded.search import search, unfitted
-from figures import csv_file
+from summary import csv_file
 
 FOLDER = ROOT / 'results' / 'coded'
 COLUMNS = 'name', 'bytes', 'train_error', 'test_error', 'bound'
