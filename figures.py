@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from conf import NOT_SWEPT, BadInput, load_launch
+from conf import KNOBS, NOT_SWEPT, BadInput, load_launch
 from evaluation import is_finished, last_epoch
 from measures.representations import effective_depth
 from records import read_layers, read_metrics, rows_of, write_file, write_table
@@ -172,14 +172,8 @@ def last_rows(table):
 
 def varied(runs):
     """The knobs in which the networks of runs differ, seeds aside."""
-    names = []
-    knobs = vars(runs[0][0]) if runs else {}
-    for knob in knobs:
-        if knob in (*NOT_SWEPT, *SEEDS, 'name'):
-            continue
-        if len({getattr(run[0], knob) for run in runs}) > 1:
-            names.append(knob)
-    return names
+    knobs = [knob for knob in KNOBS if knob not in (*NOT_SWEPT, *SEEDS)]
+    return [knob for knob in knobs if len({getattr(run[0], knob) for run in runs}) > 1]
 
 
 def grouped(runs, knobs):
@@ -293,6 +287,7 @@ def certified_picture(runs):
 
 
 def bounds_picture(runs):
+    """Every bound of BOUNDS."""
     names = [name for name in CURVES if name in BOUNDS and name.endswith('_bound')]
     columns = [*names, *own_bounds()]
     return epochs_picture('Every bound by epoch', runs, columns, EXCESS, power_axis)
@@ -319,7 +314,7 @@ def epochs_picture(caption, runs, columns, ylabel, set_axis, levels=None):
                 look |= {'markersize': 8, 'markeredgewidth': 2.5}
                 right = panel.get_yaxis_transform()  # x: 0 is the left edge, 1 the right one
                 panel.plot([1.015, 1.015], np.exp2(limits), transform=right, clip_on=False, **look)
-    if labelled(panels):
+    if labelled(panels[0]):
         set_axis(panels[0, 0])
         return finish(figure, panels)
 
@@ -489,7 +484,7 @@ def layers_picture(runs, folder):
         'Layers at the end, on the training set (solid) and the test set (dashed): accuracy of '
     )
     caption += 'the nearest class center\n(NCC), class-distance normalized variance (CDNV)'
-    kinds = {'ncc_error': 'NCC accuracy', 'cdnv': 'CDNV'}
+    kinds = {'ncc_error': 'NCC accuracy', 'cdnv': 'CDNV'}  # of columns of layers.csv
     if any(np.isfinite(layers['train_probe_error']).any() for _, _, layers in learned):
         kinds['probe_error'] = 'linear-probe accuracy'
     first, *others = varied(learned) or ['name']
@@ -565,8 +560,8 @@ def style(column):
         color, linestyle = colorsys.hsv_to_rgb(hue % 1, 0.95, 0.75), (0, (7, 1.5, 1, 1.5))
         width, label = 1.5, None
     if label is None:
-        words = BOUNDS[column].__doc__ if column in BOUNDS else None
-        name, colon, _ = (words or '').partition('\n')[0].partition(':')
+        words = getattr(BOUNDS.get(column), '__doc__', None) or ''
+        name, colon, _ = words.partition('\n')[0].partition(':')
         label = name.strip() if colon else column
     return {'color': color, 'linestyle': linestyle, 'linewidth': width, 'label': label}
 
@@ -645,8 +640,8 @@ def mark(panel, x, name, color):
 
 
 def labelled(panels):
-    """The curves of an array of panels, without auxiliary lines."""
-    lines = [line for panel in panels.flat for line in panel.lines]
+    """The curves of panels, without auxiliary lines."""
+    lines = [line for panel in panels for line in panel.lines]
     return [line for line in lines if not line.get_label().startswith('_')]
 
 
@@ -727,7 +722,7 @@ def finish(figure, panels):
     """Adds the legend below the panels, in up to four columns; the figure grows by its height."""
     import matplotlib.lines
 
-    handles = {line.get_label(): line for line in labelled(panels)}
+    handles = {line.get_label(): line for line in labelled(panels.flat)}
     present = {artist.get_label() for panel in panels.flat for artist in panel.get_children()}
     for look in MARKS.values():
         if look['label'] in present:

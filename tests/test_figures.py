@@ -1,6 +1,5 @@
 """The pictures: what is drawn is what the files hold."""
 
-import csv
 import itertools
 import math
 import shutil
@@ -14,7 +13,7 @@ from conftest import ROOT, train_small
 import figures
 from conf import BadInput, load_settings, settings_text
 from figures import MARKS, load_launch
-from records import read_metrics
+from records import read_metrics, write_table
 from utils import BOUNDS
 
 pytest.importorskip('matplotlib')
@@ -42,10 +41,7 @@ def write(folder, settings, rows, name='metrics'):
     """A table of these rows, {column: value}; a cell that a row lacks is empty."""
     path = folder / settings.name / f'{name}.csv'
     path.parent.mkdir(exist_ok=True)
-    with open(path, 'w', newline='') as file:
-        writer = csv.DictWriter(file, dict.fromkeys(itertools.chain(*rows)))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_table(path, [], rows)
     return path
 
 
@@ -62,6 +58,13 @@ def shipped(name):
     return runs_of(ROOT / 'results' / name)
 
 
+def first_panel(folder, rows, picture=figures.figure_picture):
+    """The first panel of a picture of one network with these rows."""
+    folder, (settings,) = results(folder / '1')
+    write(folder, settings, rows)
+    return picture(runs_of(folder)).axes[0]
+
+
 def names(paths):
     """The pictures among these paths."""
     return {path.stem for path in paths if path.suffix in ('.png', '.pdf')}
@@ -69,7 +72,7 @@ def names(paths):
 
 def curves(panel):
     """{label: (x, y)} of the curves of a panel, without auxiliary lines."""
-    lines = figures.labelled(np.array([panel]))
+    lines = figures.labelled([panel])
     return {line.get_label(): tuple(map(list, line.get_data())) for line in lines}
 
 
@@ -107,9 +110,9 @@ def powers(panel):
 WIDTHS = {'figure', 'certified', 'bounds', 'sweep', 'layers', 'layers_epochs'}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    'name, pictures',
-    [('digits', {'figure', 'bounds'}), pytest.param('mnist-width', WIDTHS, marks=pytest.mark.long)],
+    'name, pictures', [('digits', {'figure', 'bounds'}), ('mnist-width', WIDTHS)]
 )
 def test_shipped_results_are_drawn(tmp_path, name, pictures):
     import matplotlib
@@ -123,7 +126,8 @@ def test_shipped_results_are_drawn(tmp_path, name, pictures):
     first = [path.read_bytes() for path in paths]
     png, pdf, *_ = first
     assert int.from_bytes(png[16:20], 'big') == 1700  # twice the pixels of a page
-    assert b'/FontFile2' in pdf and b'/Type3' not in pdf
+    assert b'/FontFile2' in pdf
+    assert b'/Type3' not in pdf
     # The same bytes again, also where a user's matplotlibrc asks for LaTeX and large letters.
     with matplotlib.rc_context({'text.usetex': True, 'font.size': 30}):
         assert [path.read_bytes() for path in figures.draw(folder)] == first
@@ -139,7 +143,8 @@ def test_figure_1_has_the_eight_curves_of_the_paper(monkeypatch):
     found, gap = curves(panel), np.abs(table['generalization_gap'])
     assert found[OURS] == (list(table['epoch']), list(table['our_bound']))
     np.testing.assert_array_equal(found['|generalization gap|'][1], np.where(gap > 0, gap, np.nan))
-    assert panel.get_yscale() == 'log' and powers(panel) == [-10, 0, 10, 20, 30]
+    assert panel.get_yscale() == 'log'
+    assert powers(panel) == [-10, 0, 10, 20, 30]
     assert not marks(panel, 'level')  # the paper shows other networks
 
     monkeypatch.setitem(BOUNDS, 'user_bound', lambda *_: 1.0)
@@ -162,7 +167,8 @@ def test_what_certifies_and_every_bound_have_pictures_of_their_own():
     assert legend(figure) == [*proven.split(', '), 'test-set bound', 'train error', 'test error']
     panel = figure.axes[0]
     low, high = panel.get_ylim()
-    assert panel.get_ylabel() == 'error' and low < 0.05 and 1 < high < 2
+    assert panel.get_ylabel() == 'error'
+    assert low < 0.05 < 1 < high < 2
     ticks = zip(panel.get_yticks(), texts(panel.get_yticklabels()))
     shown = [text for tick, text in ticks if low <= tick <= high]
     assert shown == ['0.05', '0.1', '0.2', '0.5', '1']
@@ -217,10 +223,8 @@ def test_a_curve_joins_its_cells_and_marks_what_no_log_axis_has(tmp_path):
 
 @pytest.mark.parametrize('count, errors, marker', [(50, 0.5, 'o'), (51, 0.5, 'None'), (51, 0, 'o')])
 def test_points_are_shown_if_they_are_few_or_have_gaps(tmp_path, count, errors, marker):
-    folder, (settings,) = results(tmp_path / '1')
-    write(folder, settings, [row(epoch, errors if epoch % 2 else 0.5) for epoch in range(count)])
-    (panel,) = figures.figure_picture(runs_of(folder)).axes
-    lines = {line.get_label(): line for line in panel.lines}
+    rows = [row(epoch, errors if epoch % 2 else 0.5) for epoch in range(count)]
+    lines = {line.get_label(): line for line in first_panel(tmp_path, rows).lines}
     assert lines['train error'].get_marker() == marker
 
 
@@ -294,12 +298,13 @@ SPANS = [(0.4, 0.5, 1), (-3, 4, 1), (-7, 7, 2), (-9, 25, 5), (-9, 60, 10), (-700
 
 @pytest.mark.parametrize('low, high, step', SPANS)
 def test_a_tick_at_one_whatever_the_span(tmp_path, low, high, step):
-    folder, (settings,) = results(tmp_path / '1')
-    write(folder, settings, [row(0, our_bound=2.0**high), row(1, our_bound=2.0**low)])
-    (panel,) = figures.bounds_picture(runs_of(folder)).axes
-    assert 0 in powers(panel) and 2 <= len(powers(panel)) <= 10
+    rows = [row(0, our_bound=2.0**high), row(1, our_bound=2.0**low)]
+    panel = first_panel(tmp_path, rows, figures.bounds_picture)
+    assert 0 in powers(panel)
+    assert 2 <= len(powers(panel)) <= 10
     assert set(np.diff(powers(panel))) == {step}
-    assert panel.get_ylim()[0] <= 2.0**low and panel.get_ylim()[1] >= 2.0**high
+    bottom, top = panel.get_ylim()
+    assert bottom <= 2.0**low < 2.0**high <= top
     assert all(epoch == round(epoch) for epoch in panel.get_xticks())
 
 
@@ -314,7 +319,8 @@ def test_panels_in_a_row_or_a_square(count, shape):
     assert len(figure.axes) == min(count, 24)
     assert figure.get_suptitle() == 'Curves' + '; the first 24 of 30' * (count == 30)
     lines = panel.get_title().split('\n')  # a long name has several
-    assert ''.join(lines) == name and max(map(len, lines)) <= 100 / shape[1]
+    assert ''.join(lines) == name
+    assert max(map(len, lines)) <= 100 / shape[1]
 
 
 def pruned(folder, settings, rewound=0, factor=1.0, **counted):
@@ -359,7 +365,8 @@ def test_against_density(tmp_path):
     assert curves(path)['Corrected bound'] == ([25, 50, 100], [2.75, 1.375, 1])
     assert extent(path) == (1, 3)
     assert curves(path_errors)['train error'] == ([25, 50, 100], [0.25, 0.25, 0.5])
-    assert errors.get_xscale() == 'log' and errors.xaxis_inverted()
+    assert errors.get_xscale() == 'log'
+    assert errors.xaxis_inverted()
     assert magnitude.get_yscale() == 'linear'
     assert texts(errors.get_xticklabels()) == ['25', '50', '100']  # percent
     assert [y for _, y in marks(errors, 'left')] == [[0.5, 0.5], [0.75, 0.75]]
@@ -400,7 +407,8 @@ def test_sweep_with_seeds(tmp_path):
     depths = [('depth', f'width {width}') for width in (4, 8, 16)]
     assert list(found) == [*depths, ('width', 'depth 2'), ('width', 'depth 3')]
     panel = found['width', 'depth 2']
-    assert curves(panel)[OURS] == ([4, 8, 16], [1200, 2400, 4800]) and panel.get_xscale() == 'log'
+    assert curves(panel)[OURS] == ([4, 8, 16], [1200, 2400, 4800])
+    assert panel.get_xscale() == 'log'
     assert texts(panel.get_xticklabels()) == ['4', '8', '16']
     assert extent(panel) == (400, 9600)
     assert curves(found['width', 'depth 3'])[OURS][1] == [12000, 24000, 24000]  # two seeds at 16
@@ -455,13 +463,16 @@ def test_seeds_alone_are_no_sweep(tmp_path):
     assert names(figures.draw(folder)) == {'figure'}
 
 
+@pytest.mark.long
 @pytest.mark.pictures
 def test_a_run_counts_what_the_pictures_need(tmp_path):
     flags = '--epochs 1 --prune-rounds 1 --prune-fraction 0.5 --prune-layers conv'
     train_small(tmp_path / 'run', *flags.split())
     table = read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')
-    assert table['masked_density'].tolist() == [1, 1, 0.5, 0.5] and (table['density'] > 0.9).all()
-    assert set(table['train_size']) == {1437} and set(table['test_size']) == {360}
+    assert table['masked_density'].tolist() == [1, 1, 0.5, 0.5]
+    assert (table['density'] > 0.9).all()
+    assert set(table['train_size']) == {1437}
+    assert set(table['test_size']) == {360}
     assert names((tmp_path / 'run').iterdir()) == {'figure', 'bounds', 'density'}
 
 
@@ -486,9 +497,8 @@ def test_layers_by_epoch(tmp_path):
     for settings in networks:
         learned(folder, settings)
     first, second = figures.layers_epochs_picture(runs_of(folder), folder).axes
-    name, *rest = first.get_title().split('\n')
     words = ['training accuracy 0.9688', 'effective depth 2 (ε = 0.01), 1 (ε = 0.05)']
-    assert name == networks[0].name and rest == words
+    assert first.get_title().split('\n') == [networks[0].name, *words]
     found = curves(second)
     assert set(found) == {'input', 'layer 1', 'layer 2', 'layer 3', 'training accuracy'}
     assert found['layer 2'] == ([0, 4], pytest.approx([1 - 0.409, 1 - 0.009]))
@@ -506,10 +516,12 @@ def test_layers_at_the_end(tmp_path):
     assert titles(figure) == ['depth 2', '', '', 'depth 3', '', '']
     assert legend(figure) == ['label_noise 0.0', 'label_noise 0.1']
     train, test = (line.get_data() for line in accuracy.lines[:2])
-    assert list(train[0]) == [0, 1, 2] and list(train[1]) == pytest.approx([0.5, 0.96, 0.991])
+    assert list(train[0]) == [0, 1, 2]
+    assert list(train[1]) == pytest.approx([0.5, 0.96, 0.991])
     assert list(test[1]) == pytest.approx([0.0, 0.92, 0.982])
     assert list(figure.axes[4].lines[0].get_ydata()) == pytest.approx([2, 0.16, 0.036, 0.08])
-    assert variability.get_yscale() == 'log' and probes.get_ylabel() == 'linear-probe accuracy'
+    assert variability.get_yscale() == 'log'
+    assert probes.get_ylabel() == 'linear-probe accuracy'
     assert list(probes.lines[1].get_ydata()) == [1, 0.75, 0.5]
 
     for settings in networks:
