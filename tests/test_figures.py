@@ -230,7 +230,8 @@ def test_points_are_shown_if_they_are_few_or_have_gaps(tmp_path, count, errors, 
 
 def test_what_was_measured_last_is_drawn(tmp_path, capsys):
     folder, (settings,) = results(tmp_path / '1')
-    write(folder, settings, [row(0, rho=1.0), row(1, rho=2.0, our_bound=4.0), row(2)])
+    logged = [row(0, rho=1.0), row(1, rho=2.0, our_bound=4.0, eval_seconds=9), row(2)]
+    write(folder, settings, logged)
     again = [
         row(1, 0.25, rho=2 + 1e-9, our_bound=9.0, my_bound=3.0),
         row(2, rho=5.0, my_bound=6.0),
@@ -438,6 +439,7 @@ def test_sweep_of_one_knob(tmp_path, knobs, x, ticks):
     assert curves(panel)['train error'][0] == x
     assert texts(panel.get_xticklabels()) == ticks
     assert panel.xaxis_inverted() == ('density' in knobs)
+    assert panel.get_ylim()[1] > 1
 
 
 def test_sweep_of_a_number_and_a_text(tmp_path):
@@ -541,6 +543,7 @@ def test_compressed_networks(tmp_path):
     errors, bounds = figures.compress_picture([settings], folder).axes
     assert curves(errors) == {'test error': ([756, 4172, 6848], [0.25, 0.125, 0.125])}
     assert curves(bounds) == {OURS: ([756, 4172, 6848], [0.25, 0.5, 1])}  # of the first row's
+    assert bounds.get_ylim()[1] == 1.11
     assert texts(errors.get_xticklabels()) == ['756', '4,172', '6,848']
     for damage in ('weights,lam\n1,2\n', 'weights,test_error\n1,0.5\n1,2,3,4\n'):
         path.write_text(damage)
