@@ -19,7 +19,7 @@ from tqdm import tqdm
 from conf import load_settings
 from device import keep_freed_memory
 from evaluation import losses_and_margins, rounded_up
-from launch import get_inputs
+from records import load_data
 from measures.norms import margin_error
 from measures.pac_bayes import certify, live_channels
 from measures.trace import plain_layer, trace_layers
