@@ -351,7 +351,7 @@ def sweep_picture(runs):
 
 def density_picture(runs):
     """The last row of each finished pruning round against the share of weights that are left."""
-    caption = 'Networks at the end of each pruning round; bounds relative to those of round 0'
+    caption = 'Networks at the end of each pruning round; bounds relative to round 0'
     bounds = ['our_bound', 'corrected_bound', 'path_bound', *own_bounds()]
     runs = [run for run in runs if run[1]['round'].any()]
     groups = []
@@ -373,7 +373,7 @@ def density_picture(runs):
 
 def compress_picture(networks, folder):
     """Narrower networks, from compress.csv, against their number of weights."""
-    caption = 'Networks with fewer channels; bounds relative to those of the source'
+    caption = 'Networks with fewer channels; bounds relative to the source'
     bounds = [*SWEPT_BOUNDS, *own_bounds()]
     groups = []
     for settings in networks:
@@ -488,7 +488,7 @@ def layers_picture(runs, folder):
     kinds = {'ncc_error': 'NCC accuracy', 'cdnv': 'CDNV'}  # of columns of layers.csv
     if any(np.isfinite(layers['train_probe_error']).any() for _, _, layers in learned):
         kinds['probe_error'] = 'linear-probe accuracy'
-    # A panel column for the other knobs' values, a color for those of the first one.
+    # A column of panels per value of the other knobs, a color per value of the first.
     first, *others = varied(learned) or ['name']
     groups, names = grouped(learned, others), list(grouped(learned, [first]))
     figure, panels = grid(caption, list(groups), list(kinds.values()), 2.4)
@@ -575,7 +575,7 @@ def grid(caption, titles, ylabels, height):
         titles: of which only the first are shown if there would be more than MOST_PANELS.
         height: of a panel, in inches.
     Returns:
-        (figure, array of panels (ylabels, titles)); those of one ylabel share their y axis.
+        (figure, array of panels (ylabels, titles)); panels of a ylabel share their y axis.
     """
     import matplotlib.figure  # the object interface only: no display and no global state
 
