@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from conf import load_launch, run_program
+from figures import last_rows
 from records import read_metrics
-from studies.interim import last_rows
 from studies.report import new_figure, plot_range, print_table, save, study_parser
 
 ERROR = 0.08
