@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, settings_of, train_small
+from conftest import settings_of
 from torch import nn
 
 import sparsify
-from conf import BadInput, load_settings
+from conf import BadInput
 from measures.masks import density, hidden_readers, weight_layers, weight_mask
 from models import get_network
 from models.weight_norm import add_masks, free_weight, set_mask
-from studies import channels, lottery_theory, samples, topology
 
 MASKS = ('random', 'erk', 'snip', 'synflow')
 RIGL = {'density': 0.3, 'initial_mask': 'erk', 'regrow': 'gradient'}
@@ -566,78 +565,3 @@ def test_settings_that_contradict_each_other(flags, text):
 )
 def test_settings_that_go_together(flags):
     sparsify.check(settings_of(**flags))
-
-
-# --- the experiments of docs/sparse.md ---
-
-
-@pytest.mark.parametrize('name, networks', (('channels', 24), ('samples', 3)))
-def test_experiments_have_sound_settings(name, networks):
-    runs = load_settings(ROOT / 'conf' / f'{name}.py')[1]
-    assert len(runs) == networks
-    for settings in runs:
-        sparsify.check(settings)
-
-
-def test_channels_left_are_read_from_a_sweep(tmp_path):
-    regrow = '--density 0.3 --initial-mask erk --regrow random gradient --regrow-every 3'
-    flags = (
-        f'{regrow} --channel-sparsity 0.5 --train-samples 320 --epochs 2 --layers-every 2 --width 8'
-    )
-    train_small(tmp_path / 'run', *flags.split())
-    found = channels.read(tmp_path / 'run')
-    assert set(found) == {('random', 0.5), ('gradient', 0.5)}
-    for ((error, share, left, _),) in found.values():
-        assert set(left) == {0, 2} and len(left[2]) == 3
-        assert 0 < error <= 1 and 0 < share < 0.31 and 6 <= left[2].sum() <= 12
-
-
-def test_samples_are_read_from_several_sweeps(tmp_path):
-    for count in ('64', '96'):
-        flags = f'--train-samples {count} --epochs 1 --prune-rounds 2 --prune-fraction 0.5 --data-seed 0 1'
-        train_small(tmp_path / count, *flags.split())
-    errors, densities = samples.read([tmp_path / '96', tmp_path / '64'])
-    assert list(errors) == [64, 96] and errors[64].shape == (2, 3)
-    assert densities == pytest.approx([1, 0.5, 0.25], rel=1e-3)
-
-
-def test_a_sparse_student_needs_a_quarter_more_samples_than_weights():
-    for r in (4, 8):
-        tried = [round(ratio * lottery_theory.K * r) for ratio in (0.8, 1.1, 1.4, 1.7)]
-        shares = [lottery_theory.recovered(r, samples, 0.5) for samples in tried]
-        assert shares[0] < 0.2 and shares[-1] > 0.8
-        assert 1 < lottery_theory.half(tried, shares) / (lottery_theory.K * r) < 2
-
-
-def test_a_student_keeps_the_mask_of_its_teacher():
-    teacher, student, mask, inputs = lottery_theory.draw_problem(
-        3, 7, 0.5, torch.Generator().manual_seed(1)
-    )
-    assert (mask.sum(1) == 3).all() and inputs.shape == (20, 7, 50)
-    assert teacher.ne(0).equal(mask) and student.ne(0).equal(mask)
-    assert torch.allclose(teacher.norm(dim=1), torch.ones(20, 5, dtype=torch.double))
-    ratios = (student - teacher).norm(dim=(1, 2)) / teacher.norm(dim=(1, 2))
-    assert torch.allclose(ratios, torch.full((20,), 0.5, dtype=torch.double))
-
-
-def test_coordinates_and_correlations_of_topology():
-    net = nn.Sequential(
-        nn.Flatten(), nn.Linear(8, 5, bias=False), nn.ReLU(), nn.Linear(5, 4, bias=False)
-    )
-    with torch.no_grad():
-        net[1].weight.copy_(
-            torch.block_diag(2 * torch.ones(3, 5), torch.ones(2, 3))
-        )  # K_{3,2}: undefined
-        net[3].weight.fill_(1.0)
-    gaps = math.sqrt(4) + math.sqrt(2), math.sqrt(4) + math.sqrt(3)  # of K_{5,3} and K_{5,4}
-    found = topology.coordinates(net)
-    assert found[1] == pytest.approx(np.mean(gaps))  # imdb
-    assert found[2] == pytest.approx(np.mean([2 * math.sqrt(15) - math.sqrt(6), math.sqrt(20)]))
-    assert found[3] == pytest.approx(np.mean([2 * math.sqrt(15), math.sqrt(20)]))
-    assert topology.spearman(
-        np.array([1.0, 5.0, 3.0]), np.array([10.0, 12.0, 11.0])
-    ) == pytest.approx(1)
-    assert topology.spearman(
-        np.array([1.0, 1.0, 2.0]), np.array([3.0, 3.0, -1.0])
-    ) == pytest.approx(-1)
-    assert math.isnan(topology.spearman(np.ones(3), np.arange(3)))
