@@ -14,12 +14,12 @@ from conftest import ROOT, run, succeeds
 
 from datasets import DATASETS
 from measures.norms import measure_network
-from measures.pac_bayes import kl_inverse
 from measures.paths import path_norm
 from measures.representations import effective_depth
+from measures.tails import kl_inverse
 from records import folder_settings, load_network, read_layers, read_metrics
 from studies import certificate_parts
-from studies.compress.__main__ import load
+from studies.compress import load
 
 RESULTS = ROOT / 'results'
 FOLDERS = [
@@ -232,14 +232,14 @@ def test_the_page_of_certificates_quotes_the_shipped_ones():
 
 
 def test_the_parts_of_a_certificate_make_it_up(tmp_path, mnist, capsys, monkeypatch):
-    """docs/certificate_parts.py, for the first row of the page's table."""
+    """studies.certificate_parts, for the first row of the page's table."""
     shutil.copytree(RESULTS / 'mnist-width', tmp_path / '1')
     text = (tmp_path / '1' / 'global_settings.py').read_text()
     (tmp_path / '1' / 'global_settings.py').write_text(
         text.replace('width = [8, 16, 32]', 'width = 8')
     )
     monkeypatch.setattr(certificate_parts, 'CHANGES', {})
-    certificate_parts.main([tmp_path / '1'])
+    certificate_parts.main([str(tmp_path / '1')])
     (line,) = capsys.readouterr().out.splitlines()
     name, *cells = (cell.strip() for cell in line.split('|')[1:-1])
     A, error, hidden, classifier, _, _, gamma, *_ = (

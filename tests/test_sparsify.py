@@ -128,12 +128,6 @@ def test_masked_weights_stay_exactly_zero(digits, initial_mask):
             assert tensor[mask].count_nonzero() > mask.sum() / 2
 
 
-def test_a_masked_layer_can_be_assigned_a_weight(digits):
-    layer = Training(digits, density=0.2, initial_mask='erk').layers['2']
-    layer.weight = torch.full_like(layer.weight, 3.0)
-    torch.testing.assert_close(layer.weight, 3.0 * weight_mask(layer))
-
-
 def test_an_initial_mask_keeps_g_and_pruning_does_not(digits):
     training = Training(digits, density=0.2, initial_mask='erk')
     for name in ('0', '2', '4'):
