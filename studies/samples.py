@@ -23,7 +23,7 @@ def read(folders):
     errors = {}
     for folder in folders:
         for run in load_launch(folder)[1]:
-            rows = last_rows(read_metrics(folder / run.name / 'metrics.csv'))
+            rows = last_rows(read_finished(folder, run))
             errors.setdefault(run.train_samples, []).append([row['test_error'] for row in rows])
             densities = [row['density'] for row in rows]
     return {samples: np.array(errors[samples]) for samples in sorted(errors)}, densities
