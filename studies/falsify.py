@@ -16,7 +16,6 @@ import csv
 import math
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -29,20 +28,15 @@ from datasets import load_dataset
 from measures.norms import measure_data, measure_network, product
 from utils import BOUNDS
 
-# norm nu: (of a network, of its hidden layers), both from the table of `measure_network`
+# Norms nu of a network, from the table of `measure_network`.
 NORMS = {
-    'Frobenius': (lambda net: product(net.F), lambda net: product(net.F[:-1])),
-    'Toeplitz': (lambda net: product(net.T), lambda net: product(net.T[:-1])),
-    'group': (lambda net: product(net.b[-1], net.F[:-1]), lambda net: product(net.F[:-1])),
-    'path': (lambda net: net.path_norm, lambda net: 1.0),
+    'Frobenius': lambda net: product(net.F),
+    'Toeplitz': lambda net: product(net.T),
+    'group': lambda net: product(net.b[-1], net.F[:-1]),
+    'path': lambda net: net.path_norm,
 }
-# c of a bound: a bound on errors is c / gamma times R, by contraction of the margin loss
-CONSTANTS = {
-    'our_bound': 2 * math.sqrt(2),
-    'golowich_bound': 2 * math.sqrt(2),
-    'corrected_bound': 4,
-    'path_bound': 4,
-}
+# Where R bounds errors with the factor c / gamma, by a contraction of the margin loss: c.
+CONSTANTS = {'our_bound': 8**0.5, 'golowich_bound': 8**0.5, 'corrected_bound': 4, 'path_bound': 4}
 COVERING = 'it bounds covering numbers of the loss class, and no complexity of networks'
 OTHER_FORMS = {
     'ledent_bound': COVERING,
@@ -54,22 +48,20 @@ OTHER_FORMS = {
     'certified_error': 'it is the smaller of corrected_bound and path_bound, over several margins',
     'certified_margin': 'it is a margin, not a bound',
 }
-PROVEN, DRAWN, OPEN = (
-    'refuted (proven)',
-    'refuted (Monte Carlo, 3 standard errors)',
-    'not refuted by these networks',
-)
-DRAWS = 20
-MOST_FEATURES = 1000  # up to which inner products of features are taken: a matrix of that size
+PROVEN = 'refuted (proven)'
+DRAWN = 'refuted (Monte Carlo, 3 standard errors)'
+OPEN = 'not refuted by these networks'
+DRAWS = 20  # of all signs
+MOST_FEATURES = 1000  # up to which their matrix of second moments is computed
 
 
 def plain(net):
     """A copy in float64 whose effective weights are its parameters."""
-    net = copy.deepcopy(net).double()
+    net = copy.deepcopy(net).double().requires_grad_(False)
     for module in net.modules():
         if parametrize.is_parametrized(module):
             parametrize.remove_parametrizations(module, 'weight')
-    return net.requires_grad_(False)
+    return net
 
 
 def random_tables(net, data):
@@ -85,8 +77,8 @@ def random_tables(net, data):
     return tables
 
 
-def read_claim(bound, tables, data, constant):
-    """(norm, complexity) of a bound of the form c (nu + 1) / gamma * complexity + tail.
+def read_claim(bound, tables, data):
+    """(norm, c * complexity) of a bound of the form c (nu + 1) / gamma * complexity + tail.
 
     The difference of two margins has no tail, and that of two scales of the classifier no + 1: it
     is c * complexity * (change of nu). `tables` are those of `random_tables`.
@@ -97,18 +89,33 @@ def read_claim(bound, tables, data, constant):
     for table in tables:
         low, middle, high = (bound(table, data, 0.001, gamma) for gamma in (1, 2, 4))
         terms.append([2 * (low - middle), 4 * (middle - high)])
-    terms, found = np.array(terms).reshape(2, 3, 2), {}
-    for name, (whole, _) in NORMS.items():
-        norms = np.array([whole(table) for table in tables]).reshape(2, 3, 1)
+    found, terms = {}, np.array(terms).reshape(2, 3, 2)
+    for name, nu in NORMS.items():
+        norms = np.reshape([nu(table) for table in tables], (2, 3, 1))
         quotients = np.diff(terms, axis=1) / np.diff(norms, axis=1)
-        if 0 < quotients.max() < math.inf and np.ptp(quotients) <= 1e-6 * quotients.max():
-            # Several norms fit where they are proportional: how far is each from having the + 1?
-            offset = terms[0, 0, 0] - quotients[0, 0, 0] * norms[0, 0, 0]
-            found[name] = quotients[0, 0, 0], abs(quotients[0, 0, 0] - offset)
+        slope = quotients.max()
+        if 0 < slope < math.inf and np.ptp(quotients) <= 1e-6 * slope:
+            found[name] = slope
     if not found:
         raise BadInput('it is not linear in a norm of NORMS over gamma, up to a tail')
-    norm = min(found, key=lambda name: found[name][1])
-    return norm, found[norm][0] / constant
+    # Without padding T is sqrt(p) F. Of norms that are proportional, the + 1 tells which is meant.
+    offsets = {name: terms[0, 0, 0] - found[name] * NORMS[name](tables[0]) for name in found}
+    norm = min(found, key=lambda name: abs(found[name] - offsets[name]))
+    return norm, found[norm]
+
+
+def network_of(kernels, input_shape, classes):
+    """The chain of these convolutions, each with a ReLU, and a classifier of ones, in float64."""
+    net = nn.Sequential()
+    for kernel in kernels:
+        layer = nn.Conv2d(kernel.shape[1], len(kernel), kernel.shape[2:], bias=False)
+        layer.weight = nn.Parameter(kernel)
+        net.extend([layer, nn.ReLU()])
+    net.append(nn.Flatten())
+    features = net(torch.ones(1, *input_shape).double()).numel()
+    net.append(nn.Linear(features, classes, bias=False))
+    nn.init.ones_(net[-1].weight)
+    return plain(net)
 
 
 @torch.no_grad()
@@ -120,104 +127,68 @@ def kernels_for(images, depth, size=2):
     may depend on the images, as the estimates hold for all weights; on the signs they must not.
     """
     kernels = {'tap': [], 'box': [], 'leading': []}
-    hidden, channels = nn.Sequential(), images.shape[1]
+    maps = [part.double() for part in images.split(2048)]
     for _ in range(depth):
         moments = 0.0
-        for part in images.split(2048):
-            patches = F.unfold(hidden(part.double()), size)
+        for part in maps:
+            patches = F.unfold(part, size)
             moments = moments + (patches @ patches.mT).sum(0)
         leading = torch.linalg.eigh(moments).eigenvectors[:, -1]
-        box = torch.full_like(leading, len(leading) ** -0.5)
-        tap = torch.eye(len(leading)).double()[0]
-        for name, kernel in ('tap', tap), ('box', box), ('leading', leading * leading.sum().sign()):
-            kernels[name].append(kernel.view(1, channels, size, size))
-        hidden.extend([convolution(kernels['leading'][-1]), nn.ReLU()])
-        channels = 1
+        shape = 1, -1, size, size
+        kernels['tap'].append(torch.eye(len(leading)).double()[0].view(shape))
+        kernels['box'].append(torch.full_like(leading, len(leading) ** -0.5).view(shape))
+        kernels['leading'].append((leading * leading.sum().sign()).view(shape))
+        maps = [F.conv2d(part, kernels['leading'][-1]).relu() for part in maps]
     return kernels
 
 
-def convolution(kernel):
-    layer = nn.Conv2d(kernel.shape[1], len(kernel), kernel.shape[2:], bias=False)
-    layer.weight = nn.Parameter(kernel, requires_grad=False)
-    return layer
-
-
-def network_of(kernels, input_shape, classes):
-    """The chain of these convolutions, each with a ReLU, and a classifier, whose weights are 1."""
-    layers = [layer for kernel in kernels for layer in (convolution(kernel), nn.ReLU())]
-    features = nn.Sequential(*layers)(torch.ones(1, *input_shape).double()).numel()
-    classifier = nn.Linear(features, classes, bias=False)
-    nn.init.ones_(classifier.weight)
-    return nn.Sequential(*layers, nn.Flatten(), classifier)
-
-
 @torch.no_grad()
-def measure(net, images, classes):
-    """What the lower bounds of all norms need of the features of a network: sums over the images.
+def lower_bounds(net, images, classes):
+    """{norm: (proven, proven with one sign per sample, mean of random signs, its error)} of R.
 
-    Returns:
-        Namespace of network (its table), energy (channels, positions), path (the same: path-norm of
-        each unit), r2, and sums (DRAWS, classes, channels, positions) of randomly signed features.
+    With t the energy of the features and C classes, E||S|| is at least sqrt(C t / 2) (Kahane, with
+    the constant of Latala and Oleszkiewicz), and by Hoelder's inequality at least
+    (E||S||^2)^(3/2) / (E||S||^4)^(1/2) = sqrt(C t / (1 + 2 r2 / C)).
     """
-    net = plain(net)
-    hidden = net[:-1]
+    net, m = plain(net), len(images)
+    table = measure_network(net, images.shape[1:])
     generator = torch.Generator().manual_seed(0)
     energy = gram = fourth = sums = 0.0
     for part in images.split(2048):
-        z = hidden(part.double())
+        z = net[:-1](part.double())
         signs = torch.randint(0, 2, (DRAWS * classes, len(z)), generator=generator) * 2.0 - 1
-        sums = sums + (signs @ z.float()).double()
+        sums = sums + signs @ z.float()
         energy = energy + z.square().sum(0)
         if z.shape[1] <= MOST_FEATURES:
             gram = gram + z.T @ z
             fourth = fourth + z.square().sum(1).square().sum()
-    # sum over pairs of images of <z_i, z_j>^2 / t^2, at most 1 by Cauchy-Schwarz
-    r2 = 1.0
+    t, r2 = energy.sum().item(), 1.0
     if len(energy) <= MOST_FEATURES:
-        r2 = ((gram.square().sum() - fourth) / energy.sum() ** 2).item()
-    network = measure_network(net, images.shape[1:])
-    absolute = copy.deepcopy(hidden)
-    for weight in absolute.parameters():
+        # sum over pairs of images of <z_i, z_j>^2 / t^2, at most 1 by Cauchy-Schwarz
+        r2 = (gram.square().sum() - fourth).item() / t**2
+
+    # The path-norm of each unit: the network of absolute weights at an image of ones.
+    for weight in net.parameters():
         weight.abs_()
-    path = absolute(torch.ones_like(images[:1]).double())
-    units = -1, int(network.p[-2])
-    return SimpleNamespace(
-        network=network,
-        r2=r2,
-        energy=energy.view(units),
-        path=path.view(units),
-        sums=sums.view(DRAWS, classes, *energy.view(units).shape),
-    )
+    path = net[:-1](torch.ones_like(images[:1]).double())[0]
+    energy, path = (values.view(-1, int(table.p[-2])) for values in (energy, path))
+    sums = sums.view(DRAWS, classes, *energy.shape).double()
+    largest = [energy.sum(0).max().item(), (energy / path.square()).nan_to_num().max().item()]
+    group, paths = (math.sqrt(value / 2) for value in largest)
+    many, one = (math.sqrt(C * t / min(2, 1 + 2 * r2 / C)) for C in (classes, 1))
+    whole = sums.flatten(1).norm(dim=1)
 
-
-def lower_bounds(measured, norm, m):
-    """(proven, proven with one sign per sample, mean of the draws, their standard error) of R.
-
-    With t the energy of the features and C classes: Hoelder's inequality gives
-    E||S|| >= (E||S||^2)^(3/2) / (E||S||^4)^(1/2) = sqrt(C t / (1 + 2 r2 / C)), Kahane's with the
-    constant of Latala and Oleszkiewicz sqrt(C t / 2).
-    """
-    sums, energy = measured.sums, measured.energy
-    classes = sums.shape[1]
-    if norm in ('Frobenius', 'Toeplitz'):
-        draws = sums.flatten(1).norm(dim=1)
-        t = energy.sum().item()
-        proven, one_sign = (
-            max(math.sqrt(C * t / 2), math.sqrt(C * t / (1 + 2 * measured.r2 / C)))
-            for C in (classes, 1)
-        )
-    else:
-        # The norm of the classifier is a sum, over positions or units, so its dual is a maximum.
-        if norm == 'group':
-            draws, largest = sums.norm(dim=2).flatten(1).amax(1), energy.sum(0).max()
-        else:
-            reached = measured.path > 0
-            draws = (sums / measured.path)[..., reached].abs().flatten(1).amax(1)
-            largest = (energy / measured.path.square())[reached].max()
-        proven = one_sign = math.sqrt(largest.item() / 2)
-    scale = m * NORMS[norm][1](measured.network)
-    error = draws.std().item() / math.sqrt(len(draws))
-    return [value / scale for value in (proven, one_sign, draws.mean().item(), error)]
+    # What the norm of the classifier is a sum over (positions, units) its dual is a maximum over.
+    found = {
+        'Frobenius': (many, one, whole, product(table.F[:-1])),
+        'Toeplitz': (many, one, whole, product(table.T[:-1])),
+        'group': (group, group, sums.norm(dim=2).flatten(1).amax(1), product(table.F[:-1])),
+        'path': (paths, paths, (sums.abs() / path).nan_to_num().flatten(1).amax(1), 1.0),
+    }
+    return {
+        norm: np.array([*proven, draws.mean(), draws.std() / DRAWS**0.5]) / (m * hidden)
+        for norm, (*proven, draws, hidden) in found.items()
+    }
 
 
 def falsify(names, nets, images, classes, constant=4):
@@ -233,33 +204,31 @@ def falsify(names, nets, images, classes, constant=4):
         A list of dicts, one for each bound of the form, and {name of another: why it is not}.
     """
     first = next(iter(nets.values()))
-    data, claims = measure_data(first, images), {}
-    others = {name: OTHER_FORMS[name] for name in names if name in OTHER_FORMS}
-    tables = random_tables(first, data) if len(others) < len(names) else None
+    data = measure_data(first, images)
+    tables = random_tables(first, data)
+    found = {name: lower_bounds(net, images, classes) for name, net in nets.items()}
+    rows, others = [], {}
     for name in names:
-        if name not in others:
-            c = CONSTANTS.get(name, constant)
-            try:
-                claims[name] = *read_claim(BOUNDS[name], tables, data, c), c
-            except BadInput as reason:
-                others[name] = str(reason)
-    measured = {name: measure(net, images, classes) for name, net in nets.items() if claims}
-    rows = []
-    for name, (norm, complexity, c) in claims.items():
-        found = {net: lower_bounds(table, norm, data.m) for net, table in measured.items()}
-        best = max(found, key=lambda net: found[net][0])
-        proven, one_sign, _, _ = found[best]
-        drawn = max(found, key=lambda net: found[net][2] - 3 * found[net][3])
-        _, _, mean, error = found[drawn]
-        verdict = OPEN
-        if proven > complexity:
-            verdict = PROVEN
-        elif mean - 3 * error > complexity:
-            verdict = DRAWN
-        row = {'bound': name, 'norm': norm, 'c': c, 'complexity': complexity, 'network': best}
-        row |= {'proven': proven, 'one_sign': one_sign, 'r2': measured[best].r2}
-        row |= {'drawn_network': drawn, 'monte_carlo': mean, 'standard_error': error}
-        rows.append(row | {'verdict': verdict})
+        try:
+            if name in OTHER_FORMS:
+                raise BadInput(OTHER_FORMS[name])
+            norm, slope = read_claim(BOUNDS[name], tables, data)
+        except BadInput as reason:
+            others[name] = str(reason)
+            continue
+        c = CONSTANTS.get(name, constant)
+        best = max(nets, key=lambda net: found[net][norm][0])
+        drawn = max(nets, key=lambda net: found[net][norm] @ [0, 0, 1, -3])
+        row = {'bound': name, 'norm': norm, 'c': c, 'complexity': slope / c, 'network': best}
+        row['proven'], row['one_sign'] = found[best][norm][:2]
+        row['drawn_network'] = drawn
+        row['monte_carlo'], row['standard_error'] = found[drawn][norm][2:]
+        row['verdict'] = OPEN
+        if row['monte_carlo'] - 3 * row['standard_error'] > row['complexity']:
+            row['verdict'] = DRAWN
+        if row['proven'] > row['complexity']:
+            row['verdict'] = PROVEN
+        rows.append(row)
     return rows, others
 
 
@@ -269,38 +238,35 @@ def draw(rows, path):
 
     figure = matplotlib.figure.Figure(figsize=(6.5, 4), layout='constrained')
     panel = figure.subplots()
-    bounds = dict.fromkeys(row['bound'] for row in rows)
-    for name, marker in zip(bounds, 'osD^vPX*'):
+    for name, marker in zip(dict.fromkeys(row['bound'] for row in rows), 'osD^vPX*'):
         own = [row for row in rows if row['bound'] == name]
+        depths = [row['depth'] for row in own]
         ratios = [row['complexity'] / row['proven'] for row in own]
-        panel.plot([row['depth'] for row in own], ratios, marker=marker, label=name)
-        panel.annotate(
-            name, (own[-1]['depth'], ratios[-1]), (6, 0), textcoords='offset points', va='center'
-        )
-    panel.axhline(1, color='black', linewidth=1)
-    panel.axhspan(panel.get_ylim()[0], 1, color='C3', alpha=0.1)
+        panel.plot(depths, ratios, marker=marker)
+        panel.annotate(name, (depths[-1], ratios[-1]), (7, -3), textcoords='offset points')
     panel.set(yscale='log', xlabel='convolutions', ylabel='estimate / proven lower bound')
+    panel.axhspan(panel.get_ylim()[0], 1, color='C3', alpha=0.1)
     panel.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog='python -m studies.falsify', description=__doc__)
-    parser.add_argument('bounds', nargs='*', metavar='BOUND', help='entries of BOUNDS; all of them')
-    parser.add_argument('--dataset', default='MNIST')
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument('bounds', nargs='*', metavar='BOUND', help='entry of BOUNDS; none: all')
+    parser.add_argument('--dataset', default='MNIST', help='entry of DATASETS (MNIST)')
     parser.add_argument('--depth', type=int, nargs='+', default=[1, 2, 3], help='convolutions')
-    parser.add_argument('--constant', type=float, default=4, help='c of a bound of your own')
+    parser.add_argument('--constant', type=float, default=4, help='c of a bound of your own (4)')
     parser.add_argument('--out', type=Path, help='folder for falsify.csv and falsify.png')
     args = parser.parse_args(arguments)
-    unknown = [name for name in args.bounds if name not in BOUNDS]
-    if unknown:
-        raise BadInput(f'{unknown[0]}: is not in BOUNDS of utils.py; it has {", ".join(BOUNDS)}')
+    for name in args.bounds:
+        if name not in BOUNDS:
+            raise BadInput(f'{name}: not in BOUNDS of utils.py, which has {", ".join(BOUNDS)}')
     dataset = load_dataset(args.dataset, os.environ.get('DATA_DIR') or ROOT / 'data')
-    table = []
+    images, classes, table = dataset.train_images, dataset.num_classes, []
+    kernels = kernels_for(images, max(args.depth))
     print('| bound | network | estimate | proven | one sign | Monte Carlo | verdict |')
     print('| --- ' * 7 + '|')
-    images, classes = dataset.train_images, dataset.num_classes
-    kernels = kernels_for(images, max(args.depth))
     for depth in args.depth:
         nets = {
             name: network_of(layers[:depth], dataset.input_shape, classes)
@@ -308,15 +274,10 @@ def main(arguments=None):
         }
         rows, others = falsify(args.bounds or BOUNDS, nets, images, classes, args.constant)
         for row in rows:
-            numbers = [
-                row[column] for column in ('complexity', 'proven', 'one_sign', 'monte_carlo')
-            ]
-            cells = [f'{number:.3g}' for number in numbers]
-            print('|', ' | '.join([row['bound'], f'CONV-{depth}', *cells, row['verdict']]), '|')
-            table.append(
-                {'dataset': args.dataset, 'samples': len(dataset.train_images), 'depth': depth}
-                | row
-            )
+            table.append({'dataset': args.dataset, 'samples': len(images), 'depth': depth} | row)
+            numbers = ('complexity', 'proven', 'one_sign', 'monte_carlo')
+            cells = ' | '.join(f'{row[column]:.3g}' for column in numbers)
+            print(f'| {row["bound"]} | CONV-{depth} | {cells} | {row["verdict"]} |', flush=True)
     for name, reason in others.items():
         print(f'{name}: not of this form: {reason}')
     if args.out and table:
