@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from conf import BadInput
-from evaluation import finished, last_epoch
+from conf import BadInput, load_launch
+from evaluation import is_finished, last_epoch
 from measures.representations import effective_depth
 from panels import (
     CURVES,
@@ -33,7 +33,7 @@ from panels import (
     power_ticks,
     rows_and_columns,
 )
-from records import folder_settings, locked, read_layers, rows_of, write_file
+from records import read_layers, rows_of, write_file
 from summary import grouped, last_rows, read_runs, spread, summary, varied
 from utils import BOUNDS
 
@@ -70,14 +70,8 @@ def draw(folder):
     import matplotlib  # in functions, since training works without it
 
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(
-            OSError
-        ):  # another user's lock; the pictures can be replaced all the same
-            stack.enter_context(
-                locked(Path(folder, '.figure.lock'))
-            )  # whoever draws last has read last
         stack.enter_context(matplotlib.rc_context(LOOK))
-        networks = folder_settings(folder)[1]
+        networks = load_launch(folder)[1]
         runs = read_runs(folder, networks)
         pictures = {
             'figure': figure_picture(runs),
@@ -205,7 +199,7 @@ def deviation(row):
 
 def sweep_picture(runs):
     """Finished networks, a panel per swept knob and value of what else varies: their last rows."""
-    runs = [run for run in runs if finished(run[0], rows_of(run[1])[-3:])]
+    runs = [run for run in runs if is_finished(run[0], rows_of(run[1])[-3:])]
     knobs = [] if any(table['round'].any() for _, table in runs) else varied(runs)
     swept = [knob for knob in knobs if type(getattr(runs[0][0], knob)) in (int, float)] or knobs[:1]
     groups = []

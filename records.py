@@ -1,175 +1,271 @@
-"""Results folders: metrics.csv and layers.csv, checkpoints and snapshots, the settings of a launch, `load_network`.
+"""A results folder: its settings, tables and checkpoints; load_network and load_data for notebooks.
 
-A kill at any moment leaves every file whole: as it was, or as it was to be.
+Every file is written under a temporary name and renamed, so that a kill at any moment leaves it as
+it was or complete.
 """
 
 import contextlib
+import csv
+import datetime
 import fcntl
+import functools
 import io
-import math
 import os
+import platform
+import subprocess
+import sys
 import time
 import warnings
+import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from conf import BEFORE, LATER, BadInput, load_settings
-from datasets import DATASETS
-from evaluation import COLUMNS, LAYER_COLUMNS, PROBES, at_target, due, finished
-from measures.landscape import MEASURES
-from measures.pac_bayes import COLUMNS as CERTIFICATES
+from conf import KNOBS, ROOT, BadInput, load_launch, settings_text
+from datasets import DATASETS, load_dataset
+from device import choose_device, describe_machine
+from evaluation import COLUMNS, LAYER_COLUMNS, is_finished, stopped_early
 from models import get_network
 
-CHECKPOINT_FORMAT = 1
-METRICS = (
-    'epoch',
-    'train_error',
-    'test_error',
-    'generalization_gap',
-)  # what a table of metrics has at least
-OLDER_LAYER_COLUMNS = LAYER_COLUMNS[
-    : LAYER_COLUMNS.index(PROBES[0])
-]  # of checkpoints that do not name theirs
+CHECKPOINT_FORMAT = 2  # 1 had the log as text; only its weights are read now
 
-# What may change when a run is resumed, since the numbers do not depend on it.
-FREE = ('epochs', 'device', 'data_dir', 'results_dir', 'checkpoint_every', 'snapshot_every', 'jobs')
-
-
-def seen_from_here(path):
-    """A path as commands that are given here name it: relative where it lies below the current folder, else whole."""
-    with contextlib.suppress(
-        ValueError, FileNotFoundError
-    ):  # it lies elsewhere; the current folder is gone
-        return path.relative_to(Path.cwd())
-    return path
+# Knobs that may differ when a run is resumed, since its numbers do not depend on them; of these,
+# epochs only upward, and not with rounds or regrowth, whose schedules read it.
+FREE = 'epochs', 'device', 'data_dir', 'results_dir', 'snapshot_every', 'jobs', 'threads'
 
 
 def new_results_folder(results_dir):
-    """Makes and returns the next numbered folder in results_dir; launches at the same moment get different ones."""
-    results_dir = Path(results_dir)
-    results_dir.mkdir(parents=True, exist_ok=True)
-    number = max(
-        (int(entry.name) for entry in results_dir.iterdir() if entry.name.isdecimal()), default=0
-    )
+    """Makes the next numbered folder in results_dir; simultaneous launches get different ones."""
+    Path(results_dir).mkdir(parents=True, exist_ok=True)
+    numbers = [int(path.name) for path in Path(results_dir).iterdir() if path.name.isdecimal()]
+    number = max(numbers, default=0)
     while True:
         number += 1
+        folder = Path(results_dir, str(number))
         with contextlib.suppress(FileExistsError):
-            (results_dir / str(number)).mkdir()
-            return results_dir / str(number)
+            folder.mkdir()
+            return folder
 
 
 def write_file(path, content):
-    """Writes bytes to a temporary file and moves it into place, so that a kill at any moment leaves the old or the new."""
-    temporary = Path(f'{path}.tmp')
+    """Replaces a file atomically by these bytes, under a temporary name of this process."""
+    temporary = Path(f'{path}.{os.getpid()}.tmp')
+    # O_EXCL and O_NOFOLLOW: a link that someone put there is not written through.
+    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
-        with _named(path), open(temporary, 'wb') as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        with open(file, 'wb') as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(file)
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
         raise
 
 
 @contextlib.contextmanager
-def _named(path):
-    """Gives an error of writing, which names no file, the name of the file."""
+def lock(folder, seconds=5):
+    """Holds the lock of a network's folder, which ends with the process.
+
+    Raises:
+        BadInput: another process still holds it after this time.
+    """
+    file = os.open(Path(folder, '.lock'), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    deadline = time.monotonic() + seconds  # a process that was just stopped writes its checkpoint
     try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-def write_table(path, columns, lines):
-    write_file(path, (','.join(columns) + '\n' + ''.join(lines)).encode())
-
-
-def append_lines(path, lines):
-    if lines:
-        with _named(path), open(path, 'a') as file:
-            file.writelines(lines)
-
-
-@contextlib.contextmanager
-def locked(path, seconds=None):
-    """Holds a lock that ends with the process however it ends; yields whether it was got in `seconds`, None for any time."""
-    deadline = None if seconds is None else time.monotonic() + seconds
-    with open(path, 'w') as file:
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if deadline is None else fcntl.LOCK_NB))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
             except BlockingIOError:
-                if time.monotonic() < deadline:
-                    time.sleep(0.05)
-                    continue
-                yield False
-                return
-            except OSError:  # a file system without locks
-                pass
-            yield True
-            return
+                if time.monotonic() >= deadline:
+                    raise BadInput(
+                        f'{folder}: another process is working on this network'
+                    ) from None
+                time.sleep(0.05)
+            except OSError:
+                print(
+                    f'{folder}: no file locks here; start no second process on it', file=sys.stderr
+                )
+                break
+        for stale in Path(folder).glob('*.tmp'):  # left by a process that was killed as it wrote
+            stale.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(file)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables: a cell that does not apply is empty, and read as nan
-# ----------------------------------------------------------------------------------------------------------------------
+def is_locked(folder):
+    """Whether a process is working on the network of this folder."""
+    try:
+        with lock(folder, seconds=0):
+            return False
+    except BadInput:
+        return True
+    except OSError:  # a read-only folder, in which nobody trains
+        return False
 
 
-def csv_line(row, columns):
-    """A row, {column: value}, as a line of a table; floats read back exactly."""
-    cells = [row.get(column, np.nan) for column in columns]
-    return ','.join('' if value != value else str(value) for value in cells) + '\n'
+# ------------------------------------------------------------------------------------------------
+# A launch
+# ------------------------------------------------------------------------------------------------
 
 
-def parse_line(line, columns):
-    """The row of a line, {column: float}. Raises ValueError where it is not one of these columns."""
-    return {column: float(cell or 'nan') for column, cell in cells_of(line, columns).items()}
+def resumed_settings(folder, flags):
+    """(sweep, runs) of a folder with these flags, which may change FREE knobs. Raises BadInput."""
+    sweep, before = load_launch(folder)
+    for name in flags:
+        if name not in FREE:
+            raise BadInput(f'--resume keeps the setting {name}; only {", ".join(FREE)} may change')
+        if isinstance(sweep[name], list):
+            raise BadInput(f'--resume keeps the sweep over {name}; leave the flag out')
+    sweep, runs = load_launch(folder, flags)
+    if [run.name for run in runs] != [run.name for run in before]:
+        raise BadInput(f'--resume keeps the networks of {folder}; give one value of each setting')
+    if sweep['epochs'] != before[0].epochs and 'epochs' in flags:
+        if sweep['epochs'] < before[0].epochs:
+            raise BadInput(f'epochs = {sweep["epochs"]}: a run cannot become shorter')
+        if any(run.prune_rounds or run.regrow != 'none' for run in runs):
+            raise BadInput(f'epochs = {before[0].epochs} cannot change with rounds or regrowth')
+    return sweep, runs
 
 
-def cells_of(line, columns):
-    """A line of a table as {column: text}. Raises ValueError where it is not one of these columns."""
-    return dict(zip(columns, line.rstrip('\n').split(','), strict=True))
+def launch_header(device, notes):
+    """What the settings file of a launch says of its origin, and what it does not log, as lines."""
+    git = ['git', '-C', str(ROOT)]
+    try:
+        commit = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True).stdout
+        changes = [*git, 'status', '--porcelain', '--untracked-files=no']
+        changed = subprocess.run(changes, capture_output=True, text=True).stdout
+    except OSError:  # git is not installed
+        commit = changed = ''
+    commit = commit.strip() or 'unknown'
+    if changed:
+        commit += ' with uncommitted changes'
+    machine = describe_machine(device)
+    return [
+        f'date: {datetime.datetime.now().astimezone().isoformat(timespec="seconds")}',
+        f'versions: Python {platform.python_version()}, torch {torch.__version__}',
+        f'device: {device}, {machine["processor"]}, {machine["threads"]} threads',
+        f'commit: {commit}',
+        *notes,
+    ]
 
 
-def line_of(cells, columns):
-    """The line of {column: text}."""
-    return ','.join(cells.get(column, '') for column in columns) + '\n'
+def make_folder(options, flags, sweep, notes, device):
+    """Makes the results folder with its settings, or updates the settings of a resumed one."""
+    header = launch_header(device, notes)
+    if options.resume:
+        folder = Path(options.results_path)
+        if flags:
+            lines = (folder / 'global_settings.py').read_text('utf-8').splitlines()
+            before = [line[2:] for line in lines if line.startswith('# ')]
+            changed = ', '.join(f'{name} = {value!r}' for name, value in flags.items())
+            header = [*before, f'resumed with {changed}', *header]
+            write_file(folder / 'global_settings.py', settings_text(sweep, header).encode())
+        return folder
+    if options.results_path:
+        folder = Path(options.results_path)
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        folder = new_results_folder(ROOT / sweep['results_dir'])
+    command = f'python train.py --settings {folder}/global_settings.py'
+    header = [f'The settings of this launch, which {command} repeats.', *header]
+    write_file(folder / 'global_settings.py', settings_text(sweep, header).encode())
+    return folder
+
+
+def show_status(folder):
+    """Prints a line for each network: its state, its last row, and when that was written."""
+    print(
+        f'{"network":40} {"state":10} {"round":>5} {"epoch":>11} {"test error":>10}  last written'
+    )
+    for settings in load_launch(folder)[1]:
+        path = Path(folder, settings.name)
+        rows = rows_so_far(path)
+        state = 'unfinished'
+        if is_finished(settings, rows):
+            state = 'finished'
+        elif path.is_dir() and is_locked(path):
+            state = 'running'
+        line = f'{settings.name:40} {state:10}'
+        if rows:
+            last, epoch = rows[-1], f'{rows[-1]["epoch"]:.0f}/{settings.epochs}'
+            written = time.strftime(
+                '%Y-%m-%d %H:%M', time.localtime((path / 'metrics.csv').stat().st_mtime)
+            )
+            line += f' {last["round"]:5.0f} {epoch:>11} {last["test_error"]:10.4f}  {written}'
+            line += f'  {stopped_early(settings, rows) or ""}'
+        print(line.rstrip())
+
+
+# ------------------------------------------------------------------------------------------------
+# Tables: a cell that does not apply is empty, and nan once read
+# ------------------------------------------------------------------------------------------------
+
+
+def table_bytes(columns, rows):
+    """A csv file of rows, {column: cell}; other columns come last, nan is an empty cell."""
+    text = io.StringIO()
+    names = dict.fromkeys(columns)
+    for row in rows:
+        names |= dict.fromkeys(row)
+    writer = csv.DictWriter(text, names, lineterminator='\n')
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: cell for name, cell in row.items() if cell == cell})
+    return text.getvalue().encode()
+
+
+def write_table(path, columns, rows):
+    """Writes `table_bytes` atomically."""
+    write_file(path, table_bytes(columns, rows))
 
 
 def read_table(path, columns, required):
-    """A table as {column: float array}: what it has not of `columns` is nan, and so are empty cells.
+    """A csv file as {column: float array}; a missing column is nan, and so is an empty cell.
 
-    The unfinished last line of a run that is being written is left out.
+    Raises:
+        BadInput: it is not such a table; the line and the cause are named.
     """
-    return _parsed(path, Path(path).read_bytes(), columns, required)
-
-
-def _parsed(path, content, columns, required):
-    """The table, as `read_table`, of the bytes of a file."""
     try:
-        text = content.decode()
-        first, *lines = text[: text.rfind('\n') + 1].splitlines() or [','.join(columns)]
-        header = first.split(',')
-        rows = [parse_line(line, header) for line in lines]
-        if not set(required) <= set(header):
-            raise ValueError
-    except ValueError:
-        raise _not_a_table(path) from None
+        with open(path, encoding='utf-8-sig', newline=None) as file:
+            lines = list(csv.reader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BadInput(f'{path}: not a csv file ({error})') from None
+    header = lines[0] if lines else list(columns)
+    if missing := [name for name in required if name not in header]:
+        raise BadInput(
+            f'{path}: has no column {missing[0]}; move the file away, or put it back as it was'
+        )
+    rows = []
+    for number, cells in enumerate(lines[1:], 2):
+        if not any(cells):
+            continue
+        try:
+            row = dict(zip(header, cells, strict=True))
+            rows.append({name: float(cell or 'nan') for name, cell in row.items()})
+        except ValueError as error:
+            raise BadInput(f'{path}, line {number}: {error}; put the file back as it was') from None
+        if any(rows[-1][name] != rows[-1][name] for name in required):
+            raise BadInput(f'{path}, line {number}: {", ".join(required)} must not be empty')
     names = dict.fromkeys([*columns, *header])
     return {name: np.array([row.get(name, np.nan) for row in rows], dtype=float) for name in names}
 
 
-def _not_a_table(path):
-    again = '--evaluate' if Path(path).stem == 'evaluation' else '--resume, from the checkpoint,'
-    return BadInput(
-        f'{path}: not a table of {Path(path).stem}; move it away, {again} writes it again'
-    )
+def read_metrics(path):
+    """metrics.csv or evaluation.csv as {column: float array}; older files are of one round."""
+    table = read_table(path, COLUMNS, ('epoch', 'train_error', 'test_error', 'generalization_gap'))
+    table['round'] = np.nan_to_num(table['round'])
+    return table
+
+
+def read_layers(path):
+    """layers.csv as {column: float array}, a row per layer and evaluation."""
+    return read_table(path, LAYER_COLUMNS, ('epoch', 'round', 'layer'))
 
 
 def rows_of(table):
@@ -177,252 +273,157 @@ def rows_of(table):
     return [dict(zip(table, cells)) for cells in zip(*table.values())]
 
 
-def read_metrics(path):
-    """metrics.csv or evaluation.csv as {column: float array}; older files are of one round. Raises BadInput."""
-    table = read_table(path, COLUMNS, METRICS)
-    table['round'] = np.nan_to_num(table['round'])
-    return table
+def rows_so_far(folder):
+    """The rows of a network's metrics.csv, none if it has none yet."""
+    path = Path(folder, 'metrics.csv')
+    return rows_of(read_metrics(path)) if path.exists() else []
 
 
-def newest_rows(path, count=3):
-    """The last rows of a metrics.csv, {column: cell}; none where there is no table yet. Reads no more than its two ends."""
-    if not path.exists():
-        return []
-    with open(path, 'rb') as file:
-        header = file.readline()
-        file.seek(max(len(header), os.path.getsize(path) - (count + 1) * 8 * len(header)))
-        *lines, _ = file.read().split(b'\n')  # what follows the last newline is not finished
-    table = _parsed(path, header + b'\n'.join([*lines[-count:], b'']), ('round',), METRICS)
-    return rows_of(table | {'round': np.nan_to_num(table['round'])})
-
-
-def read_layers(path):
-    """layers.csv as {column: float array}, a row per layer and evaluation. Raises BadInput."""
-    return read_table(path, LAYER_COLUMNS, ('epoch', 'round', 'layer'))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings, checkpoints and networks of a folder
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def folder_settings(folder, flags=None):
-    """(sweep, runs) of a results folder, as `load_settings`; knobs that came after it have the value that they stand for."""
-    return load_settings(Path(folder, 'global_settings.py'), flags, BEFORE)
+# ------------------------------------------------------------------------------------------------
+# Checkpoints
+# ------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(path, checkpoint):
-    """Saves a dictionary of tensors and plain values. Raises OSError where the disk does not take it."""
+    """Saves a dictionary of tensors and plain values atomically."""
     buffer = io.BytesIO()
     torch.save(checkpoint | {'format': CHECKPOINT_FORMAT}, buffer)
-    write_file(path, buffer.getbuffer())
+    write_file(path, buffer.getvalue())
 
 
-def load_checkpoint(path, device):
-    """The dictionary that `save_checkpoint` wrote, tensors on the device. Raises BadInput where it is damaged or newer."""
-    mend = (
-        'move it away'
-        if path.name != 'model.pt'
-        else f'move {path.parent} away to train this network anew'
-    )
-    if path.exists() and not path.is_file():
-        raise BadInput(f'{path}: is not a regular file; {mend}')
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of a file that is no checkpoint; the refusal says so
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except PermissionError:
-        raise BadInput(f'{path}: no permission to read it') from None
-    except Exception:  # torch raises whatever a damaged or a hostile file leads it to
-        raise BadInput(f'{path}: not a checkpoint, or a damaged one; {mend}') from None
-    found = checkpoint.get('format') if isinstance(checkpoint, dict) else None
-    if found != CHECKPOINT_FORMAT:
-        raise BadInput(
-            f'{path}: has checkpoint format {found}, this program reads {CHECKPOINT_FORMAT}; {mend}'
-        )
-    return checkpoint
+def load_checkpoint(path, device='cpu'):
+    """The dictionary that `save_checkpoint` wrote, also in older programs. Runs no code in it.
 
-
-def load_run(path, settings, net, data, steps):
-    """The checkpoint of a training of `net` with these settings on this data; the log in it has today's columns.
-
-    Args:
-        path: the checkpoint.
-        settings: namespace of every knob, as the run is to go on.
-        net: the network, for the shapes of its weights and the device.
-        data: fingerprint of the dataset.
-        steps: training steps of an epoch.
     Raises:
-        BadInput: it is damaged, or was left by other settings or on other data.
+        BadInput: it is damaged or not a checkpoint.
     """
-    checkpoint = load_checkpoint(path, next(net.parameters()).device)
-    wrong = BadInput(
-        f'{path}: not a checkpoint of {settings.name}; move {path.parent} away to train it anew'
-    )
-    if not isinstance(checkpoint.get('settings'), dict):
-        raise wrong
-    check_origin(path, checkpoint, settings, data)
-    before = BEFORE | checkpoint['settings']
-    if settings.epochs != before['epochs'] and (settings.prune_rounds or settings.regrow != 'none'):
-        changed = 'with rounds or regrowth they cannot change'
-        raise BadInput(f'{path}: was trained with epochs = {before["epochs"]}; {changed}')
+    path = Path(path)
     try:
-        state = {
-            'round': 0,
-            'layer_columns': OLDER_LAYER_COLUMNS,
-            'layer_lines': [],
-            'train_loss': math.inf,
-        }
-        state |= {'certificates': {}} | checkpoint['state']
-        shapes = [weight.shape for weight in net.parameters()]
-        momentum = [
-            entry['momentum_buffer'].shape for _, entry in sorted(checkpoint['momentum'].items())
-        ]
-        trained = settings.momentum > 0 and (
-            state['epoch'] > 1 or state['step'] > 0 or state['round'] > 0
-        )
-        steps_done = (state['epoch'] - 1) * steps + state['step']
-        sound = (
-            all(weight.isfinite().all() for weight in checkpoint['network'].values()),
-            [(name, weight.shape) for name, weight in checkpoint['network'].items()]
-            == [(name, weight.shape) for name, weight in net.state_dict().items()],
-            momentum == shapes * trained
-            or (momentum == [] and steps_done == 1),  # by RigL, which takes no gradient step
-            type(state['round']) is int and 0 <= state['round'] <= settings.prune_rounds,
-            type(state['epoch']) is int and state['epoch'] >= 0,
-            type(state['step']) is int and 0 <= state['step'] <= steps,
-            type(state['train_seconds']) is float and type(state['train_loss']) is float,
-            all(
-                name in CERTIFICATES and 0 <= value <= 1
-                for name, value in state['certificates'].items()
-            ),
-            len(state['lines']) > 0 or state['epoch'] == 0,
-            all(parse_line(line, state['columns']) for line in state['lines']),
-            all(parse_line(line, state['layer_columns']) for line in state['layer_lines']),
-        )
-        if not all(sound):
-            raise ValueError
-    except Exception:  # the content may be anything
-        raise wrong from None
-    if settings.epochs > before['epochs'] and not at_target(settings, state['train_loss']):
-        _forget_the_end(state, SimpleNamespace(**before))
-    for kind, now in (('', COLUMNS), ('layer_', LAYER_COLUMNS)):
-        lines, columns = state[f'{kind}lines'], state[f'{kind}columns']
-        if columns != now:  # bounds came or went since
-            state[f'{kind}columns'] = [*now, *(column for column in columns if column not in now)]
-            rows = [{'round': '0'} | cells_of(line, columns) for line in lines]
-            state[f'{kind}lines'] = [line_of(row, state[f'{kind}columns']) for row in rows]
-    return checkpoint | {'state': state}
+        # torch does not verify the checksums of the zip: without testzip a flipped bit passes.
+        if damaged := zipfile.ZipFile(path).testzip():
+            raise ValueError(damaged)
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if not all(weight.isfinite().all() for weight in checkpoint['network'].values()):
+            raise ValueError('NaN or infinite weights')
+        return checkpoint
+    except OSError:
+        raise
+    except Exception:  # torch raises whatever a damaged or hostile file leads it to
+        advice = 'move the file away'
+        if path.name == 'model.pt':
+            advice = f'move {path.parent} away to train this network again'
+        raise BadInput(f'{path}: damaged, or not a checkpoint; {advice}') from None
 
 
 def check_origin(path, checkpoint, settings, data, free=FREE):
-    """Raises BadInput where a file of weights says that it is of other settings or other data, but for the knobs `free`."""
-    before = BEFORE | checkpoint['settings']
-    for name, value in vars(settings).items():
-        if name in (*free, 'name'):
-            continue
-        if name not in before:
-            mend = f'if it is a new knob, give its rule the value of older runs: {LATER}'
-            raise BadInput(f'{path}: has no setting {name}; {mend}')
-        if before[name] != value:
-            raise BadInput(f'{path}: was trained with {name} = {before[name]!r}, not {value!r}')
+    """Raises BadInput if a file of weights names other settings, `free` ones aside, or other data.
+
+    Shipped weights.pt name neither.
+    """
+    before = checkpoint.get('settings', vars(settings))
+    for name, (neutral, _) in KNOBS.items():
+        old, new = before.get(name, neutral), getattr(settings, name)
+        if name not in free and old != new:
+            raise BadInput(f'{path}: was trained with {name} = {old!r}, not {new!r}')
     if checkpoint.get('data', data) != data:
-        mend = 'name the folder of before'
+        advice = 'name the folder it was trained on'
         raise BadInput(
-            f'{path}: was trained on other data than data_dir or DATA_DIR holds here; {mend}'
+            f'{path}: was trained on other data than data_dir or DATA_DIR holds; {advice}'
         )
 
 
-def _forget_the_end(state, before):
-    """Takes from the log what the end of a shorter run alone had caused: an uninterrupted longer one does not have it."""
-    layers, end = state['layer_lines'], f'{before.epochs},'
-    if not due(before.epochs, before.layers_every):
-        state['layer_lines'] = [line for line in layers if not line.startswith(end)]
-    else:
-        columns, blank = state['layer_columns'], dict.fromkeys(PROBES, '')
-        state['layer_lines'] = [
-            line_of(cells_of(line, columns) | blank, columns) if line.startswith(end) else line
-            for line in layers
-        ]
-    if (
-        not state['lines']
-        or parse_line(state['lines'][-1], state['columns'])['epoch'] != before.epochs
-    ):
-        return
-    *earlier, last = state['lines']
-    cells = cells_of(last, state['columns'])
-    if not due(before.epochs, before.eval_every):
-        state['lines'] = earlier
-        state['train_seconds'] += float(cells['train_seconds'])
-    else:
-        for columns, every in (
-            (CERTIFICATES, before.certify_every),
-            (MEASURES, before.measures_every),
-        ):
-            cells |= {} if due(before.epochs, every) else dict.fromkeys(columns, '')
-        state['lines'] = [*earlier, line_of(cells, state['columns'])]
+def load_run(path, settings, data, device):
+    """The checkpoint with which a run continues. Raises BadInput if it does not fit."""
+    checkpoint = load_checkpoint(path, device)
+    if checkpoint.get('format') != CHECKPOINT_FORMAT:
+        advice = 'its weights can be read here, and commit 050935c continues the training'
+        raise BadInput(f'{path}: the checkpoint of an older program; {advice}')
+    check_origin(path, checkpoint, settings, data)
+    before = checkpoint['settings']['epochs']
+    if settings.epochs < before:
+        raise BadInput(
+            f'{path}: epochs = {settings.epochs}: a run cannot become shorter than {before}'
+        )
+    if settings.epochs > before and (settings.prune_rounds or settings.regrow != 'none'):
+        raise BadInput(f'{path}: epochs = {before} cannot change with rounds or regrowth')
+    return checkpoint
+
+
+def position_of(checkpoint):
+    """(round, epoch) of the row that is logged of these weights; None if there is none."""
+    if 'position' in checkpoint:
+        return checkpoint['position'] and tuple(checkpoint['position'])
+    return checkpoint.get('place') and tuple(checkpoint['place'])  # its name in older files
+
+
+# ------------------------------------------------------------------------------------------------
+# For notebooks and studies
+# ------------------------------------------------------------------------------------------------
 
 
 def load_network(path):
-    """The trained network of a run's folder, and its settings: load_network('results/7/CONV-3-200') -> (net, settings).
+    """The trained network of a run and its settings: load_network('results/7/CONV-3-200').
 
-    The network is on the CPU, in evaluation mode, with its masks where it has any. A warning says where its training is not
-    at its end.
+    The network is on the CPU and in evaluation mode. A warning says if its training is unfinished.
 
     Raises:
         BadInput: there is no such run, or no sound checkpoint of it.
     """
     path = Path(path)
-    if not (path.parent / 'global_settings.py').is_file():
-        raise BadInput(f'{path}: not a run of a results folder; name it as results/7/CONV-3-200')
-    runs = {run.name: run for run in folder_settings(path.parent)[1]}
+    if not path.is_dir():
+        raise BadInput(f'{path}: no such folder; name a run, as results/7/CONV-3-200')
+    runs = {run.name: run for run in load_launch(path.parent)[1]}
     if path.name not in runs:
         raise BadInput(f'{path}: no such run; {path.parent} has {", ".join(runs)}')
-    files = [file for name in ('model.pt', 'weights.pt') if (file := path / name).exists()]
+    files = [path / name for name in ('model.pt', 'weights.pt') if (path / name).exists()]
     if not files:
-        raise BadInput(
-            f'{path}: has no checkpoint model.pt; go on with its training, or name another run'
-        )
+        raise BadInput(f'{path}: has no weights; train it, or name another run')
     settings = runs[path.name]
     net = get_network(settings, *DATASETS[settings.dataset_name][1:3])
-    load_weights(net, files[0])
-    rows = newest_rows(path / 'metrics.csv')
-    if not finished(settings, rows):
-        where = (
-            f'epoch {rows[-1]["epoch"]:.0f} of round {rows[-1]["round"]:.0f}'
-            if rows
-            else 'the start'
-        )
+    load_weights(net, files[0], settings)
+    rows = rows_so_far(path)
+    if not is_finished(settings, rows):
+        epoch = f'epoch {rows[-1]["epoch"]:.0f}' if rows else 'the start'
         warnings.warn(
-            f'{path}: its training is not finished; the last row is that of {where}', stacklevel=2
+            f'{path}: its training is not finished; its last row is of {epoch}', stacklevel=2
         )
     return net.eval(), settings
 
 
-def load_weights(net, path, settings=None, data=None, free=FREE):
-    """Puts the weights of a checkpoint or a snapshot into a network.
+def load_weights(net, path, settings, data=None, free=FREE):
+    """Loads the weights of a checkpoint into a network; returns `position_of` it.
 
-    Args:
-        settings, data: where given, the file must be of these settings, but for the knobs `free`, and of the data with this
-            fingerprint; a file that does not say is taken as it is.
-    Returns:
-        (round, epoch) after which they are, or None where they are of the middle of an epoch.
+    Raises:
+        BadInput: they are of other settings, or, if `data` (a fingerprint) is given, of other data.
     """
     checkpoint = load_checkpoint(path, next(net.parameters()).device)
-    if settings is not None and isinstance(checkpoint.get('settings'), dict):
-        check_origin(path, checkpoint, settings, data, free)
+    check_origin(path, checkpoint, settings, data if data else checkpoint.get('data'), free)
     try:
         net.load_state_dict(checkpoint['network'])
-        state = checkpoint.get('state', {})
-        before = (
-            (0, state['epoch'] - 1) if state and state['step'] == 0 else None
-        )  # as it is in older checkpoints
-        place = checkpoint.get('place', before)
-        place = None if place is None else tuple(place)
-    except (KeyError, TypeError, AttributeError, RuntimeError):
+    except RuntimeError:
         raise BadInput(
-            f'{path}: does not hold the weights of the network that its settings describe'
+            f'{path}: not the weights of the network that its settings describe'
         ) from None
-    if not all(tensor.isfinite().all() for tensor in net.state_dict().values()):
-        raise BadInput(f'{path}: its weights contain NaN or infinity; move it away')
-    return place
+    return position_of(checkpoint)
+
+
+def load_data(settings, device=None):
+    """The dataset of a run, as `datasets.load_dataset` returns it, on its device or on another one.
+
+    The variable DATA_DIR wins over data_dir. The last dataset is kept for the next call.
+    """
+    folder = os.environ.get('DATA_DIR')
+    if folder and not os.path.isdir(folder):
+        raise BadInput(f'DATA_DIR = {folder}: no such folder; make it, or unset the variable')
+    labels = (
+        settings.train_samples,
+        settings.label_noise,
+        settings.clean_samples,
+        settings.data_seed,
+    )
+    device = device or choose_device(settings.device)
+    path = folder or ROOT / settings.data_dir
+    return _load_data(settings.dataset_name, path, settings.normalize, device, *labels)
+
+
+_load_data = functools.lru_cache(maxsize=1)(load_dataset)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from conf import NOT_SWEPT, RULES
+from conf import KNOBS as RULES
+from conf import NOT_SWEPT
 from records import read_metrics, rows_of
 
 SEEDS = ('seed', 'data_seed')

@@ -1,50 +1,61 @@
-"""Train networks, make them sparse, and log, at every evaluation, what theory says about them.
+"""Trains networks with SGD and logs errors, the generalization gap and each bound as it goes.
 
 python train.py                                       the paper's run: CONV-3-200 on MNIST
-python train.py --settings conf/digits.py             the quick start, offline and in about a minute
+python train.py --settings conf/digits.py             the quick start: offline, about a minute
 python train.py --depth 3 4 --width 200 600           a sweep of four networks
-python train.py --results-path results/7 --resume     go on with what was interrupted
-python train.py --results-path results/7 --plot       draw the figures from what is logged so far
-python train.py --results-path results/7 --evaluate   measure the weights that were kept anew, with the bounds of today
+python train.py --results-path results/7 --resume     continue after an interruption
+python train.py --results-path results/7 --plot       draw the figures
 python train.py --results-path results/7 --status     show which networks are finished
+
+A run is a list of rows and one checkpoint, which is written before each evaluation and after each
+row; a signal sets a flag that is read after each training step.
 """
 
-import signal
-import sys
-
-if __name__ == '__main__':
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # while torch is imported, Ctrl-C ends the program without a traceback
-
+import datetime
+import functools
 import math
-import shutil
+import os
+import shlex
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import launch
+import records
 import sparsify
-from conf import BadInput, Interrupted
+from conf import GLOBAL_SETTINGS, ROOT, BadInput, load_settings, parse_command_line, run_program
 from datasets import VARIANTS, crops, fingerprint
-from device import check_stop, choose_precision, deferred_stop, graphed
+from device import (
+    check_memory,
+    choose_device,
+    choose_precision,
+    describe_machine,
+    graphed,
+    has_bfloat16_units,
+    keep_freed_memory,
+)
 from evaluation import (
     COLUMNS,
     LAYER_COLUMNS,
     LOSSES,
+    Diverged,
     at_target,
     certifies,
+    check_bounds,
     due,
     evaluate,
     evaluate_layers,
-    finished,
     initial_network,
+    is_finished,
     last_epoch,
     learning_rate,
-    new_network,
+    no_certificate,
     report,
     require_finite,
     schedule,
@@ -52,381 +63,458 @@ from evaluation import (
     training_loss,
 )
 from measures.norms import measure_data
-from measures.representations import effective_depth
-from pace import heartbeat, progress_bar, say_pace
-from records import (
-    append_lines,
-    cells_of,
-    csv_line,
-    line_of,
-    load_run,
-    parse_line,
-    save_checkpoint,
-    write_table,
-)
-from utils import BOUNDS
+from measures.trace import not_covered
+from models import get_network
 
 TORCH_THREADS = torch.get_num_threads()
+PARENT = 'SPARSE_NETWORKS_PARENT'  # in the environment of a process of --jobs: who started it
+
+stop = None  # the signal that asked this program to stop
+busy = False  # True while weights change or files are written: then a signal waits
+resume_hint = ''  # how to continue a run that was stopped
 
 
-def step_of(run):
-    """The training step of a run, a function of the indices (B,) of the batch's samples."""
+def request_stop(number, frame):
+    """Handles SIGINT and SIGTERM: stops after the training step under way, or else at once.
 
-    def step(indices):
-        run.optimizer.zero_grad()
-        loss = run.loss(run.net, indices)
-        loss.backward()
-        run.optimizer.step()
-        run.loss_sum.add_(loss.detach())
+    Outside of training steps nothing can be lost, since the checkpoint was written before.
+    """
+    global stop
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C kills
+    stop = stop or number
+    if not busy:
+        os.write(2, stopped_message().encode())  # not print, which is not safe in a handler
+        os._exit(128 + number)
 
-    return step
+
+def stopped_message():
+    return f'train.py: stopped by {signal.Signals(stop).name}{resume_hint}\n'
 
 
-def train(settings, dataset, folder, device):
-    """Trains one network to its last epoch, from its checkpoint in `folder` where there is one, logging as it goes.
+def stop_requested():
+    """Whether a signal came, or the process ended that started this one."""
+    return stop is not None or os.environ.get(PARENT, str(os.getppid())) != str(os.getppid())
+
+
+def say(text):
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
+# ------------------------------------------------------------------------------------------------
+# The experiment
+# ------------------------------------------------------------------------------------------------
+
+
+def train_epoch(net, optimizer, step, batch_loss, settings, dataset, epoch, state, bar):
+    """Trains for one epoch, or for the rest of it, until a signal, or until target_loss is reached.
+
+    All that is random depends on (seed, epoch) or (seed, step) alone, so that a resumed run equals
+    an uninterrupted one to the digit.
+
+    Args:
+        step: function that takes a training step on the samples with these indices (B,).
+        batch_loss: function that returns the loss on them with its graph.
+        epoch: number of the epoch, from 1.
+        state: its 'step' counts the epoch's steps, its 'train_loss' is the last one measured.
+        bar: tqdm bar of steps.
+    """
+    m = len(dataset.train_labels)
+    rng = np.random.default_rng((settings.seed, epoch))
+    order = rng.permutation(m)
+    if settings.augment == 'crop':
+        order += m * rng.integers(VARIANTS, size=m)  # i + m v: variant v of image i
+    batches = torch.from_numpy(order).to(dataset.train_labels.device).split(settings.batch_size)
+    steps = len(batches)
+    optimizer.param_groups[0]['lr'].fill_(learning_rate(settings, epoch))
+    net.train()
+    start, first = time.perf_counter(), state['step']
+    while state['step'] < steps and not at_target(settings, state['train_loss']):
+        if stop_requested():
+            break
+        batch, number = batches[state['step']], (epoch - 1) * steps + state['step']
+        torch.manual_seed(hash((settings.seed, number)))  # of dropout, and the like
+        regrow = sparsify.regrow_due(settings, number, settings.epochs * steps)
+        if not regrow or settings.regrow == 'random':  # RigL's update replaces the gradient step
+            step(batch)
+        if regrow:
+            total = settings.epochs * steps
+            loss = functools.partial(batch_loss, batch)
+            sparsify.regrow(net, optimizer, settings, number, total, loss)
+        state['step'] += 1
+        bar.update()
+        if epoch == 1 and state['step'] == first + 20:
+            say_pace(settings, (time.perf_counter() - start) / 20 * steps, batch.device)
+        # The training loss is measured after each epoch; near the target, eight times an epoch.
+        near = state['train_loss'] < 4 * settings.target_loss
+        eighth = state['step'] % math.ceil(steps / 8) == 0
+        if settings.target_loss and (state['step'] == steps or (near and eighth)):
+            state['train_loss'] = training_loss(net, settings, dataset)
+            net.train()
+    state['train_seconds'] += time.perf_counter() - start
+
+
+def say_pace(settings, epoch_seconds, device):
+    """Says how long a run of more than a minute will take, from its first steps."""
+    epochs = settings.epochs * (1 + settings.prune_rounds)
+    if epochs * epoch_seconds < 60:
+        return
+    total = datetime.timedelta(seconds=round(epochs * epoch_seconds))
+    text = (
+        f'{settings.name}: an epoch trains for {epoch_seconds:.1f} s, {epochs} epochs for {total}'
+    )
+    if device.type == 'cpu' and total.days > 0:
+        text += '; a GPU is faster, and so is --settings conf/mnist_quick.py'
+    if device.type == 'cpu' and settings.precision != 'bf16' and has_bfloat16_units():
+        text += '; --precision bf16 is faster on this CPU'
+    say(text)
+
+
+def train(settings, dataset, folder):
+    """Trains one network, from its checkpoint in `folder` if there is one; writes its tables there.
+
+    Args:
+        settings: namespace of every knob, as `load_settings` returns it.
+        dataset: as `load_data` returns it, on the device to train on.
+        folder: an existing folder.
+    Returns:
+        False if a signal interrupted it, else True.
+    Raises:
+        Diverged: the loss or a weight became NaN or infinite; the last good checkpoint is kept.
+        BadInput: the checkpoint does not fit.
+    """
+    global busy
+    device, path = dataset.train_images.device, Path(folder, 'model.pt')
+    origin = {'settings': vars(settings), 'data': fingerprint(dataset)}
+    checkpoint = records.load_run(path, settings, origin['data'], device) if path.exists() else None
+    threads = checkpoint['machine']['threads'] if checkpoint else TORCH_THREADS
+    torch.set_num_threads(settings.threads or threads)
+    choose_precision(settings.precision, device)
+
+    net = initial_network(settings, dataset)
+    lr = torch.tensor(settings.lr, device=device)  # a tensor, which a CUDA graph reads
+    hyper = {'momentum': settings.momentum, 'weight_decay': settings.weight_decay}
+    optimizer = torch.optim.SGD(net.parameters(), lr, **hyper, fused=True)
+    # `done` is the last position that is finished, `step` counts the steps done in the next one.
+    state = {'done': (0, -1), 'step': 0, 'train_loss': math.inf, 'train_seconds': 0.0}
+    state |= {'rows': [], 'layers': [], 'rewind_to': None}
+    if checkpoint:
+        net.load_state_dict(checkpoint['network'])
+        optimizer.load_state_dict(optimizer.state_dict() | {'state': checkpoint['momentum']})
+        state |= checkpoint['state']
+        say_resumed(settings, state, checkpoint['machine'], describe_machine(device))
+    origin['machine'] = describe_machine(device)
+
+    targets = F.one_hot(dataset.train_labels, dataset.num_classes).float()
+    m = len(targets)
+    steps = math.ceil(m / settings.batch_size)
+
+    def batch_loss(batch):
+        # index_select, since it reads the indices from a tensor that a CUDA graph keeps.
+        samples = batch % m
+        images = dataset.train_images.index_select(0, samples)
+        if settings.augment == 'crop':
+            images = crops(images, batch // m)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == 'bf16'):
+            outputs = net(images)
+        return LOSSES[settings.loss](outputs.float(), targets.index_select(0, samples))
+
+    def step(batch):
+        optimizer.zero_grad()
+        batch_loss(batch).backward()
+        optimizer.step()
+
+    if device.type == 'cuda':
+        step = graphed(step, settings.batch_size, device)
+
+    def save(position):
+        require_finite(*net.state_dict().values())
+        saved = {'network': net.state_dict(), 'momentum': optimizer.state_dict()['state']}
+        records.save_checkpoint(path, origin | saved | {'state': state, 'position': position})
+
+    def write_tables():
+        records.write_table(folder / 'metrics.csv', COLUMNS, state['rows'])
+        if settings.layers_every:
+            records.write_table(folder / 'layers.csv', LAYER_COLUMNS, state['layers'])
+
+    folder = Path(folder)
+    if checkpoint:
+        write_tables()
+    data = measure_data(net, dataset.train_images, skip_uncovered=True)
+    positions = [position for position in schedule(settings) if position > state['done']]
+    total = steps * sum(epoch > 0 for _, epoch in positions)
+    hidden = not sys.stdout.isatty() or PARENT in os.environ
+    progress = {'total': total, 'initial': state['step'], 'desc': settings.name}
+    bar = tqdm(**progress, dynamic_ncols=True, disable=hidden)
+    for round_, epoch in positions:
+        if round_over(settings, state, round_):
+            continue
+        busy = True
+        if epoch > 0:
+            train_epoch(net, optimizer, step, batch_loss, settings, dataset, epoch, state, bar)
+        elif round_ > 0:
+            sparsify.prune(net, settings, round_, dataset.input_shape)
+        if epoch > 0:
+            save(None)
+        if stop_requested():
+            return False
+
+        # From here to the end of the evaluation a kill or a signal loses no training.
+        busy = False
+        last, row = last_epoch(settings, epoch, state['train_loss']), None
+        if due(epoch, settings.eval_every, last):
+            if certifies(settings, round_, epoch, last):
+                say(f'{settings.name} epoch {epoch}/{settings.epochs}: certifying')
+            row = evaluate(net, settings, dataset, data, round_, epoch)
+        layers = []
+        if due(epoch, settings.layers_every, last):
+            layers = evaluate_layers(net, dataset, round_, epoch, probes=epoch == last)
+
+        # The checkpoint is written last: whatever a kill leaves undone here is done again.
+        busy = True
+        if row:
+            state['rows'].append(row | {'train_seconds': state['train_seconds']})
+            state |= {'train_loss': row['train_loss'], 'train_seconds': 0.0}
+            say(f'{settings.name} epoch {epoch}/{settings.epochs} {report(row)}')
+        state['layers'] += layers
+        position = (round_, epoch)
+        if due(epoch, settings.snapshot_every, last):
+            (folder / 'snapshots').mkdir(exist_ok=True)
+            snapshot = {'network': net.state_dict(), 'position': position}
+            records.save_checkpoint(
+                folder / 'snapshots' / f'{round_}-{epoch}.pt', origin | snapshot
+            )
+        if row or layers:
+            write_tables()
+        state |= {'done': position, 'step': 0}
+        if settings.prune_rounds and position == (0, settings.rewind_epoch):
+            state['rewind_to'] = {name: value.clone() for name, value in net.state_dict().items()}
+        if round_ > 0 and epoch == 0:
+            sparsify.rewind(net, optimizer, state['rewind_to'])
+            state['train_loss'] = math.inf
+            position = None  # the weights are no longer those of the row
+        save(position)
+        busy = False
+        if stop_requested():
+            return False
+    bar.close()
+    if reason := stopped_early(settings, state['rows']):
+        say(f'{settings.name}: {reason}')
+    return True
+
+
+def round_over(settings, state, round_):
+    """Whether a round needs no more training: it met target_loss, or the run stopped early."""
+    done_round, done_epoch = state['done']
+    trained = done_round == round_ and done_epoch > 0 and state['step'] == 0
+    met = trained and at_target(settings, state['train_loss'])
+    return met or stopped_early(settings, state['rows']) is not None
+
+
+def say_resumed(settings, state, before, now):
+    """Says where a run continues, and what differs from the machine that its digits depend on."""
+    if is_finished(settings, state['rows']):
+        say(f'{settings.name}: finished already')
+        return
+    round_, epoch = state['done']
+    where = f'epoch {epoch} of round {round_}' if settings.prune_rounds else f'epoch {epoch}'
+    say(f'{settings.name}: continues after {where} and {state["step"]} steps')
+    for name in before:
+        if before[name] != now[name]:
+            effect = 'last digits will differ from those of an uninterrupted run'
+            say(f'{settings.name}: {name} was {before[name]}, now {now[name]}: {effect}')
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
+# ------------------------------------------------------------------------------------------------
+
+
+def check_run(settings, folder):
+    """Checks one network before the first training; returns what will not be logged, as lines.
 
     Raises:
-        BadInput: the checkpoint is missing, damaged or of other settings.
-        Interrupted: after a checkpoint was written.
-        Diverged: the last good checkpoint is kept.
-        OSError: the results cannot be written; the last checkpoint is kept.
+        BadInput: settings that do not fit together, the data or this machine; or the checkpoint in
+            `folder`, if not None, does not fit.
     """
-    run = Run(settings, dataset, folder, device)
-    step = step_of(run)
-    if device.type == 'cuda':
-        step = graphed(
-            step, settings.batch_size, device
-        )  # the same five lines, captured once and replayed
-    say_pace(run)
+    device = choose_device(settings.device)
+    dataset = records.load_data(settings)
+    choose_precision(settings.precision, device)
+    sparsify.check(settings)
+    m, batch = len(dataset.train_labels), settings.batch_size
+    if settings.normalization == 'batch' and 1 in (m % batch, batch):
+        reason = f'leaves a batch of 1 of {m} samples, which batch normalization cannot take'
+        raise BadInput(f'batch_size = {batch}: {reason}')
+    with torch.device('meta'):
+        net = get_network(settings, dataset.input_shape, dataset.num_classes)
+        image = torch.empty(1, *dataset.input_shape)
+        check_memory(settings, net, image, min(m, batch), device)
+    if folder:
+        path = folder / settings.name
+        if (path / 'model.pt').exists():
+            records.load_run(path / 'model.pt', settings, fingerprint(dataset), 'cpu')
+        elif any(path.glob('*.csv')):
+            advice = f'to train it again: --settings {folder}/global_settings.py'
+            raise BadInput(f'{path}: has results and no model.pt to resume; {advice}')
+    if reason := not_covered(net, dataset.input_shape):
+        return [f'bounds that do not cover {settings.network} stay empty: {reason}']
+    reason = no_certificate(settings)
+    return [f'certificates stay empty: {reason}'] if settings.certify_every and reason else []
+
+
+def train_here(runs, folder):
+    """Trains networks one after the other. Returns the exit status."""
+    keep_freed_memory()
+    status = 0
+    for settings in runs:
+        dataset, path = records.load_data(settings), folder / settings.name
+        sizes = f'{len(dataset.train_labels)} training and {len(dataset.test_labels)} test images'
+        say(f'{path}: {dataset.name}, {sizes}, on {dataset.train_images.device}')
+        path.mkdir(exist_ok=True)
+        with records.lock(path):
+            try:
+                if not train(settings, dataset, path):
+                    return 128 + (stop or signal.SIGTERM)
+            except Diverged:
+                advice = f'the last good checkpoint is kept; try an lr below {settings.lr:g}'
+                message = f'{settings.name}: the loss became NaN or infinite; {advice}'
+                print(f'train.py: error: {message}', file=sys.stderr)
+                status = 1
+    return status
+
+
+def train_side_by_side(numbers, runs, folder, jobs):
+    """Trains the networks with these numbers, `jobs` at a time, in processes of their own, each on
+    a GPU of its own unless `device` names one. Returns the exit status.
+    """
+    global busy
+    busy = True  # a signal sets the flag, and is passed on below
+    gpus = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')
+    if gpus == ['']:
+        gpus = [str(index) for index in range(torch.cuda.device_count())] or ['']
+    waiting, running, status = list(numbers), {}, 0  # running: {slot: (number, process)}
+    while waiting or running:
+        if stop:
+            waiting.clear()
+            for _, process in running.values():
+                process.terminate()  # each writes its checkpoint and ends
+        for slot in range(jobs):
+            if waiting and slot not in running:
+                number = waiting.pop(0)
+                environment = os.environ | {PARENT: str(os.getpid())}
+                if ':' not in runs[number - 1].device:
+                    environment['CUDA_VISIBLE_DEVICES'] = gpus[slot % len(gpus)]
+                command = [sys.executable, str(ROOT / 'train.py'), '--resume', f'--run={number}']
+                command.append(f'--results-path={folder}')
+                running[slot] = number, subprocess.Popen(command, env=environment)
+        for slot, (number, process) in list(running.items()):
+            if process.poll() is None:
+                continue
+            del running[slot]
+            if process.returncode and not stop:
+                status = 1
+            if process.returncode < 0 and not stop:  # as by the kernel when memory runs out
+                name = signal.Signals(-process.returncode).name
+                message = f'{runs[number - 1].name}: its process was killed by {name}{resume_hint}'
+                print(f'train.py: error: {message}', file=sys.stderr)
+        time.sleep(0.05)
+    busy = False
+    return 128 + stop if stop else status
+
+
+def draw_figures(folder):
+    """Draws the figures in a process of its own, so that nothing trained depends on them."""
+    command = [sys.executable, str(ROOT / 'train.py'), f'--results-path={folder}', '--plot']
+    subprocess.run(command)
+
+
+def plot(folder):
     try:
-        with progress_bar(run) as bar:
-            for round_, epoch in run.places():
-                if epoch == 0 and round_ > 0:
-                    run.prune(round_)
-                elif epoch > 0:
-                    for number, indices in run.batches(epoch):
-                        regrows = sparsify.regrow_due(settings, number, settings.epochs * run.steps)
-                        if (
-                            not regrows or settings.regrow == 'random'
-                        ):  # RigL's update takes the place of the gradient step
-                            step(indices)
-                        if regrows:
-                            run.regrow(number, indices)
-                        bar.update()
-                row, layers = run.evaluate(round_, epoch, bar)
-                with deferred_stop():
-                    run.log(row, layers, bar)
-                    run.advance()
-                    if (
-                        not run.place
-                        or due(run.place[1], settings.checkpoint_every)
-                        or run.finished()
-                    ):
-                        run.save()
-    except Interrupted:
-        run.save()
-        raise
+        import figures
+    except ModuleNotFoundError as error:
+        raise BadInput(f'no figure: {error}; pip install {error.name}') from None
+    paths = figures.draw(folder)
+    if not paths:
+        print(f'{folder}: nothing is logged yet, so there is no figure')
+    for path in paths:
+        print(f'drew {path}')
 
 
-class Run:
-    """A network in training: what its checkpoint holds (weights, momentum, `state`), and what is fixed around it.
+def check_options(options, flags):
+    """Raises BadInput if the options do not fit together, or the folder does not fit them."""
+    existing = [name for name in ('resume', 'plot', 'status') if getattr(options, name)]
+    if existing and not options.results_path:
+        raise BadInput(f'--{existing[0]} needs the folder: --results-path DIR')
+    if existing and options.settings:
+        raise BadInput(f"--{existing[0]} reads the folder's own settings; leave --settings out")
+    if flags and (options.plot or options.status):
+        raise BadInput(f'--{existing[0]} takes no setting; leave --{next(iter(flags))} out')
+    if flags and options.run is not None:
+        raise BadInput('a setting cannot change with --run; give it to the whole sweep')
+    if options.prepare and options.run is not None:
+        raise BadInput('--prepare makes the folder of a whole sweep; leave --run out')
+    folder = options.results_path and Path(options.results_path)
+    if folder and not existing and folder.exists():
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise BadInput(f'{folder}: exists; add --resume to continue it, or name a new folder')
 
-    `state` is the place in the schedule that is under way, with the steps of its epoch that are done, and all that is logged.
-    """
 
-    def __init__(self, settings, dataset, folder, device):
-        self.settings, self.dataset, self.folder = settings, dataset, folder
-        self.bf16 = choose_precision(settings.precision, device)
-        torch.set_num_threads(settings.threads or TORCH_THREADS)
-        self.targets = F.one_hot(dataset.train_labels, dataset.num_classes).float()
-        resumed = (folder / 'model.pt').exists()
-        self.net = (new_network if resumed else initial_network)(settings, dataset)
-        rates = {'lr': torch.tensor(settings.lr, device=device), 'momentum': settings.momentum}
-        self.optimizer = torch.optim.SGD(
-            self.net.parameters(), **rates, weight_decay=settings.weight_decay, fused=True
-        )
-        self.loss_sum = torch.zeros((), device=device)  # NaN from the first batch on whose loss is
-        self.steps = launch.steps_of(settings, dataset)
-        self.state = {
-            'round': 0,
-            'epoch': 0,
-            'step': 0,
-            'train_loss': math.inf,
-            'train_seconds': 0.0,
-        }
-        self.state |= {
-            'columns': COLUMNS,
-            'lines': [],
-            'layer_columns': LAYER_COLUMNS,
-            'layer_lines': [],
-            'certificates': {},
-        }
-        # Of all that is drawn in a step, as by dropout: set anew in each, so that a resumed run draws the same.
-        self.generator = (
-            torch.cuda.default_generators[device.index]
-            if device.type == 'cuda'
-            else torch.default_generator
-        )
-        self.rewind_to = None  # the network's state after rewind_epoch
-        self.place = None  # the round and epoch that the weights are those of, where they are
-        self.fingerprint = fingerprint(dataset)
-        if resumed:
-            self.restore()
-        elif (folder / 'metrics.csv').exists() and (folder / 'metrics.csv').read_bytes().count(
-            b'\n'
-        ) > 2:
-            mend = f'put it back, or move {folder} away to train this network anew'
-            raise BadInput(f'{folder / "model.pt"}: is missing; {mend}')
-        self.data = measure_data(self.net, dataset.train_images, skip_uncovered=True)
-        if self.state['lines'] and not self.finished():
-            self.measure_start_again()
-        for name, columns, lines in self.tables():
-            if name == 'metrics.csv' or settings.layers_every:
-                write_table(folder / name, columns, lines)
+def main(argv=None):
+    """Runs the command line. Returns 0, 1 if a network diverged, 128 + signal if it was stopped."""
+    global stop, busy, resume_hint
+    stop, busy, resume_hint = None, False, ''
+    options, flags = parse_command_line(argv)
+    check_options(options, flags)
+    if options.plot:
+        plot(options.results_path)
+        return 0
+    if options.status:
+        records.show_status(options.results_path)
+        return 0
+    signal.signal(signal.SIGINT, request_stop)
+    signal.signal(signal.SIGTERM, request_stop)
+    if options.resume:
+        sweep, runs = records.resumed_settings(options.results_path, flags)
+    else:
+        sweep, runs = load_settings(options.settings or GLOBAL_SETTINGS, flags)
+    if options.run is not None and not 1 <= options.run <= len(runs):
+        raise BadInput(f'--run {options.run}: the sweep has the networks 1 to {len(runs)}')
+    numbers = [options.run] if options.run else range(1, len(runs) + 1)
+    chosen = [runs[number - 1] for number in numbers]
 
-    def restore(self):
-        """Puts the checkpoint into the network, its optimizer and the state. Raises BadInput where it does not fit."""
-        checkpoint = load_run(
-            self.folder / 'model.pt', self.settings, self.net, self.fingerprint, self.steps
-        )
-        torch.set_num_threads(self.settings.threads or checkpoint.get('threads', TORCH_THREADS))
-        self.net.load_state_dict(checkpoint['network'])
-        for index, weight in enumerate(self.net.parameters()):
-            if index in checkpoint['momentum']:
-                self.optimizer.state[weight] = checkpoint['momentum'][index]
-        self.state |= {name: checkpoint['state'][name] for name in self.state}
-        self.rewind_to, self.place = checkpoint.get('rewind_to'), checkpoint.get('place')
-        place = f'epoch {self.state["epoch"]} after {self.state["step"]} of its {self.steps} steps'
-        place = f'round {self.state["round"]}, {place}' if self.settings.prune_rounds else place
-        print(
-            f'{self.settings.name}: {"finished already" if self.finished() else f"goes on in {place}"}',
-            flush=True,
-        )
-
-    def measure_start_again(self):
-        """Says which bounds have changed, in whatever part, since the first row, that of the network before training.
-
-        A bound that came since gets its cell in that row.
-        """
-        net, first = (
-            initial_network(self.settings, self.dataset),
-            cells_of(self.state['lines'][0], self.state['columns']),
-        )
-        now = evaluate(net, self.settings, self.dataset, self.data, 0, 0)
-        if not math.isclose(float(first['train_loss'] or 'nan'), now['train_loss'], rel_tol=1e-4):
-            return  # another version of the program, or of torch, began with other weights: nothing can be compared
-        known = [name for name in BOUNDS if first.get(name)]
-        changed = [
-            name for name in known if not math.isclose(float(first[name]), now[name], rel_tol=1e-6)
+    check_bounds()
+    resumed = Path(options.results_path) if options.resume else None
+    notes = dict.fromkeys(note for settings in chosen for note in check_run(settings, resumed))
+    if not (options.resume or options.prepare):  # a task of Slurm has its own number of threads
+        share = max(1, TORCH_THREADS // min(sweep['jobs'], len(runs)))
+        sweep['threads'] = sweep['threads'] or share
+        for settings in runs:
+            settings.threads = sweep['threads']
+    folder = records.make_folder(options, flags, sweep, notes, choose_device(sweep['device']))
+    if options.prepare:
+        print(len(runs), folder)
+        return 0
+    if PARENT not in os.environ:
+        command = f'python {shlex.quote(sys.argv[0])} --results-path {shlex.quote(str(folder))}'
+        only = f' --run {options.run}' if options.run else ''
+        resume_hint = f'; continue with: {command} --resume{only}'
+        for note in notes:
+            say(note)
+    if sweep['jobs'] > 1 and len(chosen) > 1:
+        status = train_side_by_side(numbers, runs, folder, min(sweep['jobs'], len(chosen)))
+    else:
+        status = train_here(chosen, folder)
+    if status >= 128 and PARENT not in os.environ:
+        sys.stderr.write(stopped_message())
+    elif PARENT not in os.environ:
+        # Of an array job on Slurm, the task that ends last draws.
+        finished = [
+            is_finished(settings, records.rows_so_far(folder / settings.name)) for settings in runs
         ]
-        first |= {
-            name: str(now[name])
-            for name in BOUNDS
-            if name not in known and not math.isnan(now[name])
-        }
-        self.state['lines'][0] = line_of(first, self.state['columns'])
-        if changed:
-            mend = '--evaluate measures anew those whose weights there are'
-            words = f'{", ".join(changed)}: not the function that rows so far are of; {mend}'
-            print(f'{self.settings.name}: {words}', flush=True)
-
-    def tables(self):
-        """(file, columns, lines) of the two tables of the log."""
-        metrics = 'metrics.csv', self.state['columns'], self.state['lines']
-        return metrics, ('layers.csv', self.state['layer_columns'], self.state['layer_lines'])
-
-    def newest_rows(self):
-        return [parse_line(line, self.state['columns']) for line in self.state['lines'][-3:]]
-
-    def finished(self):
-        return next(self.places(), None) is None
-
-    def places(self):
-        """What is left of the schedule: the (round, epoch) under way and those after it, until the run is stopped early."""
-        for place in schedule(self.settings):
-            if place >= (self.state['round'], self.state['epoch']) and not finished(
-                self.settings, self.newest_rows()
-            ):
-                yield place
-
-    def loss(self, net, indices):
-        """The loss of a network on the training samples with these indices (B,), with its graph.
-
-        With augment = 'crop' the indices are those of `batches`: of all crops of all training images.
-        """
-        m, augment = len(self.targets), self.settings.augment == 'crop'
-        samples = indices % m if augment else indices
-        images, targets = (
-            part.index_select(0, samples) for part in (self.dataset.train_images, self.targets)
-        )
-        images = crops(images, indices // m) if augment else images
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            outputs = net(images)
-        return LOSSES[self.settings.loss](outputs.float(), targets)
-
-    def batches(self, epoch):
-        """Yields the training steps that an epoch has left, as (number in the whole training, indices of the samples).
-
-        With augment = 'crop' sample i of m is i + m v, where v is the variant of it that this epoch trains on: a batch is
-        one tensor of indices all the same, which a CUDA graph reads. A signal waits for the end of the step.
-        """
-        start, m = time.perf_counter(), len(self.dataset.train_images)
-        self.net.train()
-        self.optimizer.param_groups[0]['lr'].fill_(learning_rate(self.settings, epoch))
-        chance = np.random.default_rng((self.settings.seed, epoch))
-        order = chance.permutation(m)
-        if self.settings.augment == 'crop':
-            order += m * chance.integers(VARIANTS, size=m)
-        order = torch.from_numpy(order).to(self.loss_sum.device)
-        try:
-            with deferred_stop():
-                for indices in order.split(self.settings.batch_size)[self.state['step'] :]:
-                    check_stop()
-                    if at_target(self.settings, self.state['train_loss']):
-                        break
-                    self.place, number = None, (epoch - 1) * self.steps + self.state['step']
-                    self.generator.manual_seed(
-                        hash((self.settings.seed, number))
-                    )  # of integers: the same everywhere
-                    yield number, indices
-                    self.state['step'] += 1
-                    self.watch_target()
-                require_finite(
-                    self.loss_sum, *self.net.state_dict().values()
-                )  # waits for the device
-        finally:
-            self.state['train_seconds'] += time.perf_counter() - start
-
-    def watch_target(self):
-        """Takes the training loss where `target_loss` asks for it: after each epoch; near the target, each eighth of one."""
-        target, step = self.settings.target_loss, self.state['step']
-        near = self.state['train_loss'] < 4 * target
-        if target and (step == self.steps or (near and step % -(-self.steps // 8) == 0)):
-            self.state['train_loss'] = training_loss(self.net, self.settings, self.dataset)
-            self.net.train()
-
-    def last_epoch(self):
-        return last_epoch(self.settings, self.state['epoch'], self.state['train_loss'])
-
-    def prune(self, round_):
-        """Removes weights of the trained network, unless an interrupt came after that and before its row was logged."""
-        with deferred_stop():
-            if self.state['step'] == 0:
-                sparsify.prune(self.net, self.settings, round_, self.dataset.input_shape)
-                self.state |= {'step': 1, 'train_loss': math.inf}
-                self.place = None
-
-    def regrow(self, number, indices):
-        steps = self.settings.epochs * self.steps
-        sparsify.regrow(
-            self.net,
-            self.optimizer,
-            self.settings,
-            number,
-            steps,
-            lambda: self.loss(self.net, indices),
-        )
-
-    def evaluate(self, round_, epoch, bar):
-        """The row of metrics.csv and the rows of layers.csv that are due at this place: either may be none."""
-        settings, last, row, layers = self.settings, self.last_epoch(), None, []
-        doing = 'certifying' if certifies(settings, round_, epoch, last) else 'evaluating'
-
-        def beat(seconds):
-            if bar.disable:
-                print(
-                    f'{settings.name} epoch {epoch}/{settings.epochs}: {doing} for {seconds:.0f} s',
-                    flush=True,
-                )
-            else:
-                bar.set_postfix_str(f'{doing} {seconds:.0f} s')
-
-        with heartbeat(beat, 30 if bar.disable else 1):
-            if due(epoch, settings.eval_every, last):
-                found = self.state['certificates']  # before this evaluation was stopped
-                row = evaluate(
-                    self.net, settings, self.dataset, self.data, round_, epoch, certificates=found
-                )
-                row |= {'train_seconds': self.state['train_seconds']}
-            if due(epoch, settings.layers_every, last):
-                layers = evaluate_layers(
-                    self.net, self.dataset, round_, epoch, probes=epoch == last
-                )
-        return row, layers
-
-    def log(self, row, layers, bar):
-        """Appends rows to the tables, prints the first, and keeps a snapshot where one is due."""
-        settings, place = self.settings, [self.state['round'], self.state['epoch']]
-        for (name, columns, lines), rows in zip(self.tables(), ([row] if row else [], layers)):
-            new = [csv_line(cells, columns) for cells in rows]
-            lines += new
-            append_lines(self.folder / name, new)
-        self.place = place
-        if due(place[1], settings.snapshot_every, self.last_epoch()):
-            (self.folder / 'snapshots').mkdir(exist_ok=True)
-            snapshot = {'network': self.net.state_dict(), 'place': place}
-            save_checkpoint(
-                self.folder / 'snapshots' / f'{place[0]}-{place[1]}.pt', snapshot | self.origin()
-            )
-        if layers and place[1] == self.last_epoch():
-            errors = [layer['train_ncc_error'] for layer in layers[1:-1]]
-            depths = ', '.join(
-                f'{effective_depth(errors, eps):g} (eps = {eps})' for eps in (0.01, 0.05)
-            )
-            tqdm.write(
-                f'{settings.name}: effective depth {depths}; training accuracy {1 - row["train_error"]:.4f}'
-            )
-        if row:
-            self.state |= {
-                'train_seconds': 0.0,
-                'train_loss': row['train_loss'],
-                'certificates': {},
-            }
-            where = f'{settings.name} ' + f'round {place[0]} ' * bool(settings.prune_rounds)
-            where += f'epoch {place[1]}/{settings.epochs} '
-            if bar.disable:
-                print(f'{where}{report(row, 120 - len(where))}', flush=True)
-            else:
-                bar.set_postfix_str(
-                    report(row, shutil.get_terminal_size().columns - len(settings.name) - 58)
-                )
-            if reason := stopped_early(settings, self.newest_rows()):
-                tqdm.write(f'{settings.name}: {reason}')
-
-    def advance(self):
-        """On to the next place of the schedule; rewinds the weights behind the row of a pruned network."""
-        settings, state = self.settings, self.state
-        here = state['round'], state['epoch']
-        if settings.prune_rounds and here == (0, settings.rewind_epoch):
-            self.rewind_to = {name: value.clone() for name, value in self.net.state_dict().items()}
-        if state['round'] > 0 and state['epoch'] == 0:
-            sparsify.rewind(self.net, self.optimizer, self.rewind_to)
-            self.place, state['train_loss'] = None, math.inf
-        last = here[1] > 0 and here[1] == self.last_epoch()
-        end = (here[0], here[1] + 1)  # behind the last place, from which a longer run goes on
-        later = (
-            place
-            for place in schedule(settings)
-            if place > here and not (last and place[0] == here[0])
-        )
-        state['round'], state['epoch'] = next(later, end)
-        state['step'] = 0
-
-    def save(self):
-        require_finite(self.loss_sum, *self.net.state_dict().values())
-        saved = self.origin() | {
-            'threads': torch.get_num_threads(),
-            'network': self.net.state_dict(),
-        }
-        saved |= {'momentum': self.optimizer.state_dict()['state'], 'state': self.state}
-        save_checkpoint(
-            self.folder / 'model.pt', saved | {'place': self.place, 'rewind_to': self.rewind_to}
-        )
-
-    def origin(self):
-        """What a file of weights says of where they come from."""
-        return {'settings': vars(self.settings), 'data': self.fingerprint}
+        if options.run is None or all(finished):
+            draw_figures(folder)
+    return status
 
 
 if __name__ == '__main__':
-    sys.exit(launch.main(train))
+    sys.exit(run_program(main))

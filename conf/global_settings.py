@@ -86,6 +86,7 @@ measures_every = (
     0  # epochs between sharpness, distances and the like, and at the last one; 0: never
 )
 layers_every = 0  # epochs between rows of layers.csv, and at the last one; 0: never
-snapshot_every = 0  # epochs between copies of the weights that are kept, for --evaluate; 0: none
-checkpoint_every = 1  # epochs between checkpoints; an interrupt and the last epoch always leave one
+snapshot_every = (
+    0  # epochs between copies of the weights that are kept, for studies.evaluate; 0: none
+)
 results_dir = 'results'  # each launch makes a numbered folder in here

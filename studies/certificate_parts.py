@@ -13,11 +13,11 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from launch import get_inputs
 
 from conf import BadInput
 from device import keep_freed_memory
 from evaluation import no_certificate, rounded_up
-from launch import get_inputs
 from measures import pac_bayes
 from records import folder_settings, load_network
 

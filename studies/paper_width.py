@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import torch
 import torch.nn.functional as F
+from launch import get_inputs
 from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
@@ -19,7 +20,6 @@ from tqdm import tqdm
 from conf import load_settings
 from device import keep_freed_memory
 from evaluation import losses_and_margins, rounded_up
-from launch import get_inputs
 from measures.chains import plain_layer
 from measures.norms import margin_error
 from measures.pac_bayes import certify, live_channels

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import torch
+from launch import get_inputs
 
 from conf import ROOT, BadInput
-from launch import get_inputs
 from measures.paths import path_metric, path_norm
 from measures.steps import forward_steps
 from measures.trace import plain_copy

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from conf import RULES
+from conf import KNOBS as RULES
 from datasets import DATASETS
-from evaluation import at_target, finished
+from evaluation import at_target, is_finished
 from records import folder_settings, write_file
 from summary import csv_file, varied
 
@@ -81,7 +81,7 @@ def read_rows(folder):
 def read_networks(folder):
     """(settings, row) of each finished network: its last row in summary.csv."""
     last = {settings.name: (settings, row) for settings, row in read_rows(folder)}
-    return [(settings, row) for settings, row in last.values() if finished(settings, [row])]
+    return [(settings, row) for settings, row in last.values() if is_finished(settings, [row])]
 
 
 def _number(cell):

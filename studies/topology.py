@@ -16,11 +16,11 @@ import sys
 import numpy as np
 import torch
 import torch.nn.functional as F
+from launch import get_dataset
 
 import sparsify
 from conf import ROOT, load_settings
 from evaluation import learning_rate
-from launch import get_dataset
 from measures.masks import measure_masks, topology
 from measures.norms import measure_network
 from measures.paths import path_norm

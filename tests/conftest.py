@@ -1,4 +1,4 @@
-"""What the tests share: the program as a user starts it, its settings, and the digits."""
+"""What the tests share: the program as a user starts it, its settings, the datasets."""
 
 import contextlib
 import io
@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -20,36 +19,20 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-import launch  # noqa: E402
-import sparsify  # noqa: E402
 import train  # noqa: E402
-from conf import load_settings  # noqa: E402
+from conf import load_settings, run_program  # noqa: E402
 from datasets import load_dataset  # noqa: E402
 
 DIGITS = ('--settings', str(ROOT / 'conf' / 'digits.py'))
 SMALL = ('--settings', str(ROOT / 'tests' / 'small.py'))
 TIMINGS = ('train_seconds', 'eval_seconds')
-DRAW = launch.draw
-LONGEST = [
-    f'test_{name}.py'
-    for name in 'slurm launch train results records recipes pac_bayes compress'.split()
-]
-
-
-def pytest_collection_modifyitems(items):
-    """The files that take longest come first: where files run side by side, none of them is left for the end."""
-    items.sort(
-        key=lambda item: (
-            LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
-        )
-    )
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
-    """To draw the figures of a small network takes longer than to train it: only --plot and tests marked `pictures` do."""
+    """Drawing takes longer than training a small network: only --plot and marked tests draw."""
     if not request.node.get_closest_marker('pictures'):
-        monkeypatch.setattr(launch, 'draw', lambda folder: None)
+        monkeypatch.setattr(train, 'draw_figures', lambda folder: None)
 
 
 def start(*arguments, **options):
@@ -66,53 +49,31 @@ def run(*arguments, timeout=300, **options):
     return process.returncode, stdout, stderr
 
 
-def out_of_time(*_):
-    pytest.fail('not done in 300 seconds')
-
-
-@contextlib.contextmanager
-def signals_as_before():
-    """Puts the handlers of signals back that a command of the program has changed in this process; it has 300 seconds."""
-    handlers = {
-        number: signal.getsignal(number)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
-    }
-    hook = sys.unraisablehook
-    signal.signal(signal.SIGALRM, out_of_time)
-    signal.alarm(300)
+def main(*arguments, program=train.main):
+    """As `run`, in this process, which is quicker; or another program's main."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    arguments = [str(argument) for argument in arguments]
+    stdout, stderr = io.StringIO(), io.StringIO()
     try:
-        yield
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            status = run_program(lambda: program(arguments))
     finally:
-        signal.alarm(0)
-        sys.unraisablehook = hook
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def main(*arguments):
-    """As `run`, in this process, which is quicker."""
-    with (
-        contextlib.redirect_stdout(io.StringIO()) as stdout,
-        contextlib.redirect_stderr(io.StringIO()) as stderr,
-    ):
-        with signals_as_before(), pytest.MonkeyPatch.context() as patch:
-            if '--plot' in arguments:
-                patch.setattr(launch, 'draw', DRAW)
-            status = launch.main(train.train, [str(argument) for argument in arguments])
     return status or 0, stdout.getvalue(), stderr.getvalue()
 
 
-def succeeds(*arguments):
-    """What train.py prints, where it has nothing to complain about."""
-    status, stdout, stderr = main(*arguments)
+def succeeds(*arguments, program=train.main):
+    """What the program prints, if it has nothing to complain about."""
+    status, stdout, stderr = main(*arguments, program=program)
     assert (status, stderr) == (0, ''), stderr
     return stdout
 
 
-def refused(*arguments, status=2):
-    """The one line with which train.py refuses."""
-    found, _, stderr = main(*arguments)
-    assert found == status and stderr.startswith('train.py: ') and stderr.count('\n') == 1, stderr
+def refused(*arguments, status=2, program=train.main):
+    """The one line with which the program refuses."""
+    found, _, stderr = main(*arguments, program=program)
+    assert found == status and ': ' in stderr and stderr.count('\n') == 1, stderr
     return stderr
 
 
@@ -131,52 +92,6 @@ def wait_for(condition, process, seconds=60):
         time.sleep(0.002)
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it, so that what is on the disk by then is all that is left."""
-
-
-@pytest.fixture
-def kill_at(monkeypatch):
-    """kill_at(name, count, *arguments) runs train.py in this process up to the count-th moment of this name.
-
-    Moments are before and after each step, each method of a run, each change of masks, each file moved into place. Returns the
-    names of those that went by; with None it runs to its end.
-    """
-    state = SimpleNamespace(names=[], last=None)
-
-    def watched(name, function):
-        def call(*arguments, **options):
-            pass_by(name)
-            result = function(*arguments, **options)
-            pass_by(name)
-            return result
-
-        return call
-
-    def pass_by(name):
-        state.names.append(name)
-        if (name, state.names.count(name)) == state.last:
-            raise Killed
-
-    def kill(name, count, *arguments):
-        state.names, state.last = [], (name, count)
-        with contextlib.suppress(Killed):
-            succeeds(*arguments)
-        return state.names
-
-    for name in ('prune', 'evaluate', 'log', 'advance', 'save'):
-        monkeypatch.setattr(train.Run, name, watched(name, getattr(train.Run, name)))
-    for owner, name in (
-        (os, 'replace'),
-        (sparsify, 'regrow'),
-        (sparsify, 'prune'),
-        (sparsify, 'rewind'),
-    ):
-        monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))
-    monkeypatch.setattr(torch.optim.SGD, 'step', watched('step', torch.optim.SGD.step))
-    return kill
-
-
 def numbers(path, without=TIMINGS):
     """The text of each cell of a table, header first: two runs are equal where these are."""
     table = [line.split(',') for line in Path(path).read_text().splitlines()]
@@ -186,15 +101,14 @@ def numbers(path, without=TIMINGS):
 
 def same(folder, other, name='CONV-3-4'):
     """Whether a network has the same tables in two results folders, timings aside."""
-    tables, others = (
-        {path.name: numbers(path) for path in (results / name).glob('*.csv')}
-        for results in (folder, other)
-    )
-    return tables == others
+    tables = []
+    for results in (folder, other):
+        tables.append({path.name: numbers(path) for path in (results / name).glob('*.csv')})
+    return tables[0] == tables[1]
 
 
 def rows(folder, name='CONV-3-4'):
-    """The rows of a network's metrics.csv so far; -1 where there is none yet."""
+    """The rows of a network's metrics.csv so far; -1 if there is none yet."""
     path = folder / name / 'metrics.csv'
     return path.read_text().count('\n') - 1 if path.exists() else -1
 

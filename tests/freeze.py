@@ -28,7 +28,7 @@ TARGET = '--train-samples 320 --target-loss 0.1002'
 SPARSE = f'{TINY} --density 0.2 --initial-mask'
 CHANNELS = f'{TINY} --density 0.3 --initial-mask erk --regrow-every 3 --channel-sparsity 0.5'
 KINDS = {
-    'dense': f'{TINY} --layers-every 2 --eval-every 2 --snapshot-every 1 --checkpoint-every 2',
+    'dense': f'{TINY} --layers-every 2 --eval-every 2 --snapshot-every 1',
     'target-rounds': f'{TARGET} --epochs 5 --eval-every 9 --prune-rounds 2',
     'target': f'{TARGET} --epochs 7 --eval-every 9 --measures-every 4 --snapshot-every 1',
     'batch-norm': f'{TINY} --network CONVBN --normalization batch --layers-every 1',
@@ -78,16 +78,14 @@ def read_rows(path):
 
 def recipes():
     """{settings file: hash of the names and knobs of the networks that it describes}."""
-    from conf import load_settings
-    from records import folder_settings
+    from conf import load_launch, load_settings
 
     hashes = {}
     for path in sorted([*ROOT.glob('conf/*.py'), *ROOT.glob('results/**/global_settings.py')]):
         if path.name == '__init__.py' or path.parts[-2].isdecimal():
             continue
-        runs = (
-            folder_settings(path.parent)[1] if 'results' in path.parts else load_settings(path)[1]
-        )
+        shipped = 'results' in path.relative_to(ROOT).parts
+        runs = (load_launch(path.parent) if shipped else load_settings(path))[1]
         text = json.dumps([sorted(vars(run).items()) for run in runs])
         hashes[str(path.relative_to(ROOT))] = [len(runs), hashlib.sha256(text.encode()).hexdigest()]
     return hashes

@@ -8,13 +8,13 @@ import warnings
 import weakref
 from types import SimpleNamespace
 
+import pace
 import pytest
 import torch
 from conftest import ROOT, SMALL, main, resume, settings_of, signals_as_before, train_small
 
 import device as machine
 import evaluation
-import pace
 from evaluation import report, rounded_up, schedule, stopped_early
 from records import load_network, read_metrics
 

@@ -16,10 +16,10 @@ import argparse
 from pathlib import Path
 from types import SimpleNamespace
 
+import launch
 import torch
 from tqdm import tqdm
 
-import launch
 from conf import BadInput, Parser, load_settings
 from datasets import DATASETS
 from device import guarded

@@ -10,10 +10,10 @@ import sys
 
 import matplotlib
 import torch
+from launch import get_dataset
 
 from conf import ROOT
 from evaluation import rounded_up
-from launch import get_dataset
 from measures.pac_bayes import COLUMNS as CERTIFICATES
 from records import read_metrics
 from studies.coded.message import binomial_inverse, count_errors, encode, log_eta, prove

@@ -20,11 +20,11 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import launch
 import torch
 from torch import nn
 from tqdm import tqdm
 
-import launch
 from conf import BEFORE, ROOT, BadInput, Parser, settings_text
 from datasets import DATASETS, fingerprint
 from device import choose_precision, guarded, keep_freed_memory
