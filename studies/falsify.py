@@ -12,9 +12,8 @@ The norms, the proofs and what has been found: docs/bounds.md.
 
 import argparse
 import copy
-import csv
 import math
-import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +22,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from conf import ROOT, BadInput
-from datasets import load_dataset
+from conf import BadInput, load_settings, run_program
 from measures.norms import measure_data, measure_network, product
+from records import load_data, write_table
 from utils import BOUNDS
 
 # Norms nu of a network, from the table of `measure_network`.
@@ -262,7 +261,8 @@ def main(arguments=None):
     for name in args.bounds:
         if name not in BOUNDS:
             raise BadInput(f'{name}: not in BOUNDS of utils.py, which has {", ".join(BOUNDS)}')
-    dataset = load_dataset(args.dataset, os.environ.get('DATA_DIR') or ROOT / 'data')
+    _, (settings, *_) = load_settings(flags={'dataset_name': args.dataset})
+    dataset = load_data(settings, 'cpu')
     images, classes, table = dataset.train_images, dataset.num_classes, []
     kernels = kernels_for(images, max(args.depth))
     print('| bound | network | estimate | proven | one sign | Monte Carlo | verdict |')
@@ -282,12 +282,9 @@ def main(arguments=None):
         print(f'{name}: not of this form: {reason}')
     if args.out and table:
         args.out.mkdir(parents=True, exist_ok=True)
-        with (args.out / 'falsify.csv').open('w', newline='') as file:
-            writer = csv.DictWriter(file, table[0], lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(table)
+        write_table(args.out / 'falsify.csv', list(table[0]), table)
         draw(table, args.out / 'falsify.png')
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(run_program(main))
