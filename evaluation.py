@@ -277,6 +277,13 @@ def rounded_up(bound, digits=4):
     return math.ceil(10**digits * bound) / 10**digits if math.isfinite(bound) else bound
 
 
+def power_of_2(bound):
+    """A bound as a text, 2^3.7, rounded up."""
+    if 0 < bound < math.inf:
+        return f'2^{rounded_up(math.log2(bound), 1):.1f}'
+    return f'{bound:g}'
+
+
 def report(row):
     """The most important cells of a row as a line; bounds are powers of 2, rounded up."""
     items = [f'test {row["test_error"]:.4f}']
@@ -288,5 +295,5 @@ def report(row):
         names['path_bound'] = 'path'
     for column, name in names.items():
         if 0 < row.get(column, math.nan) < math.inf:
-            items.append(f'{name} 2^{rounded_up(math.log2(row[column]), 1):.1f}')
+            items.append(f'{name} {power_of_2(row[column])}')
     return ' '.join(items)

@@ -352,7 +352,8 @@ def check_run(settings, folder):
     if folder:
         path = folder / settings.name
         if (path / 'model.pt').exists():
-            records.load_run(path / 'model.pt', settings, fingerprint(dataset), 'cpu')
+            with records.lock(path):
+                records.load_run(path / 'model.pt', settings, fingerprint(dataset), 'cpu')
         elif any(path.glob('*.csv')):
             advice = f'to train it again: --settings {folder}/global_settings.py'
             raise BadInput(f'{path}: has results and no model.pt to resume; {advice}')
@@ -449,7 +450,7 @@ def check_options(options, flags):
         raise BadInput(f"--{existing[0]} reads the folder's own settings; leave --settings out")
     if flags and (options.plot or options.status):
         raise BadInput(f'--{existing[0]} takes no setting; leave --{next(iter(flags))} out')
-    if flags and options.run is not None:
+    if flags and options.resume and options.run is not None:
         raise BadInput('a setting cannot change with --run; give it to the whole sweep')
     if options.prepare and options.run is not None:
         raise BadInput('--prepare makes the folder of a whole sweep; leave --run out')

@@ -84,6 +84,8 @@ KNOBS = {
     'results_dir': ('results', None),
 }
 
+TYPES = {int: 'an integer', float: 'a number', bool: 'True or False', str: 'a text'}
+
 
 class BadInput(ValueError):
     """Invalid user input; the message says what is wrong and how to fix it, in one line."""
@@ -117,7 +119,7 @@ def check(name, value):
             raise BadInput(f'{name} = {value!r}: must be a list of increasing epochs')
         return epochs
     if type(value) is not type(neutral):
-        raise BadInput(f'{name} = {value!r}: must be of type {type(neutral).__name__}')
+        raise BadInput(f'{name} = {value!r}: must be {TYPES[type(neutral)]}')
     if isinstance(allowed, tuple) and value not in allowed:
         raise BadInput(f'{name} = {value!r}: must be one of {", ".join(allowed)}')
     if isinstance(allowed, str) and not in_interval(value, allowed):

@@ -1,7 +1,8 @@
-"""The comparative bound as an experiment (docs/depth.md): ten draws of S1 and S2, read by docs/comparative.py.
+"""The comparative bound as an experiment (docs/depth.md): ten draws of S1 and S2.
 
-A run of 600 training samples is trained on S1, since all of them stay clean; one of 1,200 is trained on the same S1 and on S2,
-whose labels are wrong to the share label_noise. data_seed draws S1 and S2, seed the initialization.
+A run of 600 training samples is trained on S1, since all of them stay clean; one of 1,200 is
+trained on the same S1 and on S2, where a share label_noise of the labels is wrong. data_seed
+draws S1 and S2, seed the initialization. `python -m studies.comparative` reads the results.
 """
 
 dataset_name = 'digits'

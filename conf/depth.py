@@ -1,4 +1,4 @@
-"""What each layer has learned: MLPs of three depths on the digits, with more and more wrong labels (docs/depth.md)."""
+"""What each layer has learned: MLPs on the digits with wrong labels (docs/depth.md)."""
 
 dataset_name = 'digits'
 network = 'MLP'

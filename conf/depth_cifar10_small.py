@@ -1,8 +1,8 @@
-"""conf/depth_cifar10.py for two CPU cores in about two hours: CONVBN-L-32, with a fifth of its epochs.
+"""conf/depth_cifar10.py in about two hours of two CPU cores: CONVBN-L-32, a fifth of its epochs.
 
-The milestones are a fifth of those of the released code, too; batches are cropped and mirrored as there, where
-they are also rotated. A network that does not fit the training set has no effective depth at a small eps: read it
-beside the training accuracy.
+The milestones are a fifth of those of the released code, too; batches are cropped and mirrored as
+there, where they are also rotated. A network that does not fit the training set has no effective
+depth at a small eps: read it beside the training accuracy.
 """
 
 dataset_name = 'CIFAR10'

@@ -1,4 +1,4 @@
-"""The quick start: the same experiment on the bundled 8x8 digits, in under a minute on a laptop's CPU."""
+"""The quick start: the same experiment on the bundled 8x8 digits, in about a minute."""
 
 dataset_name = 'digits'
 width = 32

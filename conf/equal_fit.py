@@ -1,4 +1,4 @@
-"""Do sparse networks generalize worse at equal fit? Random and ERK masks against tickets, on MNIST (docs/ranking.md)."""
+"""Do sparse networks generalize worse at equal fit? Masks against tickets (docs/ranking.md)."""
 
 depth = [1, 2]
 width = 64

@@ -1,4 +1,4 @@
-"""Figure 1 by depth: CONV-2-16 to CONV-5-16 on MNIST, about three hours of one core (docs/figure1.md)."""
+"""Figure 1 by depth: CONV-2-16 to CONV-5-16 on MNIST, about three hours (docs/figure1.md)."""
 
 depth = [2, 3, 4, 5]
 width = 16

@@ -1,4 +1,4 @@
-"""Figure 1 by width: CONV-3-8, CONV-3-16 and CONV-3-32 on MNIST, about three hours of one core (docs/figure1.md)."""
+"""Figure 1 by width: CONV-3-8 to CONV-3-32 on MNIST, about three hours (docs/figure1.md)."""
 
 width = [8, 16, 32]
 epochs = 100

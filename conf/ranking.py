@@ -1,4 +1,4 @@
-"""Which bound predicts generalization? 288 networks on MNIST, six knobs, each trained to the same loss (docs/ranking.md)."""
+"""Which bound predicts? 288 networks on MNIST at the same training loss (docs/ranking.md)."""
 
 depth = [1, 2, 3]
 width = [24, 64]

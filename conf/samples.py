@@ -1,8 +1,9 @@
-"""How many training images reach a test error, at each density: CONV-3-32 on subsets of MNIST, pruned thrice.
+"""How many training images reach a test error, at each density: CONV-3-32 on subsets of MNIST.
 
-A launch has one train_samples, and epochs is 24,000 over it, so that more images do not mean more training as
-well: a round of 500, 1000, 2000 or 4000 images has 768, 768, 756 or 750 steps, since an epoch's last batch is
-smaller. docs/sparse.md has the loop over launches, docs/samples.py draws them.
+A launch has one train_samples, and epochs is 24,000 over it, so that more images do not mean more
+training as well: a round of 500, 1000, 2000 or 4000 images has 768, 768, 756 or 750 steps, since an
+epoch's last batch is smaller. docs/sparse.md has the loop over launches, which
+`python -m studies.samples` reads.
 """
 
 train_samples = 2000

@@ -1,4 +1,4 @@
-"""Sparsity buys a certificate: CONV-3-16 and CONV-3-32 on MNIST, pruned to half six times (docs/certificate.md)."""
+"""Certificates of pruned networks: CONV-3-16 and CONV-3-32 on MNIST (docs/certificate.md)."""
 
 width = [16, 32]
 epochs = 10

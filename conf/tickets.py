@@ -1,4 +1,4 @@
-"""Lottery tickets: CONV-3-16 on the digits, pruned by magnitude to 5.5 % of its weights, always from the same start."""
+"""Lottery tickets: CONV-3-16 on the digits, pruned by magnitude to 5.5 % of its weights."""
 
 dataset_name = 'digits'
 width = 16

@@ -1,4 +1,4 @@
-"""Lottery tickets by three scores: CONV-3-16 on MNIST, its convolutions pruned to half six times (docs/sparse.md)."""
+"""Lottery tickets by three scores: CONV-3-16 on MNIST (docs/sparse.md)."""
 
 width = 16
 epochs = 10
