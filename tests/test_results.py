@@ -189,6 +189,16 @@ def test_a_clone_evaluates_the_shipped_weights(tmp_path, mnist):
 # ------------------------------------------------------------------------------------------------
 
 
+def test_the_readme_quotes_the_quick_start():
+    log = metrics('digits', 'CONV-3-32')
+    test, train, gap = (
+        log[name][-1] for name in ('test_error', 'train_error', 'generalization_gap')
+    )
+    ours, corrected = (power(log[name][-1]) for name in ('our_bound', 'corrected_bound'))
+    line = f'epoch 150/150 test {test:.4f} train {train:.4f} gap {gap:+.4f} ours {ours}'
+    quotes('README.md', f'CONV-3-32 {line} corrected {corrected}', f'A bound of {ours} is vacuous')
+
+
 def test_the_readme_quotes_the_shipped_certificates():
     first, *_, last = ends_of_rounds('sparse-certificate', 'CONV-3-16')
     proven = [written(row['pac_bayes_error'], 'up') for row in (first, last)]
@@ -307,7 +317,7 @@ def test_the_words_of_figure1():
         '({}, {}, {} and {})'.format(*last('rho', '.2f')),
         "multiplies ours by {} and Golowich et al.'s by {}, on average".format(*growth),
         f'that ends below 1, at {bounds[0][0]:.2f}',
-        "a margin error of {:.0f} % (column `train_margin_error`; {:.0f}, {:.0f} and {:.0f} %".format(
+        'a margin error of {:.0f} % (column `train_margin_error`; {:.0f}, {:.0f} and {:.0f} %'.format(
             *shares
         ),
         'The gaps are {}, {}, {} and {}'.format(*last('generalization_gap', '+.4f')),
@@ -323,8 +333,8 @@ def test_the_words_of_the_released_recipe():
     errors = [
         [log[f'{part}_error'][-1] for part in ('test', 'train')] for log in (without, biases, table)
     ]
-    powers = [[power(log[name][-1]) for log in (table, without)] for name in COLUMN_OF.values()]
-    levels = dict(zip(COLUMN_OF.values(), powers))
+    bounds = [name for name in COLUMN_OF.values() if name.endswith('_bound')]
+    levels = {name: [power(log[name][-1]) for log in (table, without)] for name in bounds}
     products = [log['rho'][-1] * log['prod_ratio'][-1] for log in (without, table)]
     epochs = metrics('mnist-200', 'CONV-3-200')['epoch'][-1]
     quotes(
@@ -342,7 +352,6 @@ def test_the_words_of_the_released_recipe():
         f'trained for {epochs:.0f} of',
         f'seed 0, {epochs:.0f} epochs in bfloat16',
     )
-    bounds = [name for name in COLUMN_OF.values() if name.endswith('_bound')]
     larger = {name for name in bounds if without[name][-1] > table[name][-1]}
     assert larger == set(bounds) - {'sedghi_bound'}
     # Over the last ten epochs, as powers of two.
