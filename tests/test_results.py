@@ -194,7 +194,8 @@ def test_the_readme_quotes_the_quick_start():
     test, train, gap = (
         log[name][-1] for name in ('test_error', 'train_error', 'generalization_gap')
     )
-    ours, corrected = (power(log[name][-1]) for name in ('our_bound', 'corrected_bound'))
+    logs = [math.log2(log[name][-1]) for name in ('our_bound', 'corrected_bound')]
+    ours, corrected = (f'2^{math.ceil(10 * exponent) / 10}' for exponent in logs)  # rounded up
     line = f'epoch 150/150 test {test:.4f} train {train:.4f} gap {gap:+.4f} ours {ours}'
     quotes('README.md', f'CONV-3-32 {line} corrected {corrected}', f'A bound of {ours} is vacuous')
 
@@ -308,6 +309,7 @@ def test_the_words_of_figure1():
     assert {f'{float(share):.2f}' for share in last('train_margin_error', sweep='mnist-width')} == {
         '0.95'
     }
+    margin = 'a margin error of {:.0f} % (column `train_margin_error`; {:.0f}, {:.0f} and {:.0f} %'
     quotes(
         'docs/figure1.md',
         '95 % of the training samples of each network',
@@ -317,9 +319,7 @@ def test_the_words_of_figure1():
         '({}, {}, {} and {})'.format(*last('rho', '.2f')),
         "multiplies ours by {} and Golowich et al.'s by {}, on average".format(*growth),
         f'that ends below 1, at {bounds[0][0]:.2f}',
-        'a margin error of {:.0f} % (column `train_margin_error`; {:.0f}, {:.0f} and {:.0f} %'.format(
-            *shares
-        ),
+        margin.format(*shares),
         'The gaps are {}, {}, {} and {}'.format(*last('generalization_gap', '+.4f')),
     )
     for sweep in ('mnist-width', 'mnist-depth', 'mnist-200'):
