@@ -15,7 +15,8 @@ from measures.norms import classification_margins, margin_error
 from measures.pac_bayes import COLUMNS as CERTIFICATES
 from measures.pac_bayes import certify, test_set_bound
 from measures.representations import measure_probes, measure_representations
-from measures.trace import ieee_float32, images_per_pass, not_covered, traced_once
+from measures.steps import traced_once
+from measures.trace import ieee_float32, images_per_pass, not_covered
 from models import get_network
 from utils import BOUNDS, evaluate_bounds
 
@@ -267,7 +268,7 @@ def evaluate_layers(net, dataset, round_, epoch, probes=False):
         for row, values in zip(rows[1:], masks):
             row |= values
     if not not_covered(net, dataset.input_shape):
-        for row, values in zip(rows[1:], sharing(net, dataset.train_images)):
+        for row, values in zip(rows[1:], sharing(net, dataset.input_shape)):
             row |= values
     return rows
 

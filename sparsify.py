@@ -1,11 +1,12 @@
-"""Which weights live: masks at the start, pruning rounds with rewinding, and regrowth while the network trains.
+"""Sparse networks: masks at initialization, pruning rounds with rewinding, and regrowth.
 
-Every function is pure in (network, optimizer, settings, round or step): it draws from generators of its own, so that a run
-that was interrupted anywhere goes on as if it had not been, and it changes weights, masks and momentum in place, so that a
-captured CUDA graph stays valid. The masks are buffers of the network, and so in its checkpoints.
+Every function depends on its arguments alone: what is random is drawn from generators keyed by the
+seed and the round or step, so that a resumed run equals an uninterrupted one. Weights, masks and
+momentum change in place, since a captured CUDA graph keeps their addresses. The masks are buffers
+of the network, so its checkpoints hold them.
 
-`check` is for the launch, `initialize` for a network that is new, `regrow` for steps that are `regrow_due`,
-`prune` and `rewind` for the rounds; the training is in train.py.
+`check` validates the settings of a run, `initialize` masks a new network, `regrow` moves weights at
+the steps that `regrow_due` selects, `prune` and `rewind` act between rounds; train.py calls them.
 """
 
 import copy
@@ -21,372 +22,422 @@ from measures.paths import path_magnitude, rescale_neurons
 from measures.trace import weight_layers
 from models.weight_norm import free_weight, set_mask
 
-SNIP_SAMPLES = 1000  # SNIP's gradient is the sum over so many training samples, in batches of 100
-SYNFLOW_ROUNDS = 100  # in one round SynFlow would empty layers
-CHANNEL_FLOOR = (
-    0.5  # a layer keeps so much of what would be left to it if all layers lost the same share
-)
-FACTORS = (
-    1,
-    128,
-    4096,
-)  # of rescaled neurons: powers of 2, so that the function stays the same bit for bit
+SNIP_SAMPLES = 1000  # training samples for SNIP's gradient
+BATCH = 100  # of these in a pass
+SYNFLOW_ROUNDS = 100  # in a single round SynFlow would empty whole layers
+# A layer keeps at least this share of the channels that it would keep if all layers lost equally.
+CHANNEL_FLOOR = 0.5
+# Factors of rescaled neurons: powers of 2, so that the function stays equal to the bit.
+FACTORS = 1, 128, 4096
+PURPOSES = 'random', 'snip', 'grow', 'rescale'  # of a generator
 
 
 def check(settings):
-    """Raises BadInput where settings of sparsity do not go together."""
-    if settings.initial_mask == 'none' and settings.density < 1:
+    """Raises BadInput where settings of sparsity contradict each other."""
+    masked = settings.initial_mask != 'none'
+    regrows = settings.regrow != 'none'
+    rewind_epoch = settings.rewind_epoch
+    if settings.density < 1 and not masked:
         raise BadInput(
             f'density = {settings.density}: needs an initial_mask: random, erk, snip or synflow'
         )
-    if settings.regrow != 'none' and (settings.initial_mask == 'none' or settings.density == 1):
+    if regrows and not (masked and settings.density < 1):
         raise BadInput(
-            f'regrow = {settings.regrow!r}: needs an initial_mask, with a density below 1; nothing is dead without'
+            f'regrow = {settings.regrow!r}: needs an initial_mask and a density below 1; '
+            'otherwise there is nothing to regrow'
         )
-    if settings.channel_sparsity and settings.regrow == 'none':
+    if settings.channel_sparsity and not regrows:
         raise BadInput(
             f'channel_sparsity = {settings.channel_sparsity}: needs regrow: random or gradient'
         )
-    if settings.regrow != 'none' and settings.prune_rounds:
+    if regrows and settings.prune_rounds:
         raise BadInput(
-            f'prune_rounds = {settings.prune_rounds}: not with regrow = {settings.regrow!r}; set one of the two'
+            f'prune_rounds = {settings.prune_rounds}: not with regrow = {settings.regrow!r}; '
+            'set one of the two'
         )
     if settings.regrow == 'gradient' and settings.regrow_every == 1:
         raise BadInput(
-            "regrow_every = 1: must be at least 2 with regrow = 'gradient', whose updates take the place of steps"
+            "regrow_every = 1: must be at least 2 with regrow = 'gradient', "
+            'whose updates replace steps'
         )
-    if settings.prune_rounds and settings.target_loss and settings.rewind_epoch > 0:
+    if settings.prune_rounds and settings.target_loss and rewind_epoch > 0:
         raise BadInput(
-            f'rewind_epoch = {settings.rewind_epoch}: must be 0 or -1 with target_loss, which may come before it'
+            f'rewind_epoch = {rewind_epoch}: must be 0 or -1 with target_loss, '
+            'which may end the training before that epoch'
         )
-    if settings.prune_rounds and max(settings.rewind_epoch, 0) >= settings.epochs:
+    if settings.prune_rounds and settings.epochs <= max(rewind_epoch, 0):
         raise BadInput(
-            f'rewind_epoch = {settings.rewind_epoch}: must be below epochs = {settings.epochs}, to train after pruning'
+            f'rewind_epoch = {rewind_epoch}: must be below epochs = {settings.epochs}, '
+            'to leave epochs for the training after pruning'
         )
 
 
 def prunable(net):
     """{name: module} of the layers with masks."""
-    return {
-        name: layer for name, layer in weight_layers(net).items() if weight_mask(layer) is not None
-    }
+    layers = weight_layers(net).items()
+    return {name: layer for name, layer in layers if weight_mask(layer) is not None}
+
+
+# --- masks at initialization ---
 
 
 def initialize(net, settings, images, targets, loss):
-    """Applies the masks of the start.
+    """Masks a new network as the settings say.
 
     Args:
         net: the network, just initialized.
-        images, targets: (N, C, H, W) and (N, classes), the training set, of which SNIP takes some samples.
+        images, targets: (N, C, H, W) and (N, classes), the training set; SNIP samples from it.
         loss: function of outputs and targets, a mean over samples.
     Raises:
-        BadInput: the score of the pruning rounds does not cover the network, or channel_sparsity does not.
+        BadInput: the network is not covered by the score of the pruning rounds or by
+            channel_sparsity.
     """
-    layers = prunable(net)
     if settings.channel_sparsity and not hidden_readers(net):
-        chain = 'needs a chain, a network without skips and groups'
         raise BadInput(
-            f'channel_sparsity = {settings.channel_sparsity}: {chain}, unlike {settings.network}'
+            f'channel_sparsity = {settings.channel_sparsity}: needs a chain, '
+            f'a network without skips and groups, unlike {settings.network}'
         )
     if settings.prune_rounds:
-        _pruning_scores(
-            net, settings, 1, tuple(images.shape[1:])
-        )  # refused before the training, not after it
-    if settings.density == 1:
-        return
+        # Computed only so that a network it does not cover is refused now, not after training.
+        pruning_scores(net, settings, 1, tuple(images.shape[1:]))
+    if settings.density < 1:
+        masks = initial_masks(net, settings, images, targets, loss)
+        for layer, mask in zip(prunable(net).values(), masks):
+            set_mask(layer, mask, keep_g=True)
+
+
+def initial_masks(net, settings, images, targets, loss):
+    """The masks of the prunable layers, as a list; arguments as of `initialize`."""
+    layers = prunable(net)
     if settings.initial_mask == 'synflow':
-        masks = synflow_masks(net, layers, settings.density, tuple(images.shape[1:]))
+        return synflow_masks(net, layers, settings.density, tuple(images.shape[1:]))
+    if settings.initial_mask == 'snip':
+        order = _generator(settings.seed, 0, 'snip').permutation(len(images))
+        chosen = torch.from_numpy(order[:SNIP_SAMPLES]).to(images.device)
+        scores = snip_scores(net, layers, images[chosen], targets[chosen], loss)
     else:
-        if settings.initial_mask == 'snip':
-            chosen = torch.from_numpy(
-                _generator(settings.seed, 0, 'snip').permutation(len(images))[:SNIP_SAMPLES]
-            )
-            scores = snip_scores(
-                net,
-                layers,
-                images[chosen.to(images.device)],
-                targets[chosen.to(images.device)],
-                loss,
-            )
-        else:
-            scores = _random_scores(layers.values(), _generator(settings.seed, 0, 'random'))
-        if settings.initial_mask == 'erk':
-            scores = erk_scores(scores, settings.density)
-        alive = [weight_mask(layer) for layer in layers.values()]
-        masks = best_masks(
-            scores, alive, round(settings.density * sum(mask.numel() for mask in alive))
-        )
-    for layer, mask in zip(layers.values(), masks):
-        set_mask(layer, mask, keep_g=True)
-
-
-def prune(net, settings, round_, input_shape):
-    """Kills the share `prune_fraction` of the living weights, those of least score, in a trained network before round `round_`.
-
-    What is left of the effective weights keeps its values. With the allocation 'global' exactly round(prune_fraction * living)
-    weights go, with 'layer' so many of each layer; each layer keeps its best-scored weight; ties leave the first.
-    """
-    scored = list(zip(prunable(net).values(), _pruning_scores(net, settings, round_, input_shape)))
-    for group in [scored] if settings.prune_allocation == 'global' else [[pair] for pair in scored]:
-        layers, scores = zip(*group)
-        alive = [weight_mask(layer) for layer in layers]
-        living = sum(int(mask.count_nonzero()) for mask in alive)
-        for layer, mask in zip(
-            layers, best_masks(scores, alive, living - round(settings.prune_fraction * living))
-        ):
-            set_mask(layer, mask)
-
-
-@torch.no_grad()
-def rewind(net, optimizer, saved):
-    """Puts everything but the masks back to its saved values, effective weights W * M with g = ||W * M||; momentum is 0.
-
-    Args:
-        saved: the state_dict of the network as it was at the epoch to rewind to; None: weights stay as they are.
-    """
-    if saved is not None:
-        masked = list(prunable(net).values())
-        masks = [weight_mask(layer).clone() for layer in masked]
-        net.load_state_dict(saved)
-        for layer, mask in zip(masked, masks):
-            set_mask(layer, mask)
-    for state in optimizer.state.values():
-        if state.get('momentum_buffer') is not None:
-            state['momentum_buffer'].zero_()
-
-
-def regrow_due(settings, step, steps):
-    """Whether the masks are updated at this step, counted from 0 over the whole training of `steps` steps."""
-    due = step % settings.regrow_every == 0 and step < settings.regrow_until * steps
-    return settings.regrow != 'none' and due
-
-
-def regrow(net, optimizer, settings, step, steps, batch_loss):
-    """Drops each layer's least living weights for as many dead ones: SET (Mocanu et al. 2018) or RigL (Evci et al. 2020).
-
-    The share dropped falls as a cosine from regrow_fraction to 0 at regrow_until. What grows is drawn at random or has the
-    largest gradient; the just dropped may return, and then keep weight and momentum. The others start at 0, with momentum 0.
-    With channel_sparsity, channels die first (Yin et al. 2023), and their weights grow elsewhere in a layer.
-    It has as many living weights as before, or all that may live where these are fewer.
-
-    Args:
-        batch_loss: function without arguments that returns a batch's loss with its graph; called by regrow = 'gradient' alone.
-    """
-    layers = list(prunable(net).values())
-    free = [free_weight(layer) for layer in layers]
-    if settings.regrow == 'gradient':
-        growth = [gradient.abs() for gradient in dense_gradients(layers, batch_loss)]
-    else:
-        growth = _random_scores(layers, _generator(settings.seed, step, 'grow'))
-    done = step / (settings.regrow_until * steps)
-    share = settings.regrow_fraction / 2 * (1 + math.cos(math.pi * done))
-    readers = hidden_readers(net)
-    channels = living_channels(readers, settings.channel_sparsity, done)
-    alive = [
-        weight_mask(layer) & room for layer, room in zip(layers, _places(layers, readers, channels))
-    ]
-    kept = []
-    for weight, mask in zip(free, alive):
-        living = int(mask.count_nonzero())
-        kept.append(
-            _top(weight.detach().abs().masked_fill(~mask, -math.inf), living - int(share * living))
-        )
-    if settings.channel_sparsity or not (settings.bias or settings.normalization == 'batch'):
-        channels = _filled(readers, channels, dict(zip(layers, kept)))
-    rooms = _places(layers, readers, channels)
-    for layer, weight, score, before, stays, room in zip(layers, free, growth, alive, kept, rooms):
-        room |= before & weight.ne(0)  # the just dropped may return in any case
-        grown = int(weight_mask(layer).count_nonzero()) - int(stays.count_nonzero())
-        set_mask(layer, stays | _top(score.masked_fill(stays | ~room, -math.inf), grown) & room)
-        momentum = optimizer.state.get(weight, {}).get('momentum_buffer')
-        if momentum is not None:
-            momentum.mul_(weight_mask(layer))
-
-
-def living_channels(readers, channel_sparsity, done):
-    """Which channels of hidden layers live on when the share `done` of the steps until regrow_until is over.
-
-    With s = channel_sparsity, s (1 - (1 - done)^3) of the channels of all layers are dead: those of least mean |W|, dead
-    entries included, or 0 where nothing is read. A layer keeps at least CHANNEL_FLOOR (1 - s) of its channels, and one.
-
-    Returns:
-        A boolean tensor (channels,) for each layer of `readers`, as `hidden_readers` gives it.
-    """
-    scores = [layer.weight.detach().double().abs().flatten(1).mean(1) for layer in readers]
-    scores = [score * reads(reader, len(score)) for score, reader in zip(scores, readers.values())]
-    alive = [torch.ones_like(score, dtype=torch.bool) for score in scores]
-    if not channel_sparsity:
-        return alive
-    left = 1 - channel_sparsity * (1 - (1 - done) ** 3)
-    floors = [max(1, int(CHANNEL_FLOOR * (1 - channel_sparsity) * len(score))) for score in scores]
-    return best_masks(scores, alive, round(left * sum(map(len, scores))), floors)
-
-
-def _filled(layers, channels, kept):
-    """Those of the channels whose filter is not empty; all where each is, so that a layer can grow.
-
-    In a bias-free ReLU network an empty filter is dead for good: its channel is 0, where the ReLU's gradient
-    is 0, so that weights that grew in it, and those that read it, would stay 0.
-    """
-    filled = [(kept[layer] & layer.weight.ne(0)).flatten(1).any(1) for layer in layers]
-    return [
-        some & alive if (some & alive).any() else alive for some, alive in zip(filled, channels)
-    ]
-
-
-def _places(layers, readers, channels):
-    """For each of `layers` a mask without the filters of dead channels and the weights that read them."""
-    places = {layer: torch.ones_like(weight_mask(layer)) for layer in layers}
-    for (layer, reader), alive in zip(readers.items(), channels):
-        places[layer] &= alive.reshape(-1, *[1] * (layer.weight.ndim - 1))
-        if reader in places:  # a classifier that stays dense has no mask
-            columns = alive.repeat_interleave(reader.weight.shape[1] // len(alive))
-            places[reader] &= columns.reshape(-1, *[1] * (reader.weight.ndim - 2))
-    return list(places.values())
-
-
-def dense_gradients(layers, batch_loss):
-    """The gradients of the layers' free weights, dead entries included.
-
-    While the masks are opened the dead entries are still 0, so that the loss is that of the masked network. Under weight
-    normalization the gradient at an entry V = 0 is (g / ||V||) dL/dW: within a layer it ranks as that of W.
-    """
-    masks = [weight_mask(layer) for layer in layers]
-    closed = [mask.clone() for mask in masks]
-    for mask in masks:
-        mask.fill_(True)
-    try:
-        return torch.autograd.grad(batch_loss(), [free_weight(layer) for layer in layers])
-    finally:
-        for mask, values in zip(masks, closed):
-            mask.copy_(values)
-
-
-def best_masks(scores, alive, count, floors=None):
-    """Masks that keep the `count` best-scored of the living weights of several layers, and of each layer at least the best.
-
-    Args:
-        scores, alive: lists of tensors, one for each layer: scores, and the boolean masks so far.
-        floors: of how many of each layer at least; 1 by default.
-    Returns:
-        A list of masks; ties go to the first weight, in the order of layers and entries.
-    """
-    scores = [
-        score.double().masked_fill(~mask, -math.inf).flatten() for score, mask in zip(scores, alive)
-    ]
-    floors = floors or [1] * len(scores)
-    for score, floor in zip(scores, floors):
-        score[_top(score, floor)] = math.inf
-    kept = _top(torch.cat(scores), max(count, sum(floors))).split([len(score) for score in scores])
-    return [part.view(mask.shape) for part, mask in zip(kept, alive)]
-
-
-def _top(score, count):
-    """A mask of the `count` largest scores, ties to the first."""
-    chosen = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
-    chosen[score.flatten().argsort(descending=True, stable=True)[:count]] = True
-    return chosen.view(score.shape)
+        scores = random_scores(layers.values(), _generator(settings.seed, 0, 'random'))
+    if settings.initial_mask == 'erk':
+        scores = erk_scores(scores, settings.density)
+    alive = [weight_mask(layer) for layer in layers.values()]
+    total = sum(mask.numel() for mask in alive)
+    return best_masks(scores, alive, round(settings.density * total))
 
 
 def erk_scores(scores, density):
-    """Scores whose best `density` have Erdos-Renyi-Kernel's, eps * sum(shape) / prod(shape) of a layer (Evci et al. 2020).
+    """Scores whose best weights have the layer densities of Erdos-Renyi-Kernel (Evci et al. 2020).
 
-    A layer that this would make more than dense becomes dense, and eps, which gives the density in all, is solved again. Within
-    a layer the order of `scores` stays: the k-th best of a layer that shall keep n is worth -(k - 1/2) / n, which shares out
-    whole weights by rounding (Webster's rule).
+    The density of a layer is eps sum(shape) / prod(shape). A layer for which this exceeds 1 is
+    dense, and eps, which fixes the overall density, is solved again for the other layers.
+
+    Args:
+        scores: a list with a tensor of scores for each layer, whose order within a layer stays.
+        density: share of weights that will be kept.
     """
+    total = sum(score.numel() for score in scores)
     raw = [sum(score.shape) / score.numel() for score in scores]
     dense = set()
     while True:
-        left = density * sum(score.numel() for score in scores) - sum(
-            scores[index].numel() for index in dense
-        )
-        eps = left / sum(
-            sum(score.shape) for index, score in enumerate(scores) if index not in dense
-        )
-        above = {index for index, value in enumerate(raw) if index not in dense and eps * value > 1}
+        sparse = [index for index in range(len(scores)) if index not in dense]
+        count = density * total - sum(scores[index].numel() for index in dense)
+        eps = count / sum(sum(scores[index].shape) for index in sparse)
+        above = [index for index in sparse if eps * raw[index] > 1]
         if not above:
             break
-        dense |= above
-    worth = []
+        dense.update(above)
+    # The k-th best of a layer that shall keep n weights scores -(k - 1/2) / n: taking the best over
+    # all layers then shares out whole weights by rounding (Webster's rule).
+    new = []
     for index, score in enumerate(scores):
+        kept = score.numel()
+        if index not in dense:
+            kept *= eps * raw[index]
         order = score.flatten().argsort(descending=True, stable=True)
-        places = order.argsort().view(score.shape) + 0.5
-        worth.append(
-            -places.double() / (score.numel() * (1 if index in dense else eps * raw[index]))
-        )
-    return worth
+        ranks = order.argsort().view(score.shape).double() + 0.5
+        new.append(-ranks / kept)
+    return new
 
 
 def snip_scores(net, names, images, targets, loss):
-    """|w dL/dw| of each effective weight, the gradient of its mask (Lee et al. 2019); L is the sum of the batches' losses."""
-    net = copy.deepcopy(net).double().train()  # the copy's batch statistics move, not the network's
+    """|w dL/dw| of the effective weights of named layers (Lee et al. 2019), in float64.
+
+    L is the sum of the losses of the batches, each a mean over its samples.
+    """
+    # A copy, since batch normalization in training mode moves its running statistics.
+    net = copy.deepcopy(net).double().train()
     with parametrize.cached():
         weights = [net.get_submodule(name).weight for name in names]
-        gradients = [torch.zeros_like(weight) for weight in weights]
-        for batch, target in zip(images.double().split(100), targets.double().split(100)):
-            for total, gradient in zip(
-                gradients, torch.autograd.grad(loss(net(batch), target), weights)
-            ):
+        totals = [torch.zeros_like(weight) for weight in weights]
+        for batch, target in zip(images.double().split(BATCH), targets.double().split(BATCH)):
+            gradients = torch.autograd.grad(loss(net(batch), target), weights)
+            for total, gradient in zip(totals, gradients):
                 total.add_(gradient)
-        return [(weight * total).abs().detach() for weight, total in zip(weights, gradients)]
+        return [(weight * total).abs().detach() for weight, total in zip(weights, totals)]
 
 
 def synflow_scores(net, layers, input_shape):
-    """w dR/dw of some layers of a network of nonnegative parameters, R the sum of its outputs at ones (Tanaka et al. 2020)."""
+    """w dR/dw of layers of a network of nonnegative parameters (Tanaka et al. 2020).
+
+    R is the sum of the outputs at an image of ones.
+    """
     with parametrize.cached():
         weights = [layer.weight for layer in layers]
-        outputs = net(torch.ones(1, *input_shape, dtype=weights[0].dtype, device=weights[0].device))
-        return [
-            (weight * flow).detach()
-            for weight, flow in zip(weights, torch.autograd.grad(outputs.sum(), weights))
-        ]
+        ones = torch.ones(1, *input_shape, dtype=weights[0].dtype, device=weights[0].device)
+        flows = torch.autograd.grad(net(ones).sum(), weights)
+        return [(weight * flow).detach() for weight, flow in zip(weights, flows)]
 
 
 def synflow_masks(net, names, density, input_shape):
-    """SynFlow's masks: in 100 rounds, each scored anew, density^(k/100) of the weights stay after round k; in float64."""
+    """SynFlow's masks of named layers; after round k of 100, density^(k/100) of the weights stay.
+
+    Scores are computed again in each round, in float64.
+    """
     net = copy.deepcopy(net).double().eval()
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter.abs_()  # the effective weight g V / ||V|| becomes its absolute value too
+            parameter.abs_()  # an effective weight g V / ||V|| becomes its absolute value too
     layers = [net.get_submodule(name) for name in names]
-    size = sum(weight_mask(layer).numel() for layer in layers)
+    alive = [weight_mask(layer) for layer in layers]
+    total = sum(mask.numel() for mask in alive)
     for k in range(1, SYNFLOW_ROUNDS + 1):
         scores = synflow_scores(net, layers, input_shape)
-        masks = best_masks(
-            scores,
-            [weight_mask(layer) for layer in layers],
-            round(density ** (k / SYNFLOW_ROUNDS) * size),
-        )
+        masks = best_masks(scores, alive, round(density ** (k / SYNFLOW_ROUNDS) * total))
         for layer, mask in zip(layers, masks):
-            set_mask(layer, mask)
+            set_mask(layer, mask)  # changes `alive`, the layer's own buffer, too
     return masks
 
 
-def _pruning_scores(net, settings, round_, input_shape):
+# --- pruning rounds ---
+
+
+def prune(net, settings, round_, input_shape):
+    """Prunes the share `prune_fraction` of the surviving weights, those of least score.
+
+    The others keep their effective values. With the allocation 'global' the share is taken over all
+    layers, with 'layer' in each of them. Each layer keeps its best weight; of equal scores the
+    first stays.
+
+    Args:
+        net: a trained network.
+        round_: the round that follows, counted from 1; it keys what is random.
+        input_shape: (channels, height, width) of an image.
+    """
+    layers = list(prunable(net).values())
+    scores = pruning_scores(net, settings, round_, input_shape)
+    if settings.prune_allocation == 'global':
+        _prune_together(layers, scores, settings.prune_fraction)
+    else:
+        for layer, score in zip(layers, scores):
+            _prune_together([layer], [score], settings.prune_fraction)
+
+
+def _prune_together(layers, scores, fraction):
+    alive = [weight_mask(layer) for layer in layers]
+    count = sum(int(mask.sum()) for mask in alive)
+    masks = best_masks(scores, alive, count - round(fraction * count))
+    for layer, mask in zip(layers, masks):
+        set_mask(layer, mask)
+
+
+def pruning_scores(net, settings, round_, input_shape):
     """The scores of each prunable layer's effective weight in a pruning round, as a list."""
     layers = prunable(net)
     if settings.prune_score == 'random':
-        return _random_scores(layers.values(), _generator(settings.seed, round_, 'random'))
+        return random_scores(layers.values(), _generator(settings.seed, round_, 'random'))
     if settings.rescale_neurons:
         generator = _generator(settings.seed, round_, 'rescale')
-        net = rescale_neurons(
-            net, lambda channels: torch.from_numpy(generator.choice(FACTORS, channels))
-        )
+        net = rescale_neurons(net, lambda count: torch.from_numpy(generator.choice(FACTORS, count)))
     if settings.prune_score == 'path':
         scores = path_magnitude(net, input_shape)
         return [scores[f'{name}.weight'] for name in layers]
     return [net.get_submodule(name).weight.detach().abs() for name in layers]
 
 
-def _random_scores(layers, generator):
+@torch.no_grad()
+def rewind(net, optimizer, saved):
+    """Restores all but the masks, with g = ||W * M|| of each masked weight; momentum becomes 0.
+
+    Args:
+        saved: the network's state_dict at the epoch to rewind to; None: weights stay as trained.
+    """
+    if saved is not None:
+        layers = prunable(net).values()
+        masks = [weight_mask(layer).clone() for layer in layers]
+        net.load_state_dict(saved)
+        for layer, mask in zip(layers, masks):
+            set_mask(layer, mask)
+    for state in optimizer.state.values():
+        if state.get('momentum_buffer') is not None:
+            state['momentum_buffer'].zero_()
+
+
+# --- regrowth ---
+
+
+def regrow_due(settings, step, steps):
+    """Whether masks are updated at this step, counted from 0, of a training of `steps` steps."""
+    if settings.regrow == 'none' or step >= settings.regrow_until * steps:
+        return False
+    return step % settings.regrow_every == 0
+
+
+def regrow(net, optimizer, settings, step, steps, batch_loss):
+    """Drops the smallest weights of each layer and grows as many others.
+
+    This is SET (Mocanu et al. 2018), which grows at random, or RigL (Evci et al. 2020), which grows
+    by the largest gradients. The dropped share falls as a cosine from regrow_fraction to 0 at
+    regrow_until. Weights that were just dropped may grow again, with their value and momentum; all
+    others start at 0, with momentum 0. With channel_sparsity, whole channels are dropped first
+    (Yin et al. 2023), and their weights grow elsewhere in the layer. The number of a layer's
+    weights stays, unless fewer may grow.
+
+    Args:
+        batch_loss: function without arguments that returns the loss of a batch, with its graph;
+            called with regrow = 'gradient' only.
+    """
+    layers = list(prunable(net).values())
+    if settings.regrow == 'gradient':
+        growth = [gradient.abs() for gradient in dense_gradients(layers, batch_loss)]
+    else:
+        growth = random_scores(layers, _generator(settings.seed, step, 'grow'))
+    done = step / (settings.regrow_until * steps)
+    share = settings.regrow_fraction / 2 * (1 + math.cos(math.pi * done))
+
+    # Drop dead channels, then the smallest weights. Within a layer |V| ranks as the weight |W|.
+    readers = hidden_readers(net)
+    channels = living_channels(readers, settings.channel_sparsity, done)
+    alive, kept = [], []
+    for layer, inside in zip(layers, _allowed(layers, readers, channels)):
+        mask = weight_mask(layer) & inside
+        count = int(mask.sum())
+        magnitude = free_weight(layer).detach().abs().masked_fill(~mask, -math.inf)
+        alive.append(mask)
+        kept.append(_top(magnitude, count - int(share * count)))
+
+    # In a network without biases the output of an empty filter is 0, where the gradient of the ReLU
+    # is 0: weights that grew in it, or that read it, would stay 0 for good. So none grow there.
+    bias_free = not settings.bias and settings.normalization != 'batch'
+    if settings.channel_sparsity or bias_free:
+        channels = _nonempty(readers, channels, dict(zip(layers, kept)))
+
+    allowed = _allowed(layers, readers, channels)
+    for layer, score, mask, stays, may_grow in zip(layers, growth, alive, kept, allowed):
+        weight = free_weight(layer)
+        may_grow |= mask & weight.ne(0)  # weights that were just dropped may always return
+        candidates = may_grow & ~stays
+        count = int(weight_mask(layer).sum()) - int(stays.sum())
+        grown = _top(score.masked_fill(~candidates, -math.inf), count) & candidates
+        set_mask(layer, stays | grown)
+        momentum = optimizer.state.get(weight, {}).get('momentum_buffer')
+        if momentum is not None:
+            momentum.mul_(weight_mask(layer))
+
+
+def dense_gradients(layers, batch_loss):
+    """The gradients of the layers' free weights, also at masked entries.
+
+    While the masks are opened the masked entries are still 0, so the loss is the loss of the masked
+    network. Under weight normalization the gradient at an entry V = 0 is (g / ||V||) dL/dW: within
+    a layer it ranks as dL/dW.
+    """
+    masks = [weight_mask(layer) for layer in layers]
+    before = [mask.clone() for mask in masks]
+    for mask in masks:
+        mask.fill_(True)
+    gradients = torch.autograd.grad(batch_loss(), [free_weight(layer) for layer in layers])
+    for mask, values in zip(masks, before):
+        mask.copy_(values)
+    return gradients
+
+
+def living_channels(readers, channel_sparsity, done):
+    """The channels of hidden layers that are kept when a share `done` of the regrowth is over.
+
+    With s = channel_sparsity, a share s (1 - (1 - done)^3) of the channels of all layers is dead:
+    those of least mean |W| over all entries of the filter, which counts as 0 where no weight reads
+    the channel. A layer keeps at least CHANNEL_FLOOR (1 - s) of its channels, and one.
+
+    Args:
+        readers: {layer: the layer that reads its channels}, as `hidden_readers` gives it.
+    Returns:
+        A boolean tensor (channels,) for each layer of `readers`.
+    """
+    scores = []
+    for layer, reader in readers.items():
+        score = layer.weight.detach().double().abs().flatten(1).mean(1)
+        scores.append(score * reads(reader, len(score)))
+    alive = [torch.ones_like(score, dtype=torch.bool) for score in scores]
+    if not channel_sparsity:
+        return alive
+    share = 1 - channel_sparsity * (1 - (1 - done) ** 3)
+    least = CHANNEL_FLOOR * (1 - channel_sparsity)
+    floors = [max(1, int(least * len(score))) for score in scores]
+    return best_masks(scores, alive, round(share * sum(map(len, scores))), floors)
+
+
+def _nonempty(layers, channels, kept):
+    """The channels whose filters have weights other than 0; all of a layer that would lose all."""
+    found = []
+    for layer, alive in zip(layers, channels):
+        filled = (kept[layer] & layer.weight.ne(0)).flatten(1).any(1) & alive
+        if not filled.any():
+            filled = alive
+        found.append(filled)
+    return found
+
+
+def _allowed(layers, readers, channels):
+    """Masks of the layers that leave out filters of dead channels and weights that read them."""
+    allowed = {layer: torch.ones_like(weight_mask(layer)) for layer in layers}
+    for (layer, reader), alive in zip(readers.items(), channels):
+        allowed[layer][~alive] = False
+        if reader in allowed:  # a classifier that stays dense has no mask
+            # A linear layer reads a channel of maps at several positions, one after the other.
+            inputs = alive.repeat_interleave(reader.weight.shape[1] // len(alive))
+            allowed[reader][:, ~inputs] = False
+    return list(allowed.values())
+
+
+# --- scores and masks ---
+
+
+def best_masks(scores, alive, count, floors=None):
+    """Masks that keep the best weights of several layers together.
+
+    Args:
+        scores, alive: lists with a tensor for each layer: scores, and boolean masks outside of
+            which nothing is kept.
+        count: number of weights to keep; raised to the sum of the floors.
+        floors: least number of weights for each layer; 1 by default.
+    Returns:
+        A list of masks. Of equal scores the first wins, in the order of layers and entries.
+    """
+    if floors is None:
+        floors = [1] * len(scores)
+    raised = []
+    for score, mask, floor in zip(scores, alive, floors):
+        score = score.double().masked_fill(~mask, -math.inf).flatten()
+        score[_top(score, floor)] = math.inf
+        raised.append(score)
+    kept = _top(torch.cat(raised), max(count, sum(floors)))
+    parts = kept.split([len(score) for score in raised])
+    return [part.view(mask.shape) for part, mask in zip(parts, alive)]
+
+
+def _top(score, count):
+    """A mask of the `count` largest scores; of equal ones the first."""
+    order = score.flatten().argsort(descending=True, stable=True)
+    chosen = torch.zeros(score.shape, dtype=torch.bool, device=score.device)
+    chosen.view(-1)[order[:count]] = True
+    return chosen
+
+
+def random_scores(layers, generator):
     """A uniform draw for each weight of each layer, in their order."""
     masks = [weight_mask(layer) for layer in layers]
     return [torch.from_numpy(generator.random(mask.shape)).to(mask.device) for mask in masks]
 
 
 def _generator(seed, number, purpose):
-    """A generator of its own for each seed, round or step, and purpose; none of them is one of the shuffles'."""
-    return np.random.default_rng(
-        (seed, number, 1 + ('random', 'snip', 'grow', 'rescale').index(purpose))
-    )
+    """A generator keyed by the seed, the round or step, and what is drawn; shuffles use others."""
+    return np.random.default_rng((seed, number, 1 + PURPOSES.index(purpose)))

@@ -11,11 +11,18 @@ import itertools
 import math
 
 import torch
+from torch import nn
 from torch.nn.utils import parametrize
 
 from conf import BadInput
-from measures.chains import plain_layers, sequential
-from measures.trace import images_per_pass, trace, trace_layers, weight_layers
+from measures.steps import LAYERS, NotCovered, channel_readers, evaluation_mode, walk
+from measures.trace import (
+    folded_layers,
+    require_counted,
+    sequential,
+    trace_layers,
+    weight_layers,
+)
 
 
 def weight_mask(layer):
@@ -25,34 +32,36 @@ def weight_mask(layer):
 
 
 def density(net):
-    """The share of living entries among the weights of all Conv2d and Linear modules, biases left out.
+    """The share of nonzero entries among the weights of all convolutions and linear layers, biases left out.
 
-    By the masks: a weight that lives and is 0 counts. It is 1 without masks. Raises BadInput where there are no weights.
+    By the masks: an entry that the mask keeps and is 0 counts. It is 1 without masks.
+
+    Raises:
+        BadInput: there are no weights, or weights that are not counted, as `require_counted` says.
     """
-    layers = weight_layers(net).values()
-    total = sum(layer.weight.numel() for layer in layers)
+    require_counted(net)
+    with evaluation_mode(net):
+        kept = [_kept(layer) for layer in weight_layers(net).values()]
+    total = sum(mask.numel() for mask in kept)
     if not total:
-        raise BadInput(
-            f'{type(net).__name__}: has no Conv2d or Linear module, whose weights could live'
-        )
-    return sum(_living(layer) for layer in layers) / total
+        raise BadInput(f'{type(net).__name__}: has no weights in a convolution or a linear layer')
+    return sum(int(mask.count_nonzero()) for mask in kept) / total
 
 
 def masked_density(net):
-    """The share of living entries among the weights of the layers that have a mask; it is 1 where none has."""
-    masks = [
-        mask for layer in weight_layers(net).values() if (mask := weight_mask(layer)) is not None
-    ]
-    return (
-        sum(int(mask.count_nonzero()) for mask in masks) / sum(mask.numel() for mask in masks)
-        if masks
-        else 1.0
-    )
+    """The same share among the weights of the layers that have a mask; it is 1 where none has."""
+    masks = [weight_mask(layer) for layer in weight_layers(net).values()]
+    masks = [mask for mask in masks if mask is not None]
+    if not masks:
+        return 1.0
+    kept = sum(int(mask.count_nonzero()) for mask in masks)
+    return kept / sum(mask.numel() for mask in masks)
 
 
-def _living(layer):
+def _kept(layer):
+    """The mask of a layer; ones without one."""
     mask = weight_mask(layer)
-    return layer.weight.numel() if mask is None else int(mask.count_nonzero())
+    return torch.ones_like(layer.weight, dtype=torch.bool) if mask is None else mask
 
 
 @torch.no_grad()
@@ -77,6 +86,8 @@ def topology(weight):
         raise BadInput(
             f'weight of shape {tuple(weight.shape)}: must be (out, in) or (out, in, kh, kw), of finite numbers'
         )
+    if not weight.numel():
+        return dict.fromkeys(('ramanujan_gap', 'imdb', 'weighted_gap'), math.nan)
     magnitudes = weight.detach().flatten(1).T.abs().double().cpu()
     edges = (magnitudes != 0).double()
     degrees = edges.sum(1)
@@ -103,68 +114,83 @@ def measure_masks(net):
     """What layers.csv says of each layer's weights, for any network.
 
     A channel is dead if its filter is zeros or if no later layer reads it. Batch norm, biases and skips do not matter to
-    that: a layer reads the channels of every layer whose output, or a sum with it, reaches it. On the way channels keep their
-    order: networks that concatenate or shuffle them are not meant.
+    that: a layer reads the channels of every layer whose output, or a sum with it, reaches it.
 
     Returns:
-        {name: dict} over the Conv2d and Linear modules in their order in the network, the classifier last, with density,
-        dead_channels (nan where the forward pass cannot be traced) and the gaps of `topology`.
+        {name: dict} over the convolutions, transposed too, and linear layers in their order in the network, the classifier
+        last, with density, dead_channels and the gaps of `topology`. dead_channels is nan where the order of the channels is
+        lost on the way to a reader (in a concatenation, a reshape, ...), or the forward pass cannot be traced.
+    Raises:
+        BadInput: weights that are not counted, as `require_counted` says.
     """
-    layers, readers, measured = weight_layers(net), _readers(net), {}
-    for name, layer in layers.items():
-        living, weight = _living(layer), layer.weight
-        dead = weight.eq(0).flatten(1).all(1)
-        if readers and None not in readers[name]:
-            dead |= ~torch.stack(
-                [reads(layers[reader], len(dead)) for reader in readers[name]]
-            ).any(0)
-        dead_channels = int(dead.sum()) if readers else math.nan
-        measured[name] = {
-            'density': living / weight.numel(),
-            'dead_channels': dead_channels,
-        } | topology(weight)
-    return measured
+    require_counted(net)
+    layers, readers = weight_layers(net), _readers(net)
+    with evaluation_mode(net):
+        return {
+            name: _measure_mask(layer, readers.get(name), layers) for name, layer in layers.items()
+        }
+
+
+def _measure_mask(layer, readers, layers):
+    weight, kept = _filters(layer), _kept(layer)
+    dead = weight.eq(0).flatten(1).all(1)
+    if readers and None not in readers:
+        dead |= ~torch.stack([reads(layers[reader], len(dead)) for reader in readers]).any(0)
+    return {
+        'density': int(kept.count_nonzero()) / kept.numel() if kept.numel() else math.nan,
+        'dead_channels': int(dead.sum()) if readers else math.nan,
+    } | topology(weight)
+
+
+def _filters(layer):
+    """The weight of a layer with its filters along the first axis, (out, in of a group, ...)."""
+    if not isinstance(layer, nn.ConvTranspose2d):
+        return layer.weight
+    by_group = layer.weight.unflatten(0, (layer.groups, -1))  # (groups, in, out, kh, kw)
+    return by_group.transpose(1, 2).flatten(0, 1)
 
 
 def hidden_readers(net):
     """{hidden layer: the layer that reads it} of a chain, in its order; nothing with skips or groups."""
-    layers, readers = weight_layers(net), _readers(net) or {}
-    one = all(len(names) == 1 for names in readers.values())
-    if not one or len(set().union(*readers.values())) < len(
-        readers
-    ):  # read by several, or several read
+    layers, readers = weight_layers(net), _readers(net)
+    each = [readers.get(name, ()) for name in layers]
+    # In a chain each layer has one reader, the last one the output, and no two have the same.
+    if any(len(names) != 1 for names in each) or len(set().union(*each)) < len(layers):
         return {}
     if any(getattr(layer, 'groups', 1) > 1 for layer in layers.values()):
         return {}
-    return {layers[name]: layers[reader] for name, (reader,) in readers.items() if reader}
+    return {layers[name]: layers[reader] for name, (reader,) in zip(layers, each) if reader}
 
 
 def _readers(net):
-    """{name: set of the weight layers that read its output, None among them for the network's own}; None where unknown."""
-    layers = weight_layers(net)
+    """{layer: the names of the layers that read its channels, None for the network's output}, layers and readers by name.
+
+    Layers whose channels lose their order on the way are left out.
+    """
     try:
-        traced = trace(net)
-    except BadInput:
-        return None
-    readers = {name: set() for name in layers}
-
-    def follow(node, names):
-        for user in node.users:
-            if user.op == 'output':
-                names.add(None)
-            elif user.target in layers:
-                names.add(user.target)
-            else:
-                follow(user, names)
-
-    for node, _, _ in traced:
-        if node.target in layers:
-            follow(node, readers[node.target])
-    return readers if all(readers.values()) else None
+        steps = walk(net)
+    except NotCovered:
+        return {}
+    found, lost = {}, set()
+    for index, step in enumerate(steps):
+        if step.op[0] not in LAYERS:
+            continue
+        way = channel_readers(steps, index)
+        if way is None:
+            lost.add(step.name)
+            continue
+        passed, readers = way
+        names = {steps[number].name for number in readers}
+        if len(steps) - 1 in passed:
+            names.add(None)
+        found[step.name] = names | found.get(step.name, set())  # a module may be used twice
+    return {name: names for name, names in found.items() if name not in lost}
 
 
 def reads(layer, channels):
     """(channels,) whether the layer has a weight that is not 0 on each channel of its input, a flattened map's too."""
+    if isinstance(layer, nn.ConvTranspose2d):
+        return layer.weight.ne(0).flatten(1).any(1)
     weight = layer.weight.flatten(2) if layer.weight.ndim == 4 else layer.weight[..., None]
     by_group = weight.ne(0).reshape(getattr(layer, 'groups', 1), -1, *weight.shape[1:])
     return by_group.any(1).reshape(channels, -1).any(1)
@@ -190,69 +216,24 @@ def neuron_norms(net, input_shape):
 
 
 @torch.no_grad()
-def sharing(net, images):
+def sharing(net, input_shape):
     """How many neurons each hidden layer uses and how many of the next layer's share one (Shenouda et al. 2024).
 
     Args:
         net: a network as `trace_layers` takes it.
-        images: (N, C, H, W), on which a neuron may fire.
+        input_shape: (channels, height, width) of an image.
     Returns:
         A list of dicts, one for each hidden layer, with inc, out and per of `neuron_norms`:
-            K               channels
             active          channels with inc * out above a thousandth of the layer's largest
-            dead            channels that never fire on the images
-            feeds           mean over active channels of the outputs fed: per above a thousandth of the channel's largest
-            participation   mean over active channels of (sum of per^2)^2 / sum of per^4, from 1 to D
-            path            sum of inc * out
-            balance         mean and standard deviation over active channels of log2(inc / out)
-        Means over no channel are nan.
-    Raises:
-        BadInput: a network that is not covered, or images of another shape or with NaN or infinite pixels.
+            participation   mean over active channels of (sum of per^2)^2 / sum of per^4, from 1 to D; nan if there is none
     """
-    if images.ndim != 4 or not images.isfinite().all():
-        raise BadInput(
-            f'images of shape {tuple(images.shape)}: must be (N, channels, height, width), of finite pixels'
-        )
-    layers = trace_layers(net, tuple(images.shape[1:]))[:-1]
-    norms = neuron_norms(net, tuple(images.shape[1:]))
-    fired = [torch.zeros_like(inc, dtype=torch.bool) for inc, _, _ in norms]
-
-    def note(fires):
-        def hook(module, inputs, output):
-            fires.logical_or_(
-                (output > 0).flatten(2).any(2).any(0) if output.ndim == 4 else (output > 0).any(0)
-            )
-
-        return hook
-
-    hooks = [layer.module.register_forward_hook(note(fires)) for layer, fires in zip(layers, fired)]
-    try:
-        with parametrize.cached():
-            for batch in images.split(images_per_pass(net, images)):
-                net(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
     measured = []
-    for (inc, out, per), fires in zip(norms, fired):
+    for inc, out, per in neuron_norms(net, input_shape):
         through = inc * out
         active = through > 1e-3 * through.max()
-        squares, ratio = per[:, active].square(), (inc / out)[active].log2()
-        measured.append(
-            {
-                'K': len(inc),
-                'active': int(active.sum()),
-                'dead': int((~fires).sum()),
-                'feeds': (per > 1e-3 * per.amax(0)).double().sum(0)[active].mean().item(),
-                'participation': (squares.sum(0).square() / squares.square().sum(0)).mean().item(),
-                'path': through.sum().item(),
-                'balance': (
-                    ratio.mean().item(),
-                    (ratio - ratio.mean()).square().mean().sqrt().item(),
-                ),
-            }
-        )
+        squares = per[:, active].square()
+        shares = squares.sum(0).square() / squares.square().sum(0)
+        measured.append({'active': int(active.sum()), 'participation': shares.mean().item()})
     return measured
 
 
@@ -267,13 +248,13 @@ def drop_dead(net):
     the zero function has a network too.
 
     Args:
-        net: a network as `plain_layers` takes it, with masks or without.
+        net: a network as `folded_layers` takes it, with masks or without.
     Returns:
         An nn.Sequential of plain layers, batch normalization folded in, of the network's dtype.
     Raises:
         BadInput: the network is not a chain.
     """
-    layers = plain_layers(net)
+    layers = folded_layers(net)
     for index in range(len(layers) - 1):
         layer, reader = layers[index : index + 2]
         kept = layer.weight.flatten(1).ne(0).any(1)

@@ -6,41 +6,23 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.modules.utils import _pair
 
 from conf import BadInput
 from measures.paths import measure_paths
+from measures.steps import NotCovered
 from measures.trace import not_covered, trace_layers
 
-# What `measure_network` measures of the layers of a chain, and what `measure_paths` measures of more networks.
-LAYER_MEASURES = (
-    'F',
-    'T',
-    's',
-    'a',
-    'b',
-    'R',
-    'deg',
-    'A',
-    'p',
-    'c',
-    'W',
-    'u',
-    'r',
-    'rho',
-    'D',
-    'prod_ratio',
-)
+# What `measure_network` measures of the layers of a chain, and what `measure_paths` measures of more
+# networks.
+LAYER_MEASURES = tuple('F T s a b R deg A p c W u r rho D prod_ratio'.split())
 PATH_MEASURES = 'path_norm', 'path_depth', 'pool', 'biased', 'chain', 'outputs'
-
-
-class NotCovered(BadInput):
-    """A measure was asked for that a network does not have, since the theory does not cover it; its text says why."""
 
 
 class Table(SimpleNamespace):
     """Measures by name; `missing` is {measure: why there is none}, and to read one of these raises NotCovered."""
 
-    def __getattr__(self, name):  # Python asks it for what the table has not
+    def __getattr__(self, name):  # called for what the table does not have
         missing = vars(self).get('missing', {})
         if name in missing:
             raise NotCovered(f'{name} is not measured: {missing[name]}')
@@ -65,37 +47,37 @@ def operator_norm(weight, in_size, stride=1, padding=0, dilation=1, tolerance=1e
     generator = torch.Generator().manual_seed(0)
 
     def start():
-        vector = torch.randn(math.prod(shape), generator=generator, dtype=torch.float64).to(
-            weight.device
-        )
+        vector = torch.randn(math.prod(shape), generator=generator, dtype=torch.float64)
+        vector = vector.to(weight.device)
         return vector / vector.norm()
 
     def square(vector):
         image = F.conv2d(vector.view(shape), weight, None, stride, padding, dilation)
-        return torch.nn.grad.conv2d_input(shape, weight, image, stride, padding, dilation).flatten()
+        image = torch.nn.grad.conv2d_input(shape, weight, image, stride, padding, dilation)
+        return image.flatten()
 
     starts = [start(), start()]
     nothing = 1e-10 * max((square(vector) @ vector).item() for vector in starts)
-    return math.sqrt(
-        max(0.0, *(_lanczos(square, vector, start, nothing, tolerance) for vector in starts))
-    )
+    largest = [_lanczos(square, vector, start, nothing, tolerance) for vector in starts]
+    return math.sqrt(max(0.0, *largest))
 
 
 def _lanczos(square, vector, start, nothing, tolerance):
-    """The largest eigenvalue of a positive semidefinite map `square`; what is shorter than `nothing` is taken for rounding.
+    """The largest eigenvalue of a positive semidefinite map `square`.
 
-    `start` gives a further random vector. In the orthonormal basis of the vectors so far the map is tridiagonal: alphas on the
-    diagonal, betas beside it.
+    What is shorter than `nothing` is taken for rounding, and `start` gives a further random vector. In
+    the orthonormal basis of the vectors so far the map is tridiagonal: alphas on the diagonal, betas
+    beside it.
     """
     size = len(vector)
-    basis = vector.new_empty(
-        min(size, 64), size
-    )  # it grows where it must: few steps are the rule, and `size` may be millions
+    # It grows where it must: few steps are the rule, and `size` may be millions.
+    basis = vector.new_empty(min(size, 64), size)
     alphas, betas = [], []
 
     def orthogonal(image):
-        # Against the whole basis: the three-term recursion loses orthogonality to rounding just as a Ritz value converges, and
-        # finds it again and again. One pass leaves a remainder of the digits that cancelled, which the second one takes away.
+        # Against the whole basis: the three-term recursion loses orthogonality to rounding just as a
+        # Ritz value converges, and finds it again and again. One pass leaves a remainder of the digits
+        # that cancelled, which the second one takes away.
         for _ in range(2):
             image = image - (basis[: step + 1] @ image) @ basis[: step + 1]
         return image
@@ -108,22 +90,22 @@ def _lanczos(square, vector, start, nothing, tolerance):
         alphas.append(image @ vector)
         image = orthogonal(image)
         norm = image.norm()
-        # What is left is rounding: the basis spans an invariant space, and the tridiagonal matrix falls into blocks here.
+        # Below `nothing` the basis spans an invariant space, and the tridiagonal matrix falls into
+        # blocks here.
         betas.append(norm if norm > nothing else torch.zeros_like(norm))
-        # Not at every step, since the small eigenproblem costs more than a convolution, and each waits for the device.
+        # Not at every step, since the small eigenproblem costs more than a convolution, and each waits
+        # for the device.
         if step % 8 == 7 or step == size - 1:
             off = torch.stack(betas)
-            ritz = (
-                torch.diag(torch.stack(alphas)) + torch.diag(off[:-1], 1) + torch.diag(off[:-1], -1)
-            )
+            ritz = torch.diag(torch.stack(alphas))
+            ritz = ritz + torch.diag(off[:-1], 1) + torch.diag(off[:-1], -1)
             values, vectors = torch.linalg.eigh(ritz.cpu())
             # |A'A x - largest x| of the Ritz vector x = V y is the last beta times the last entry of y.
             largest, residual = values[-1].item(), off[-1].item() * abs(vectors[-1, -1].item())
             if residual <= tolerance * largest and step >= 15:
                 break
-        if (
-            not betas[-1] and step < size - 1
-        ):  # a larger eigenvalue may lie outside the invariant space: go on from there
+        # A larger eigenvalue may lie outside an invariant space: continue from a random vector there.
+        if not betas[-1] and step < size - 1:
             image = orthogonal(start())
             norm = image.norm()
         vector = image / norm
@@ -131,11 +113,12 @@ def _lanczos(square, vector, start, nothing, tolerance):
 
 
 def dft_norm(weight, in_size, padding=0, dilation=1):
-    """An upper bound on the spectral norm of x -> conv2d(x, weight) on zero-padded maps, whatever its stride.
+    """An upper bound on the spectral norm of x -> conv2d(x, weight) on zero-padded maps.
 
-    The padded, strided convolution is a part of the rows and columns of the circular one on the padded map, which the
-    discrete Fourier transform makes block diagonal: the bound is the largest spectral norm of a block, an (out_channels,
-    in_channels) matrix for each frequency (Sedghi, Gupta, Long 2019). Exact up to the rounding of float64.
+    Whatever its stride, the padded convolution is a part of the rows and columns of the circular one on
+    the padded map, which the discrete Fourier transform makes block diagonal: the bound is the largest
+    spectral norm of a block, an (out_channels, in_channels) matrix for each frequency (Sedghi, Gupta,
+    Long 2019). Exact up to the rounding of float64.
 
     Args:
         weight: (out_channels, in_channels, kh, kw).
@@ -146,33 +129,29 @@ def dft_norm(weight, in_size, padding=0, dilation=1):
     scale = weight.abs().max().item()  # taken out, so that no square over- or underflows
     if scale == 0:
         return 0.0
-    phases = []  # per axis, (frequencies, taps)
-    for axis, (size, taps) in enumerate(zip(in_size, weight.shape[2:])):
-        pad, step = (
-            (value, value)[axis] if isinstance(value, int) else value[axis]
-            for value in (padding, dilation)
-        )
-        size = max(size + 2 * pad, step * (taps - 1) + 1)
-        count = (
-            size if axis == 0 else size // 2 + 1
-        )  # the others are complex conjugates, as the weights are real
-        turns = (
-            torch.arange(count, dtype=torch.float64)[:, None]
-            * torch.arange(taps)
-            * step
-            % size
-            / size
-        )
-        phases.append(torch.polar(torch.ones_like(turns), -2 * math.pi * turns).to(weight.device))
-    rows, columns = phases
+    axes = zip(in_size, weight.shape[2:], _pair(padding), _pair(dilation), (False, True))
+    rows, columns = (_phases(*axis).to(weight.device) for axis in axes)
     phases = (rows[:, None, :, None] * columns[None, :, None, :]).flatten(0, 1).flatten(1)
     taps = (weight / scale).flatten(2).movedim(2, 0).flatten(1).to(phases.dtype)
     largest = 0.0
     for chunk in phases.split(max(1, 2**22 // taps.shape[1])):
         blocks = (chunk @ taps).view(-1, *weight.shape[:2])
-        blocks = blocks if blocks.shape[1] <= blocks.shape[2] else blocks.mH
-        largest = max(largest, torch.linalg.eigvalsh(blocks @ blocks.mH)[:, -1].max().item())
+        if blocks.shape[1] > blocks.shape[2]:
+            blocks = blocks.mH
+        values = torch.linalg.eigvalsh(blocks @ blocks.mH)
+        largest = max(largest, values[:, -1].max().item())
     return scale * math.sqrt(largest)
+
+
+def _phases(size, taps, padding, dilation, half):
+    """exp(-2 pi i f t / n) of the frequencies f and taps t along an axis, (frequencies, taps).
+
+    With `half` the frequencies whose complex conjugates are the others, as the weights are real.
+    """
+    size = max(size + 2 * padding, dilation * (taps - 1) + 1)
+    frequencies = torch.arange(size // 2 + 1 if half else size, dtype=torch.float64)
+    turns = frequencies[:, None] * torch.arange(taps) * dilation % size / size
+    return torch.polar(torch.ones_like(turns), -2 * math.pi * turns)
 
 
 @np.errstate(over='ignore')
@@ -221,71 +200,74 @@ def measure_network(net, input_shape, margins=None, skip_uncovered=False):
     Raises:
         BadInput: the network is not covered, or its weights contain NaN or infinity.
     """
-    network, layers = Table(margins=margins, missing={}), None
+    network, layers = Table(margins=margins, missing={}), []
     try:
         layers = trace_layers(net, input_shape)
-    except BadInput as error:
+        vars(network).update(_measure_layers(layers, input_shape))
+    except NotCovered as error:
         if not skip_uncovered:
             raise
         network.missing |= dict.fromkeys(LAYER_MEASURES, str(error))
     try:
         vars(network).update(vars(measure_paths(net, input_shape)))
-    except BadInput as error:
-        if layers:  # then it is not the network that is wrong, but its weights or the shape
+    except NotCovered as error:
+        if not skip_uncovered:
             raise
         network.missing |= dict.fromkeys(PATH_MEASURES, str(error))
-    if layers:
-        vars(network).update(vars(_measure_layers(layers, input_shape)))
     return network
 
 
 def _measure_layers(layers, input_shape):
-    """LAYER_MEASURES of the layers that `trace_layers` returns."""
-    table = {symbol: [] for symbol in ('F', 'T', 's', 'a', 'b', 'R', 'deg', 'A', 'p', 'c', 'W')}
-    for layer in layers:
-        weight = layer.kernel
-        scale = weight.abs().max().item()  # taken out, so that no square over- or underflows
-        weight = weight / (scale or 1.0)
-        rows, columns = layer.taps
-        counts = np.outer(
-            rows.sum((1, 2)), columns.sum((1, 2))
-        )  # output positions at which a tap reads the input
-        squares = weight.square().sum(1)  # of each filter at each tap
-        read = [
-            torch.from_numpy(axis.any(2)).to(squares) for axis in (rows, columns)
-        ]  # is the tap's position in the input?
-        incoming = torch.einsum('fkl,ko,lp->fop', squares, *read)  # of each output unit
-        tap_squares = squares.sum(0).cpu().numpy()
-        filters = weight.flatten(1)
-        if scale == 0:
-            spectral = 0.0
-        elif layer.is_linear:
-            gram = filters @ filters.T if len(filters) <= filters.shape[1] else filters.T @ filters
-            spectral = math.sqrt(torch.linalg.eigvalsh(gram)[-1].item())
-        else:
-            spectral = operator_norm(
-                weight, layer.in_size, layer.stride, layer.padding, layer.dilation
-            )
-        table['F'].append(scale * weight.norm().item())
-        table['T'].append(scale * math.sqrt((tap_squares * counts).sum()))
-        table['s'].append(scale * spectral)
-        table['a'].append(scale * filters.norm(dim=1).sum().item())
-        table['b'].append(scale * weight.norm(dim=1).sum().item())
-        table['R'].append(table['a' if layer.is_linear else 'b'][-1])
-        table['A'].append(scale * incoming.sqrt().sum().item())
-        table['deg'].append(rows.sum((0, 2)).max() * columns.sum((0, 2)).max())
-        table['p'].append(rows.shape[1] * columns.shape[1])
-        table['c'].append(layer.shape[0])
-        table['W'].append(weight.numel())
-    network = SimpleNamespace(
-        **{symbol: np.array(values, dtype=float) for symbol, values in table.items()}
-    )
-    network.r = scale * filters.norm(dim=1).max().item()
-    network.a[-1] = network.F[-1]
-    network.u = np.array([math.prod(input_shape), *network.p * network.c])
-    network.rho, network.D = product(network.F), len(layers)
-    network.prod_ratio = product(network.s / np.where(network.F == 0, 1, network.F))
-    return network
+    """{measure: value} of LAYER_MEASURES of the layers that `trace_layers` returns."""
+    rows = [_measure_layer(layer) for layer in layers]
+    table = {name: np.array([row[name] for row in rows], dtype=float) for name in rows[0]}
+    table['r'] = table.pop('widest')[-1]
+    table['a'][-1] = table['F'][-1]
+    table['u'] = np.array([math.prod(input_shape), *table['p'] * table['c']])
+    table['rho'], table['D'] = product(table['F']), len(layers)
+    table['prod_ratio'] = product(table['s'] / np.where(table['F'] == 0, 1, table['F']))
+    return table
+
+
+def _measure_layer(layer):
+    """{measure: number} of a layer; `widest` is the largest l2 norm of a filter."""
+    weight = layer.kernel
+    scale = weight.abs().max().item()  # taken out, so that no square over- or underflows
+    weight = weight / (scale or 1.0)
+    filters = weight.flatten(1)
+    rows, columns = layer.taps
+    # Output positions at which a tap reads the input.
+    counts = np.outer(rows.sum((1, 2)), columns.sum((1, 2)))
+    squares = weight.square().sum(1)  # of each filter at each tap
+    # Whether a tap's position is in the input; then the squares that come into each output unit.
+    read = [torch.from_numpy(axis.any(2)).to(squares) for axis in (rows, columns)]
+    incoming = torch.einsum('fkl,ko,lp->fop', squares, *read)
+    toeplitz = (squares.sum(0).cpu().numpy() * counts).sum()
+    by_taps = scale * weight.norm(dim=1).sum().item()
+    by_filters = scale * filters.norm(dim=1).sum().item()
+    return {
+        'F': scale * weight.norm().item(),
+        'T': scale * math.sqrt(toeplitz),
+        's': scale * _spectral_norm(layer, weight) if scale else 0.0,
+        'a': by_filters,
+        'b': by_taps,
+        'R': by_filters if layer.is_linear else by_taps,
+        'deg': rows.sum((0, 2)).max() * columns.sum((0, 2)).max(),
+        'A': scale * incoming.sqrt().sum().item(),
+        'p': rows.shape[1] * columns.shape[1],
+        'c': len(weight),
+        'W': weight.numel(),
+        'widest': scale * filters.norm(dim=1).max().item(),
+    }
+
+
+def _spectral_norm(layer, weight):
+    """The operator norm of a layer with another kernel (out, in, h, w)."""
+    if not layer.is_linear:
+        return operator_norm(weight, layer.in_size, **layer.geometry)
+    matrix = weight.flatten(1)
+    gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
+    return math.sqrt(torch.linalg.eigvalsh(gram)[-1].item())
 
 
 @torch.no_grad()
@@ -316,40 +298,47 @@ def measure_data(net, images, skip_uncovered=False):
             f'images of shape {tuple(images.shape)}: must be (m, channels, height, width), with m >= 1'
         )
     input_shape = tuple(images.shape[1:])
-    reach = [np.eye(size) for size in input_shape[1:]]
-    fields = []  # per hidden layer and axis, (outputs, pixels): does this output position see this pixel?
     reason = not_covered(net, input_shape) if skip_uncovered else None
-    for layer in () if reason else trace_layers(net, input_shape)[:-1]:
-        reach = [(taps.any(0) @ seen > 0).astype(float) for taps, seen in zip(layer.taps, reach)]
-        fields.append([torch.from_numpy(axis).to(images.device) for axis in reach])
-    coordinates, largest = (
-        0.0,
-        torch.zeros(len(fields) + 1, dtype=torch.float64, device=images.device),
-    )
+    fields = [] if reason else _receptive_fields(trace_layers(net, input_shape)[:-1], input_shape)
+    fields = [[torch.from_numpy(axis).to(images.device) for axis in field] for field in fields]
+    coordinates = 0.0
+    largest = torch.zeros(len(fields) + 1, dtype=torch.float64, device=images.device)
     for chunk in images.split(2048):
         squares = chunk.double().square()
         coordinates = coordinates + squares.sum(0)
         squares = squares.sum(1)
-        seen = [(rows @ squares @ columns.T).max() for rows, columns in fields] + [
-            squares.sum((1, 2)).max()
-        ]
+        seen = [(rows @ squares @ columns.T).max() for rows, columns in fields]
+        seen.append(squares.sum((1, 2)).max())
         largest = torch.maximum(largest, torch.stack(seen))
     energy = coordinates.sum(0)
     E_max, E_tot = energy.max().item(), energy.sum().item()
     if not math.isfinite(E_tot):
         raise BadInput('the images contain NaN or infinity, or numbers whose squares have no float')
-    return Table(
-        missing={'P': reason} if reason else {},
+    data = Table(
+        missing={},
         m=len(images),
         E_max=E_max,
         E_coord=coordinates.max().item(),
         E_tot=E_tot,
         B=largest[-1].sqrt().item(),
-        **({} if reason else {'P': largest.sqrt().cpu().numpy()}),
         norm_ratio=math.sqrt(E_tot / E_max) if E_max else 0.0,
         input_shape=input_shape,
         inputs=math.prod(input_shape),
     )
+    if reason:
+        data.missing['P'] = reason
+    else:
+        data.P = largest.sqrt().cpu().numpy()
+    return data
+
+
+def _receptive_fields(layers, input_shape):
+    """Per layer and axis, (outputs, pixels): 1 where an output position sees a pixel, else 0."""
+    reach, fields = [np.eye(size) for size in input_shape[1:]], []
+    for layer in layers:
+        reach = [(taps.any(0) @ seen > 0).astype(float) for taps, seen in zip(layer.taps, reach)]
+        fields.append(reach)
+    return fields
 
 
 def classification_margins(outputs, labels):

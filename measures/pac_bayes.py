@@ -151,7 +151,9 @@ def _operator_norm(kernel, layer):
     """An upper bound of the operator norm of a layer with that kernel."""
     if layer.is_linear:
         return torch.linalg.matrix_norm(kernel.flatten(1), 2).item()
-    return dft_norm(kernel, layer.in_size, layer.padding, layer.dilation)
+    return dft_norm(
+        kernel, layer.in_size, layer.geometry['padding'], layer.geometry['dilation']
+    )
 
 
 def _measure(layers, kernels, data):
@@ -351,7 +353,7 @@ def certify(net, images, labels, delta=0.001, found=None):
     """
     found = {} if found is None else found
     layers = trace_layers(net, tuple(images.shape[1:]))
-    m, classes = len(images), layers[-1].shape[0]
+    m, classes = len(images), len(layers[-1].weight)
     if m < 10 or labels.shape != (m,):
         raise BadInput(
             f'{m} images, labels of shape {tuple(labels.shape)}: wants 10 images or more, and a label for each'

@@ -19,8 +19,16 @@ import torch.nn.functional as F
 from torch.nn.modules.utils import _pair
 
 from conf import BadInput
-from measures.steps import LAYERS, along, channels, forward_steps
-from measures.trace import plain_copy
+from measures.steps import (
+    LAYERS,
+    NotCovered,
+    channel_readers,
+    channels,
+    forward_steps,
+    per_channel,
+    refuse,
+)
+from measures.trace import plain_copy, shared_parameters
 
 
 def _power_sums(steps, input_shape, q=1):
@@ -35,38 +43,38 @@ def _power_sums(steps, input_shape, q=1):
         terms, exponent = _aligned([results[index] for index in step.inputs])
         shape = tuple(terms[0].shape[1:])
         if step.op[0] == 'linear' and step.norm and len(shape) != 1:
-            raise BadInput(
-                f'{step.norm}: batch normalization behind a linear layer of maps is not covered'
+            raise NotCovered(
+                f'{step.norm}: batch normalization after a linear layer of maps is not covered'
             )
         if step.op[0] == 'cat' and step.op[1] % terms[0].dim() == 0:
-            raise BadInput(f'{step.name}: concatenates images, which is not covered')
+            raise NotCovered(f'{step.name}: concatenates images, which is not covered')
         try:
-            values, shift = _through(step, terms, q)
+            values, shift = _apply(step, terms, q)
+            exponent += shift
             if step.bias is not None:
                 bias, top = _powers(step.bias, q)
-                bias = bias if step.op[0] == 'linear' else bias.view(-1, *[1] * (values.dim() - 2))
-                terms, exponent = _aligned(
-                    [(values, exponent + shift), (bias.expand_as(values), top)]
-                )
-                values, shift = sum(terms), 0
+                if step.op[0] != 'linear':
+                    bias = bias.view(-1, *[1] * (values.dim() - 2))
+                terms, exponent = _aligned([(values, exponent), (bias.expand_as(values), top)])
+                values = sum(terms)
         except (RuntimeError, ValueError):
-            raise BadInput(
+            raise NotCovered(
                 f'{step.name}: does not fit its input of shape {shape}, from images {tuple(input_shape)}'
             ) from None
         values, top = _scaled(values)
-        results.append((values, exponent + shift + top))
+        results.append((values, exponent + top))
     values, exponent = results[-1]
     return values.flatten(), exponent
 
 
 def _scaled(tensor):
     """A nonnegative tensor as (tensor / 2^exponent, exponent), so that its maximum lies in [1/2, 1)."""
-    top = tensor.detach().max().item()
+    top = tensor.detach().max().item() if tensor.numel() else 0
+    if not top:
+        return tensor, -(2**60)  # 0 yields to any number
     exponent = math.frexp(top)[1]
     half = exponent // 2  # 2^exponent itself may have no float
-    return (
-        (tensor * 2.0**-half * 2.0 ** (half - exponent), exponent) if top else (tensor, -(2**60))
-    )  # 0 yields to any number
+    return tensor * 2.0**-half * 2.0 ** (half - exponent), exponent
 
 
 def _powers(weight, q):
@@ -88,7 +96,7 @@ def _number(value, exponent):
         return np.ldexp(value, np.clip(exponent, -5000, 5000))
 
 
-def _through(step, terms, q):
+def _apply(step, terms, q):
     """A step, its entries to the power of q in absolute value, without its bias, on nonnegative values."""
     kind, *how = step.op
     values = terms[0]
@@ -180,9 +188,7 @@ def path_metric(net, other, input_shape, outputs=False):
         BadInput: as `path_norm`, or the networks are not of the same structure.
     """
     steps, others = forward_steps(net), forward_steps(other)
-    sides = [[(step.op, step.inputs, *(value if value is None else value.shape for value in step[3:5])) for step in side]
-             for side in (steps, others)]  # fmt: skip
-    if sides[0] != sides[1]:
+    if _structure(steps) != _structure(others):
         raise BadInput(
             f'{type(net).__name__} and {type(other).__name__}: not two networks of the same structure'
         )
@@ -203,17 +209,23 @@ def path_metric(net, other, input_shape, outputs=False):
     return float(_number(values.sum().item(), top)), exact
 
 
+def _structure(steps):
+    """What two networks of the same structure share."""
+    return [
+        (step.op, step.inputs, [tensor.shape for tensor in _numbers([step])], step.bias is None)
+        for step in steps
+    ]
+
+
 def _numbers(steps):
     return [tensor for step in steps for tensor in (step.weight, step.bias) if tensor is not None]
 
 
 def _between(a, b):
     """Elementwise the one of smaller absolute value, 0 where the signs differ."""
-    return (
-        None
-        if a is None
-        else torch.where(a.sign() == b.sign(), torch.where(a.abs() < b.abs(), a, b), 0.0)
-    )
+    if a is None:
+        return None
+    return torch.where(a.sign() == b.sign(), torch.where(a.abs() < b.abs(), a, b), 0.0)
 
 
 def path_magnitude(net, input_shape):
@@ -225,9 +237,9 @@ def path_magnitude(net, input_shape):
     Returns:
         {'<module>.weight': float64 tensor of the weight's shape}; of the effective weights where they are parametrized.
     Raises:
-        BadInput: as `path_norm`, or a module is used twice, so that a path can meet a weight twice.
+        BadInput: as `path_norm`, or a module or a parameter is used twice, so that a path can meet a weight twice.
     """
-    steps = _used_once(forward_steps(net))
+    steps = _used_once(net)
     layers = [step for step in steps if step.op[0] in LAYERS]
     with torch.enable_grad():
         for step in layers:
@@ -237,22 +249,18 @@ def path_magnitude(net, input_shape):
     scores = {}
     for step, gradient in zip(layers, gradients):
         score = (step.weight.detach() * gradient).cpu().numpy()
-        scores[f'{step.name}.weight'] = torch.from_numpy(_number(score, exponent)).to(
-            gradient.device
-        )
+        score = torch.from_numpy(_number(score, exponent))
+        scores[f'{step.name}.weight'] = score.to(gradient.device)
     return scores
 
 
-def _used_once(steps):
-    names = [
-        name
-        for step in steps
-        if step.weight is not None
-        for name in {step.name, step.norm} - {None}
-    ]
-    for name in names:
-        if names.count(name) > 1:
-            raise BadInput(f'{name} is used twice in the forward pass, which is not covered here')
+def _used_once(net):
+    """The steps of a network in which no module and no parameter is used twice; others are refused."""
+    steps = forward_steps(net)
+    names = [name for step in steps if step.weight is not None for name in {step.name, step.norm}]
+    twice = {name for name in names if name and names.count(name) > 1}
+    obstacles = [(name, ' is used twice in the forward pass') for name in sorted(twice)]
+    refuse(net, obstacles + shared_parameters(net), 'which is not covered here')
     return steps
 
 
@@ -267,57 +275,36 @@ def rescale_neurons(net, factors):
     Args:
         factors: function from a number of channels to that many positive factors; called for each rescaled layer in order.
     Raises:
-        BadInput: as `path_norm`, or a module is used twice, or factors are not positive.
+        BadInput: as `path_norm`, or a module or a parameter is used twice, or factors are not positive.
     """
-    net = plain_copy(net)
-    steps = _used_once(forward_steps(net))
+    steps, net = _used_once(net), plain_copy(net)
     for index, step in enumerate(steps):
-        if (
-            step.op[0] not in LAYERS
-            or (found := _behind(steps, index, step.op[0] == 'linear')) is None
-        ):
+        way = channel_readers(steps, index) if step.op[0] in LAYERS else None
+        if way is None:
             continue
-        (norms, readers), count = found, channels(step)
-        module = net.get_submodule(step.name)
+        passed, readers = way
+        # A sum has channels of others in it, and what reaches the output has no reader to undo the factor.
+        carriers = (index, *passed)
+        if len(steps) - 1 in carriers or any(steps[number].op[0] == 'add' for number in passed):
+            continue
+        count, module = channels(step), net.get_submodule(step.name)
         factor = torch.as_tensor(factors(count)).to(module.weight)
         if factor.shape != (count,) or not (factor > 0).all() or not factor.isfinite().all():
             raise BadInput(
                 f'{step.name}: factors must be {count} positive numbers, one for each channel'
             )
-        module.weight.mul_(along(factor, step))
-        norms = [net.get_submodule(norm) for norm in norms]
-        for moved in (
-            module.bias,
-            *(norm.running_mean for norm in norms),
-            *(norm.bias for norm in norms),
-        ):
-            if moved is not None:
-                moved.mul_(factor)
-        for reader in readers:
-            net.get_submodule(reader.name).weight.div_(along(factor, reader, incoming=True))
+        module.weight.mul_(per_channel(factor, step))
+        if module.bias is not None:
+            module.bias.mul_(factor)
+        for name in [steps[number].norm for number in carriers if steps[number].norm]:
+            norm = net.get_submodule(name)
+            norm.running_mean.mul_(factor)
+            if norm.bias is not None:
+                norm.bias.mul_(factor)
+        for number in readers:
+            reader = net.get_submodule(steps[number].name)
+            reader.weight.div_(per_channel(factor, steps[number], incoming=True))
     return net
-
-
-def _behind(steps, index, flat):
-    """The batch norms that a layer's channels, `flat` or maps, go through and the layers that read them.
-
-    None where they reach a skip connection or a concatenation, or are mixed on the way.
-    """
-    norms, readers = [steps[index].norm] if steps[index].norm else [], []
-    followers = [number for number, step in enumerate(steps) if index in step.inputs]
-    for number in followers:
-        kind, *how = steps[number].op
-        mixes = kind in ('add', 'cat', *LAYERS) or (flat and kind in ('max', 'mean', 'flatten'))
-        mixes = mixes or (
-            kind == 'flatten' and how not in ([1, -1], [1, 3])
-        )  # channels may lie elsewhere then
-        if kind in (('linear',) if flat else ('conv', 'transposed')):
-            readers.append(steps[number])
-        elif mixes or (behind := _behind(steps, number, flat or kind == 'flatten')) is None:
-            return None
-        else:
-            norms, readers = norms + behind[0], readers + behind[1]
-    return (norms, readers) if followers else None
 
 
 @torch.no_grad()
@@ -337,27 +324,26 @@ def measure_paths(net, input_shape):
     """
     steps = forward_steps(net)
     values, exponent = _power_sums(steps, input_shape)
-    depth, linear = (
-        [0],
-        [True],
-    )  # per step: neurons behind it, and whether it combines their values linearly
+    # Per step: the neurons on the longest path up to it, and whether it still combines their values linearly.
+    depth, linear = [0], [True]
     for step in steps[1:]:
-        kind, before = step.op[0], step.inputs
-        neurons = (
-            {'relu': 1, 'max': 2}.get(kind, 0)
-            if any(linear[i] for i in before)
-            else int(kind == 'max')
-        )
-        depth.append(max(depth[i] for i in before) + neurons)
-        passes_on = kind in ('flatten', 'cat')
-        linear.append(any(linear[i] for i in before) if passes_on else kind not in ('relu', 'max'))
+        kind = step.op[0]
+        before = any(linear[index] for index in step.inputs)
+        neurons = 0
+        if kind == 'relu':
+            neurons = int(before)
+        elif kind == 'max':  # sums that it compares are neurons too
+            neurons = 1 + before
+        depth.append(max(depth[index] for index in step.inputs) + neurons)
+        linear.append(before if kind in ('flatten', 'cat') else kind not in ('relu', 'max'))
     biased = any(step.bias is not None for step in steps)
-    pool = max((math.prod(_pair(step.op[2])) for step in steps if step.op[0] == 'max'), default=0)
-    simple = all(
-        len(step.inputs) <= 1 and not (step.op[0] == 'relu' and step.op[1]) for step in steps
-    )
-    chain = simple and not biased and not pool
-    norm, depth = float(_number(values.sum().item(), exponent)), depth[-1] + 1
+    windows = [math.prod(_pair(step.op[2])) for step in steps if step.op[0] == 'max']
+    skips = any(len(step.inputs) > 1 or step.op[0] == 'relu' and step.op[1] for step in steps)
     return SimpleNamespace(
-        path_norm=norm, path_depth=depth, pool=pool, biased=biased, chain=chain, outputs=len(values)
+        path_norm=float(_number(values.sum().item(), exponent)),
+        path_depth=depth[-1] + 1,
+        pool=max(windows, default=0),
+        biased=biased,
+        chain=not (skips or biased or windows),
+        outputs=len(values),
     )

@@ -2,23 +2,28 @@
 
 Covered are Conv2d and ConvTranspose2d (padded with zeros), Linear, batch normalization, ReLU, LeakyReLU of a slope
 in [0, 1], max and average pooling, means over all positions, nearest and bilinear upsampling, Flatten, additions
-and concatenations. Whatever else a network does is refused by its name.
+and concatenations. Whatever else a network does is refused by its name, all of it at once.
+
+`walk` is the only walk of a network: the path-norms, the chains of measures/trace.py and the question which layer reads
+which channels are views of its steps.
 """
 
+import contextlib
+import contextvars
 import operator
-from collections import namedtuple
+from collections import Counter, namedtuple
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from conf import BadInput
-from measures.trace import MEANS, SIZES, averages, flattens, rectifies, trace
 
-# A step of the forward pass: the module's name; what it does, as a tuple that two networks of the same
-# structure share; the indices of the steps that it reads (the first step is the input); its weights, folded;
-# the batch norm folded into it.
-Step = namedtuple('Step', 'name op inputs weight bias norm', defaults=(None, None, None))
+RELUS = (torch.relu, torch.relu_, F.relu, 'relu', 'relu_')
+FLATTENS = (torch.flatten, 'flatten')
+MEANS = (torch.mean, 'mean')
+# What a traced x.size(0) or x.shape[0] consists of.
+SIZES = ('size', 'shape', getattr, operator.getitem)
 
 # The ops of layers with weights, and of what maps the rows and columns of each channel, with their attributes.
 _LAYERS = {
@@ -27,6 +32,7 @@ _LAYERS = {
     nn.Linear: ('linear',),
 }
 LAYERS = tuple(op for op, *_ in _LAYERS.values())
+LAYER_TYPES = tuple(_LAYERS)
 _MAPS = {
     nn.MaxPool2d: ('max', F.max_pool2d, 'kernel_size', 'stride', 'padding', 'dilation', 'ceil_mode'),
     nn.AvgPool2d: ('mean', F.avg_pool2d, 'kernel_size', 'stride', 'padding', 'ceil_mode', 'count_include_pad',
@@ -45,181 +51,503 @@ _FUNCTIONS = {
 _ADDITIONS = (operator.add, operator.iadd, torch.add, 'add', 'add_')
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _PASSED = (nn.Identity, nn.Dropout, nn.Dropout2d)
+# Not covered, but known to keep channels in their order.
+_PER_CHANNEL_MODULES = (
+    nn.PReLU,
+    nn.ReLU6,
+    nn.ELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.GroupNorm,
+    nn.InstanceNorm2d,
+    nn.AdaptiveMaxPool2d,
+)
+_PER_CHANNEL_FUNCTIONS = (
+    F.relu6,
+    F.elu,
+    F.gelu,
+    F.silu,
+    F.softplus,
+    torch.tanh,
+    torch.sigmoid,
+    'tanh',
+    'sigmoid',
+    operator.mul,
+    operator.truediv,
+)
+_PATHS = (
+    'paths go through convolutions, transposed too, Linear, BatchNorm, ReLU, LeakyReLU, Flatten, pooling, means, '
+    'upsampling, and sums and concatenations of what is computed from the input'
+)
+_NO_STATISTICS = ' keeps no running statistics; it depends on the batch, which is not covered'
+
+_traced = contextvars.ContextVar('traced', default=None)  # {network: its trace} in `traced_once`
 
 
-def forward_steps(net):
-    """The forward pass of a network in evaluation mode as a list of Step: its input first, its output last.
+class NotCovered(BadInput, AttributeError):
+    """The theory does not cover a network, or a table has no such measure for that reason; its text says why.
 
-    What changes nothing is no step, and a mean over all positions is two, an average pooling and a flattening.
+    It is an AttributeError too, so that hasattr(table, 'rho') is False where rho is not measured.
+    """
+
+
+class Step(
+    namedtuple('Step', 'name op inputs module obstacle weight bias norm', defaults=(None,) * 5)
+):
+    """A step of the forward pass.
+
+    `name` and `module` (None: a function) are those of the network; `op` says what the step does, as a
+    tuple that two networks of the same structure share; `inputs` are the indices of the steps that it
+    reads; `obstacle` is why it is not covered, or None. `forward_steps` adds weight and bias, float64
+    copies with batch normalization folded in, and `norm`, the name of the batch norm.
+    """
+
+    @property
+    def what(self):
+        """What names the step in a refusal."""
+        return named(self.name, self.module)
+
+
+def refuse(net, obstacles, covered):
+    """Raises NotCovered where there are obstacles, pairs (what, reason), and names all of them."""
+    if obstacles:
+        raise NotCovered(f'{type(net).__name__}: {_listed(obstacles)}; {covered}')
+
+
+def _listed(obstacles):
+    """Obstacles (what, reason) in one line, those of the same reason together."""
+    reasons = {}
+    for what, reason in obstacles:
+        reasons.setdefault(reason, {})[what] = None
+    return '; '.join(', '.join(names) + reason for reason, names in reasons.items())
+
+
+def named(name, module):
+    """The name of a module with its type, for a refusal; of a function its name."""
+    if module is None:
+        return name
+    kind = type(module).__name__
+    return f'{name} ({kind})' if name else kind
+
+
+@contextlib.contextmanager
+def evaluation_mode(net):
+    """Runs what it encloses in evaluation mode, and leaves each module in the mode it was in."""
+    training = [module for module in net.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The traced graph
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module, name):
+        return isinstance(module, LAYER_TYPES) or super().is_leaf_module(module, name)
+
+
+@contextlib.contextmanager
+def traced_once():
+    """In what it encloses or decorates, each network is traced once. Its weights may change in there, its modules may not."""
+    token = _traced.set({})
+    try:
+        yield
+    finally:
+        _traced.reset(token)
+
+
+def trace(net):
+    """The forward pass of a network as a list of (fx.Node, module or None, what it is in words), the output's node last.
+
+    A view or reshape to (N, -1) is traced as a flattening, and so is one to (N, a number), with meta['fixed']. The third entry
+    names the node in a refusal.
 
     Raises:
-        BadInput: for whatever is not covered, by name.
+        NotCovered: it cannot be traced, or what a module computes is not what its type says; all of these are named.
     """
-    *traced, (output, _, _) = trace(net)
+    known = _traced.get()
+    if known is None:
+        return _trace(net)
+    if net not in known:
+        known[net] = _trace(net)
+    return known[net]
+
+
+def _trace(net):
+    kind = type(net).__name__
+    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+        raise NotCovered(
+            'global forward hooks (register_module_forward_hook) can change what modules compute; remove them'
+        )
+    reasons = [
+        (named(name, module), _module_obstacle(module)) for name, module in net.named_modules()
+    ]
+    obstacles = [(what, reason) for what, reason in reasons if reason]
+    if obstacles:
+        raise NotCovered(_listed(obstacles))
+    try:
+        with evaluation_mode(net):  # what is measured is the network in evaluation mode
+            graph = _Tracer().trace(net)
+    except Exception as error:  # whatever the network's own code raises when it is run on symbols
+        reason = str(error).partition('\n')[0]
+        raise NotCovered(f'{kind}: its forward pass cannot be traced ({reason})') from None
+    # Backwards, so that the users of a node come before it: a size that only a view read goes with the view.
+    for node in reversed(graph.nodes):
+        shape = viewed_as(node)
+        if _is_batch_by_rest(shape):
+            node.op, node.target, node.args = 'call_method', 'flatten', (node.args[0], 1)
+            node.meta['fixed'] = shape[1] != -1
+        elif node.op != 'call_module' and node.target in SIZES and not node.users:
+            graph.erase_node(node)
+    traced = []
+    for node in graph.nodes:
+        module = net.get_submodule(node.target) if node.op == 'call_module' else None
+        traced.append((node, module, f'{kind}: {named(_name(node), module)}'))
+    return traced
+
+
+def _name(node):
+    return getattr(node.target, '__name__', node.target)
+
+
+def _module_obstacle(module):
+    """Why a module may compute something else than its type says, or None."""
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return ' is a wrapper: pass the network in it, its .module'
+    if hasattr(module, '_orig_mod'):
+        return (
+            ' is a compiled network: pass the one that was given to torch.compile, its ._orig_mod'
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        return ' is a jit module: pass the nn.Module that it was made from'
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    if any(type(hook).__module__.startswith('torch.nn.utils') for hook in hooks):
+        return (
+            ' has forward hooks of torch.nn.utils, which compute its weights: pass it after remove_weight_norm, '
+            'prune.remove, ..., or use torch.nn.utils.parametrizations'
+        )
+    if hooks:
+        return ' has forward hooks, which can change what it computes; remove them'
+    own = 'forward' in vars(module) or '_conv_forward' in vars(module)
+    for kind in LAYER_TYPES:
+        if isinstance(module, kind):
+            own |= type(module).forward is not kind.forward
+            convolves = getattr(type(module), '_conv_forward', None)
+            own |= convolves is not getattr(kind, '_conv_forward', None)
+    if own and _Tracer().is_leaf_module(module, ''):
+        return ' has a forward pass of its own, which is not covered'
+    return None
+
+
+def viewed_as(node):
+    """The shape to which a traced node views or reshapes, () where it does something else."""
+    if node.op == 'call_module' or node.target not in ('view', 'reshape', torch.reshape):
+        return ()
+    shape = node.args[1:]
+    return tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+
+
+def _is_batch_by_rest(shape):
+    """Whether a traced shape is (number of samples, -1), or has a number, which can be no other, in the place of -1."""
+    if len(shape) != 2 or not isinstance(shape[1], int) or not isinstance(shape[0], fx.Node):
+        return False
+    size = shape[0]
+    if size.target is operator.getitem and size.args[1] == 0:
+        size = size.args[0]
+        if size.target is getattr:
+            return size.args[1] == 'shape'
+        return size.target == 'size' and len(size.args) == 1
+    return size.target == 'size' and size.args[1:] == (0,)
+
+
+def flattens(node, module):
+    """The dimensions (first, last) that a traced node flattens, or None where it does something else."""
+    if isinstance(module, nn.Flatten):
+        return module.start_dim, module.end_dim
+    if node.op == 'call_module' or node.target not in FLATTENS:
+        return None
+    return _argument(node, 1, 'start_dim', 0), _argument(node, 2, 'end_dim', -1)
+
+
+def averages(node):
+    """Whether a traced node is the mean over all positions of maps, the dimensions 2 and 3."""
+    if node.op == 'call_module' or node.target not in MEANS:
+        return False
+    return _argument(node, 1, 'dim', None) in ([2, 3], (2, 3), [-2, -1], (-2, -1))
+
+
+def rectifies(node, module):
+    """Whether a traced node is a ReLU."""
+    return isinstance(module, nn.ReLU) or (node.op != 'call_module' and node.target in RELUS)
+
+
+def _argument(node, position, name, default):
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The steps
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def walk(net):
+    """The structure of a network's forward pass in evaluation mode, as a list of Step without weights.
+
+    The first step is the input, the last one the output. What changes nothing is no step, and a mean over all positions is
+    two, an average pooling and a flattening. What is not covered is a step with an obstacle.
+
+    Raises:
+        NotCovered: as `trace`.
+    """
     steps, index = [], {}  # index: node -> the step that computes it
-    for node, module, what in traced:
-        if node.op == 'placeholder' and not steps:
-            index[node] = 0
-            steps.append(Step(node.target, ('input',), ()))
-            continue
-        ops = _ops(node, module, what)
-        kind = ops[0][0] if ops else None
-        reads = [
-            *{'add': node.args, 'cat': _argument(node, 0, 'tensors', ())}.get(kind, node.args[:1])
-        ]
-        if {*reads} != {*node.all_input_nodes} or (module and (len(node.args) > 1 or node.kwargs)):
-            raise BadInput(
-                f'{what}: called with more than its input, or by keyword, which is not covered'
-            )
-        if not node.users:
-            raise BadInput(f'{what}: its output is not used, which is not covered')
-        if _in_place(node, module) and len(reads[0].users) > 1:
-            raise BadInput(
-                f'{what} works in place on a value that is used elsewhere too; not covered'
-            )
-        inputs, weight, bias, norm = tuple(index[read] for read in reads), None, None, None
-        if kind == 'diagonal':
-            (weight, bias), norm = folded_norm(module, what), node.target
-            front = steps[inputs[0]]
-            layers = ('conv', 'transposed') if isinstance(module, nn.BatchNorm2d) else ('linear',)
-            if front.op[0] in layers and front.name == reads[0].target and len(reads[0].users) == 1:
-                bias = bias if front.bias is None else bias + weight * front.bias
-                weight = front.weight * along(weight, front)
-                steps[inputs[0]] = front._replace(weight=weight, bias=bias, norm=norm)
-                index[node] = inputs[0]
-                continue
-        elif kind in LAYERS:
-            weight, bias = _doubles(what, module.weight, module.bias)
+    for node, module, _ in trace(net):
+        ops, reads, obstacle = _understood(node, module, first=not steps)
+        inputs = tuple(index[read] for read in reads)
         for op in ops:
-            steps.append(
-                Step(getattr(node.target, '__name__', node.target), op, inputs, weight, bias, norm)
-            )
+            steps.append(Step(_name(node), op, inputs, module, obstacle))
             inputs = (len(steps) - 1,)
         index[node] = inputs[0]
-    if index.get(output.args[0] if isinstance(output.args[0], fx.Node) else None) != len(steps) - 1:
-        raise BadInput(
-            f"{type(net).__name__}: its output is not the last layer's, which is not covered"
-        )
     return steps
 
 
-def along(factor, layer, incoming=False):
+def forward_steps(net):
+    """The forward pass of a network in evaluation mode as a list of Step with weights: its input first, its result last.
+
+    Raises:
+        NotCovered: for whatever is not covered, by name.
+        BadInput: weights with NaN or infinity.
+    """
+    steps = walk(net)
+    refuse(net, [(step.what, step.obstacle) for step in steps if step.obstacle], _PATHS)
+    return read_weights(net, steps)
+
+
+@torch.no_grad()
+def read_weights(net, steps):
+    """The steps of `walk`, without obstacles, with their weights in evaluation mode, less the output's step."""
+    readers = Counter(index for step in steps for index in step.inputs)
+    read, index = [], []  # index: of a step of `steps` in `read`
+    with evaluation_mode(net):
+        for step in steps[:-1]:
+            inputs = tuple(index[number] for number in step.inputs)
+            weight = bias = norm = None
+            if step.op[0] in LAYERS:
+                weight, bias = _doubles(step.what, step.module.weight, step.module.bias)
+            elif step.op[0] == 'diagonal':
+                (weight, bias), norm = folded_norm(step.module, step.what), step.name
+                front = steps[step.inputs[0]]
+                maps = (
+                    ('conv', 'transposed')
+                    if isinstance(step.module, nn.BatchNorm2d)
+                    else ('linear',)
+                )
+                # A layer that only the batch norm reads takes it in.
+                if front.op[0] in maps and readers[step.inputs[0]] == 1:
+                    front = read[inputs[0]]
+                    if front.bias is not None:
+                        bias = bias + weight * front.bias
+                    weight = front.weight * per_channel(weight, front)
+                    read[inputs[0]] = front._replace(weight=weight, bias=bias, norm=norm)
+                    index.append(inputs[0])
+                    continue
+            index.append(len(read))
+            read.append(step._replace(inputs=inputs, weight=weight, bias=bias, norm=norm))
+    return read
+
+
+def _doubles(what, *tensors):
+    """Copies of tensors, or of None, in float64. On torch's device `meta`, which has shapes alone, any values will do."""
+    copies = []
+    for tensor in tensors:
+        if tensor is not None:
+            tensor = tensor.detach().to(torch.float64, copy=True)
+            if not (tensor.is_meta or tensor.isfinite().all()):
+                raise BadInput(f'{what}: its weights contain NaN or infinity')
+        copies.append(tensor)
+    return copies
+
+
+def folded_norm(norm, what):
+    """Batch normalization with running statistics as x -> weight * x + bias."""
+    if norm.running_mean is None:
+        raise NotCovered(what + _NO_STATISTICS)
+    scale, shift = (norm.weight, norm.bias) if norm.affine else (1, 0)
+    weight = scale * (norm.running_var.double() + norm.eps).rsqrt()
+    return _doubles(what, weight, shift - weight * norm.running_mean)
+
+
+def _understood(node, module, first):
+    """(ops, nodes that are read, obstacle or None) of a traced node; `ops` are the `op` of a Step each."""
+    try:
+        ops = _ops(node, module, first)
+        kind = ops[0][0] if ops else None
+        if kind in ('input', 'output'):
+            return ops, node.all_input_nodes, None
+        reads = [*node.args[:1]]
+        if kind == 'add':
+            reads = [*node.args]
+        if kind == 'cat':
+            reads = [*_argument(node, 0, 'tensors', ())]
+        if {*reads} != {*node.all_input_nodes} or (module and (len(node.args) > 1 or node.kwargs)):
+            raise NotCovered(
+                ': called with more than its input, or by keyword, which is not covered'
+            )
+        if not node.users:
+            raise NotCovered(': its output is not used, which is not covered')
+        if _in_place(node, module) and len(reads[0].users) > 1:
+            raise NotCovered(' works in place on a value that is used elsewhere too; not covered')
+        return ops, reads, None
+    except NotCovered as error:
+        keeps = isinstance(module, _PER_CHANNEL_MODULES)
+        if module is None:
+            keeps = node.target in _PER_CHANNEL_FUNCTIONS and len(node.all_input_nodes) == 1
+        op = ('per channel',) if keeps else ('unknown',)
+        return [op], node.all_input_nodes, str(error)
+
+
+def _in_place(node, module):
+    if getattr(module, 'inplace', False) or node.kwargs.get('inplace', False):
+        return True
+    return node.target is operator.iadd or (module is None and _name(node).endswith('_'))
+
+
+def _ops(node, module, first):
+    """What a node does, as a list of `op` of a Step. Raises NotCovered with the reason."""
+    if node.op == 'placeholder' and first:
+        return [('input',)]
+    if node.op == 'output':
+        if not isinstance(node.args[0], fx.Node):
+            raise NotCovered(" is not the last layer's, which is not covered")
+        return [('output',)]
+    if node.op == 'call_function' and node.target in _FUNCTIONS:
+        options = dict(node.kwargs)
+        if options.pop('antialias', False):
+            raise NotCovered(': antialias is not covered')
+        module = _FUNCTIONS[node.target](*node.args[1:], **options)
+    for kind, (op, *names) in _LAYERS.items():
+        if isinstance(module, kind):
+            mode = getattr(module, 'padding_mode', 'zeros')
+            if mode != 'zeros':
+                raise NotCovered(f": padding_mode = '{mode}' is not covered, only zeros")
+            return [(op, *(getattr(module, name) for name in names))]
+    for kind, (op, function, *names) in _MAPS.items():
+        if isinstance(module, kind):
+            mode = getattr(module, 'mode', 'nearest')
+            if mode not in ('nearest', 'nearest-exact', 'bilinear'):
+                raise NotCovered(f": mode = '{mode}' is not covered, only nearest and bilinear")
+            if getattr(module, 'return_indices', False):
+                raise NotCovered(': return_indices is not covered')
+            return [(op, function, *(getattr(module, name) for name in names))]
+    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        if module.running_mean is None:
+            raise NotCovered(_NO_STATISTICS)
+        return [('diagonal',)]
+    if rectifies(node, module):
+        return [('relu', 0)]
+    if isinstance(module, nn.LeakyReLU):
+        if not 0 <= module.negative_slope <= 1:
+            raise NotCovered(': only slopes between 0 and 1 are covered')
+        return [('relu', module.negative_slope)]
+    dims = flattens(node, module)
+    if dims:
+        if dims[0] < 1:
+            raise NotCovered(f': a flattening from dimension {dims[0]} on is not covered')
+        return [('flatten', *dims)]
+    if isinstance(module, _PASSED):
+        return []
+    if node.target is F.dropout and not _argument(node, 2, 'training', True):
+        return []
+    if node.op in ('call_function', 'call_method'):
+        return _operation(node)
+    raise NotCovered(': not covered')
+
+
+def _operation(node):
+    """The `op`s of a function or method of values: sums, concatenations, means."""
+    values = [isinstance(argument, fx.Node) for argument in node.args]
+    if node.target in _ADDITIONS and values == [True, True] and not node.kwargs:
+        return [('add',)]
+    if node.target in _CONCATENATIONS and {*node.kwargs} <= {'tensors', 'dim'}:
+        return [('cat', _argument(node, 1, 'dim', 0))]
+    if node.target in MEANS and {*node.kwargs} <= {'dim', 'keepdim'}:
+        if not averages(node):
+            raise NotCovered(': only a mean over all positions, the dimensions 2 and 3, is covered')
+        pooling = ('mean', F.adaptive_avg_pool2d, 1)
+        keeps = _argument(node, 2, 'keepdim', False)
+        return [pooling] if keeps else [pooling, ('flatten', 1, -1)]
+    if node.target in SIZES:
+        raise NotCovered(': a shape or a part of a value is not covered; write sizes as numbers')
+    raise NotCovered(': not covered')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Channels
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def per_channel(factor, layer, incoming=False):
     """A factor for each channel that a layer makes, or that it reads, in the shape of its weights.
 
     The channels that a convolution makes lie along axis 0 of its weights, and those that it reads, of one
-    group, along axis 1; of a transposed convolution it is the other way round. A linear layer behind a
-    flattening reads a channel at several places.
+    group, along axis 1; of a transposed convolution it is the other way round. A linear layer after a
+    flattening reads a channel at several positions.
     """
     rows, columns, *kernel = layer.weight.shape
     if incoming == (layer.op[0] == 'transposed'):
         return factor.view(-1, 1, *[1] * len(kernel))
     groups = _groups(layer)
     factor = factor.view(groups, -1)
-    factor = factor.repeat_interleave(columns // factor.shape[1], 1).repeat_interleave(
-        rows // groups, 0
-    )
+    factor = factor.repeat_interleave(columns // factor.shape[1], 1)
+    factor = factor.repeat_interleave(rows // groups, 0)
     return factor.view(*factor.shape, *[1] * len(kernel))
 
 
 def channels(layer):
     """How many channels a layer makes."""
-    return (
-        layer.weight.shape[1] * _groups(layer) if layer.op[0] == 'transposed' else len(layer.weight)
-    )
+    if layer.op[0] == 'transposed':
+        return layer.weight.shape[1] * _groups(layer)
+    return len(layer.weight)
 
 
 def _groups(layer):
     return 1 if layer.op[0] == 'linear' else layer.op[4]
 
 
-def _argument(node, place, name, default):
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+def channel_readers(steps, index):
+    """Who reads the channels that the layer of this index makes.
 
-
-def _in_place(node, module):
-    marks = getattr(module, 'inplace', False) or node.kwargs.get('inplace', False)
-    return (
-        marks
-        or node.target is operator.iadd
-        or (node.op == 'call_method' and node.target.endswith('_'))
-    )
-
-
-def _doubles(what, *tensors):
-    tensors = [None if tensor is None else tensor.detach().double() for tensor in tensors]
-    if not all(tensor is None or tensor.isfinite().all() for tensor in tensors):
-        raise BadInput(f'{what}: its weights contain NaN or infinity')
-    return tensors
-
-
-def folded_norm(norm, what):
-    """Batch normalization with running statistics as x -> weight * x + bias."""
-    if norm.running_mean is None:
-        raise BadInput(
-            f'{what} keeps no running statistics; it depends on the batch, which is not covered'
-        )
-    scale, shift = (norm.weight, norm.bias) if norm.affine else (1, 0)
-    weight = scale * (norm.running_var.double() + norm.eps).rsqrt()
-    return _doubles(what, weight, shift - weight * norm.running_mean)
-
-
-def _ops(node, module, what):
-    """What a node does, as a list of `op` of a Step."""
-    if node.op == 'call_function' and node.target in _FUNCTIONS:
-        options = dict(node.kwargs)
-        if options.pop('antialias', False):
-            raise BadInput(f'{what}: antialias is not covered')
-        module = _FUNCTIONS[node.target](*node.args[1:], **options)
-    for kind, (op, *names) in _LAYERS.items():
-        if isinstance(module, kind):
-            if getattr(module, 'padding_mode', 'zeros') != 'zeros':
-                raise BadInput(
-                    f"{what}: padding_mode = '{module.padding_mode}' is not covered, only zeros"
-                )
-            return [(op, *(getattr(module, name) for name in names))]
-    for kind, (op, function, *names) in _MAPS.items():
-        if isinstance(module, kind):
-            if getattr(module, 'mode', 'nearest') not in ('nearest', 'nearest-exact', 'bilinear'):
-                raise BadInput(
-                    f"{what}: mode = '{module.mode}' is not covered, only nearest and bilinear"
-                )
-            if getattr(module, 'return_indices', False):
-                raise BadInput(f'{what}: return_indices is not covered')
-            return [(op, function, *(getattr(module, name) for name in names))]
-    if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-        return [('diagonal',)]
-    if rectifies(node, module):
-        return [('relu', 0)]
-    if isinstance(module, nn.LeakyReLU):
-        if not 0 <= module.negative_slope <= 1:
-            raise BadInput(f'{what}: only slopes between 0 and 1 are covered')
-        return [('relu', module.negative_slope)]
-    if dims := flattens(node, module):
-        if dims[0] < 1:
-            raise BadInput(f'{what}: a flattening from dimension {dims[0]} on is not covered')
-        return [('flatten', *dims)]
-    if isinstance(module, _PASSED) or (
-        node.target is F.dropout and not _argument(node, 2, 'training', True)
-    ):
-        return []
-    if node.op in ('call_function', 'call_method'):
-        values = [isinstance(argument, fx.Node) for argument in node.args]
-        if node.target in _ADDITIONS and values == [True, True] and not node.kwargs:
-            return [('add',)]
-        if node.target in _CONCATENATIONS and {*node.kwargs} <= {'tensors', 'dim'}:
-            return [('cat', _argument(node, 1, 'dim', 0))]
-        if node.target in MEANS and {*node.kwargs} <= {'dim', 'keepdim'}:
-            if not averages(node):
-                raise BadInput(
-                    f'{what}: only a mean over all positions, the dimensions 2 and 3, is covered'
-                )
-            flat = [] if _argument(node, 2, 'keepdim', False) else [('flatten', 1, -1)]
-            return [('mean', F.adaptive_avg_pool2d, 1), *flat]
-        if node.target in SIZES:
-            raise BadInput(
-                f'{what}: a shape or a part of a value is not covered; write sizes as numbers'
-            )
-    raise BadInput(
-        f'{what}: not covered; paths go through convolutions, transposed too, Linear, BatchNorm, ReLU, LeakyReLU, '
-        'Flatten, pooling, means, upsampling, and sums and concatenations of what is computed from the input'
-    )
+    Returns:
+        (passed, readers): the steps through which the channels go, each on its own, and the layers that read them, as lists
+        of indices. None where their order is lost on the way: in a concatenation, a flattening or pooling that mixes them,
+        a layer that reads another dimension, or a step that is not known.
+    """
+    flat = {index: steps[index].op[0] == 'linear'}  # of each step that carries the channels
+    passed, readers = [], []
+    for number, step in enumerate(steps):  # in the order of the forward pass: one pass finds all
+        sources = [source for source in step.inputs if source in flat]
+        if not sources:
+            continue
+        kind, *how = step.op
+        is_flat = flat[sources[0]]
+        if kind in LAYERS:
+            if is_flat != (kind == 'linear'):
+                return None
+            readers.append(number)
+            continue
+        if kind in ('cat', 'unknown') or (is_flat and kind in ('max', 'mean', 'flatten')):
+            return None
+        if kind == 'flatten' and how not in ([1, -1], [1, 3]):
+            return None
+        flat[number] = is_flat or kind == 'flatten'
+        passed.append(number)
+    return passed, readers

@@ -11,7 +11,7 @@ NETWORKS = {'CONV': convnet, 'MLP': mlp, 'CONVBN': convbn, 'CONVRES': convres}
 
 
 def get_network(settings, input_shape, num_classes):
-    """The network that the settings describe; where a setting can kill weights, with masks, all of ones.
+    """The network that the settings describe, with all-ones masks where a setting can prune.
 
     Args:
         settings: namespace with the knobs of conf/global_settings.py.
@@ -20,11 +20,13 @@ def get_network(settings, input_shape, num_classes):
     Returns:
         An nn.Module from images (N, *input_shape) to outputs (N, num_classes).
     Raises:
-        BadInput: unknown network, one that is too deep for the image, or one that wants another normalization.
+        BadInput: unknown network, one too deep for the image, or one that needs another
+            normalization.
     """
     if settings.network not in NETWORKS:
         hint = closest(settings.network, NETWORKS)
-        raise BadInput(
-            f'network = {settings.network!r}: must be one of {", ".join(NETWORKS)}{hint}'
-        )
-    return add_masks(NETWORKS[settings.network](settings, input_shape, num_classes), settings)
+        names = ', '.join(NETWORKS)
+        raise BadInput(f'network = {settings.network!r}: must be one of {names}{hint}')
+    net = NETWORKS[settings.network](settings, input_shape, num_classes)
+    add_masks(net, settings)
+    return net

@@ -1,6 +1,8 @@
-"""CONVBN-L-H and CONVRES-L-H: a strided stem, L batch-normalized layers of 3x3 convolutions, then a linear classifier.
+"""CONVBN-L-H and CONVRES-L-H: a strided stem, L batch-normalized layers of 3x3 convolutions with H
+channels, then a linear classifier.
 
-The networks CONV-L-H and CONVRES-L-H of Galanti, Galanti and Ben-Shaul (TMLR 2023), whose released code leaves out the skip.
+They are CONV-L-H and CONVRES-L-H of Galanti, Galanti and Ben-Shaul (TMLR 2023), whose released code
+omits the skip.
 """
 
 from torch import nn
@@ -10,17 +12,18 @@ from models.layers import Flatten, batch_norm, hidden_layer
 
 
 class Stem(nn.Sequential):
-    """Two 2x2 convolutions of stride 2, each with batch normalization, and a ReLU after the second. It is no layer of the L."""
+    """Two 2x2 convolutions of stride 2, each batch-normalized, then a ReLU. Not one of the L."""
 
     def __init__(self, channels, width, bias):
-        first, second = (nn.Conv2d(inputs, width, 2, 2, bias=bias) for inputs in (channels, width))
+        first = nn.Conv2d(channels, width, 2, 2, bias=bias)
+        second = nn.Conv2d(width, width, 2, 2, bias=bias)
         super().__init__(first, batch_norm(first), second, batch_norm(second), nn.ReLU())
 
 
 class Block(nn.Module):
     """A residual layer, x -> relu(bn2(x + conv2(relu(bn1(conv1(x))))))."""
 
-    is_layer = True  # its output is a layer's representation, as that of an nn.ReLU is
+    is_layer = True  # its output is the representation of a layer, like the output of an nn.ReLU
 
     def __init__(self, width, bias):
         super().__init__()
@@ -36,7 +39,7 @@ class Block(nn.Module):
 
 
 def convbn(settings, input_shape, num_classes):
-    """CONVBN-`depth`-`width`: each layer is a 3x3 convolution with padding 1, batch normalization and a ReLU."""
+    """CONVBN-`depth`-`width`: a layer is a 3x3 convolution of padding 1, batch norm and a ReLU."""
 
     def layer(width, bias):
         return hidden_layer(nn.Conv2d(width, width, 3, padding=1, bias=bias), 'batch')
@@ -45,8 +48,12 @@ def convbn(settings, input_shape, num_classes):
 
 
 def convres(settings, input_shape, num_classes):
-    """CONVRES-`depth`-`width`: each layer is a residual block of two 3x3 convolutions."""
-    return _stemmed(lambda *arguments: [Block(*arguments)], settings, input_shape, num_classes)
+    """CONVRES-`depth`-`width`: a layer is a residual block of two 3x3 convolutions."""
+
+    def layer(width, bias):
+        return [Block(width, bias)]
+
+    return _stemmed(layer, settings, input_shape, num_classes)
 
 
 def _stemmed(layer, settings, input_shape, num_classes):
@@ -61,15 +68,15 @@ def _stemmed(layer, settings, input_shape, num_classes):
         BadInput: another normalization is set, or the image is too small for the stem.
     """
     if settings.normalization != 'batch':
-        norm = f'normalization = {settings.normalization!r}'
         raise BadInput(
-            f"{norm}: {settings.network} is made of batch normalization; set normalization = 'batch'"
+            f'normalization = {settings.normalization!r}: {settings.network} is made of batch '
+            "normalization; set normalization = 'batch'"
         )
     channels, height, width = input_shape
     if min(height, width) < 4:
-        image = f'an image of {height}x{width}'
         raise BadInput(
-            f'network = {settings.network!r}: {image} is too small for its stem, which wants 4x4 at least'
+            f'network = {settings.network!r}: an image of {height}x{width} is too small for its '
+            'stem, which needs at least 4x4'
         )
     layers = [Stem(channels, settings.width, settings.bias)]
     for _ in range(settings.depth):

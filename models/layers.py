@@ -7,22 +7,32 @@ from models.weight_norm import weight_norm
 
 
 def hidden_layer(linear, normalization):
-    """The modules of a layer: `linear` (Conv2d or Linear), its normalization (weight, batch or none), and a ReLU."""
+    """The modules of a hidden layer, as a list.
+
+    Args:
+        linear: its Conv2d or Linear module.
+        normalization: weight, batch or none.
+    """
     if normalization == 'weight':
         return [weight_norm(linear), nn.ReLU()]
-    return [linear, *([batch_norm(linear)] if normalization == 'batch' else []), nn.ReLU()]
+    if normalization == 'batch':
+        return [linear, batch_norm(linear), nn.ReLU()]
+    return [linear, nn.ReLU()]
 
 
 def batch_norm(linear):
     """Batch normalization of the outputs of a Conv2d or a Linear."""
-    return (nn.BatchNorm2d if isinstance(linear, nn.Conv2d) else nn.BatchNorm1d)(len(linear.weight))
+    channels = len(linear.weight)
+    if isinstance(linear, nn.Conv2d):
+        return nn.BatchNorm2d(channels)
+    return nn.BatchNorm1d(channels)
 
 
 class Flatten(nn.Flatten):
-    """nn.Flatten whose gradient comes back in the memory format of the maps, channels_last.
+    """nn.Flatten whose gradient is returned in the memory format of the maps, channels_last.
 
-    Without it the gradient has NCHW strides, over which the ReLU and the convolution before it run slowly. The values are equal
-    to the bit.
+    nn.Flatten returns it with NCHW strides, with which the backward passes of the ReLU and the
+    convolution before it are slow. The values are equal to the bit.
     """
 
     def forward(self, x):

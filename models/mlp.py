@@ -1,6 +1,5 @@
 """MLP-L-H: L linear layers of H neurons, each followed by a ReLU, then a linear classifier."""
 
-import itertools
 import math
 
 from torch import nn
@@ -16,10 +15,10 @@ def mlp(settings, input_shape, num_classes):
         input_shape: (channels, height, width) of an image.
         num_classes: number of outputs.
     """
-    sizes = [math.prod(input_shape)] + settings.depth * [settings.width]
+    inputs = math.prod(input_shape)
     layers = [nn.Flatten()]
-    for inputs, outputs in itertools.pairwise(sizes):
-        layers += hidden_layer(
-            nn.Linear(inputs, outputs, bias=settings.bias), settings.normalization
-        )
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes, bias=settings.bias))
+    for _ in range(settings.depth):
+        linear = nn.Linear(inputs, settings.width, bias=settings.bias)
+        layers += hidden_layer(linear, settings.normalization)
+        inputs = settings.width
+    return nn.Sequential(*layers, nn.Linear(inputs, num_classes, bias=settings.bias))

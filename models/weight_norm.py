@@ -1,8 +1,9 @@
-"""Weight normalization with one scalar a layer, W = g V / ||V|| (Salimans and Kingma 2016), and masks of a layer's weight.
+"""Weight normalization with one scalar per layer (Salimans and Kingma 2016), and masks.
 
-A mask M comes after weight normalization, and the entries of V that it kills are set to 0, so that in effect
-W = g (V * M) / ||V * M||. The gradient of a killed entry is 0, and so are its weight decay and its momentum once that is 0: it
-stays exactly 0 without any work at a step. A mask changes in place, so that a captured CUDA graph goes on reading it.
+The weight is W = g V / ||V||. A mask M applies to it, and the masked entries of V are set to 0, so
+that W = g (V * M) / ||V * M||. The gradient of a masked entry is 0, and so are its weight decay
+and, once it is 0, its momentum: the entry stays exactly 0 without any work per step. A mask changes
+in place, since a captured CUDA graph keeps its address.
 """
 
 import torch
@@ -17,7 +18,9 @@ class WeightNorm(nn.Module):
         return v * (g / torch.linalg.vector_norm(v))
 
     def right_inverse(self, weight):
-        return torch.linalg.vector_norm(weight), weight
+        norm = torch.linalg.vector_norm(weight)
+        # A zero weight has no direction: V becomes ones and g is 0, since V = 0 would give 0 / 0.
+        return norm, torch.where(norm == 0, 1, weight)
 
 
 class Mask(nn.Module):
@@ -28,50 +31,64 @@ class Mask(nn.Module):
         self.register_buffer('mask', torch.ones_like(weight, dtype=torch.bool))
 
     def forward(self, weight):
-        return torch.where(
-            self.mask, weight, 0
-        )  # unlike a product it keeps the strides, on which the last digits depend
+        # Unlike a product, `where` keeps the strides of the weight, on which last digits depend.
+        return torch.where(self.mask, weight, 0)
 
     def right_inverse(self, weight):
         return torch.where(self.mask, weight, 0)
 
 
 def weight_norm(layer):
-    """`layer`, its weight W parametrized as g V / ||V||; its value stays, and `layer.weight` is the effective weight."""
+    """Parametrizes the weight of a layer as g V / ||V||, without changing its value; returns it.
+
+    Afterwards `layer.weight` is the effective weight.
+    """
     parametrize.register_parametrization(layer, 'weight', WeightNorm())
     return layer
 
 
 def add_masks(net, settings):
-    """`net`, with a mask that kills none on each layer whose weights a setting can kill; made before the optimizer is."""
+    """Adds all-ones masks to the prunable layers, where a setting prunes; returns the network.
+
+    To be called before the optimizer is made, since masks change the names of parameters.
+    """
     if settings.density < 1 or settings.prune_rounds:
         layers = [module for module in net.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-        for layer in layers if settings.prune_layers == 'all' else layers[:-1]:
+        if settings.prune_layers != 'all':
+            layers.pop()  # the classifier
+        for layer in layers:
             parametrize.register_parametrization(layer, 'weight', Mask(layer.weight))
     return net
 
 
 def free_weight(layer):
-    """The parameter whose entries a mask kills: V of a weight-normalized layer with a mask, else the weight itself."""
+    """The parameter behind a masked weight: V of a weight-normalized layer, else W itself."""
     parametrizations = layer.parametrizations.weight
-    return parametrizations.original if parametrizations.is_tensor else parametrizations.original1
+    if parametrizations.is_tensor:
+        return parametrizations.original
+    return parametrizations.original1
 
 
 @torch.no_grad()
 def set_mask(layer, mask, keep_g=False):
-    """Kills the weights where `mask` (boolean, of the weight's shape) is False; a weight that returns starts at 0.
+    """Sets the mask of a layer; weights that it newly includes start at 0.
 
-    The other entries of the effective weight keep their values, for which g shrinks as ||V|| does. With `keep_g` g stays and
-    they grow instead: so an initial network keeps the norm of its layers, without which a sparse one may not learn at all.
-    Where all the weights that are left are 0, V is made of ones there and g is 0: a V of zeros has no direction.
+    Args:
+        layer: a layer with a mask.
+        mask: boolean tensor of the shape of its weight.
+        keep_g: False: the weights that stay keep their effective values, for which g shrinks as
+            ||V|| does. True: g stays and they grow instead. A new network so keeps the norms of its
+            layers, without which a sparse one may not learn.
     """
-    parametrizations, free = layer.parametrizations.weight, free_weight(layer)
-    norm = torch.linalg.vector_norm(free)
+    parametrizations = layer.parametrizations.weight
+    free = free_weight(layer)
+    before = torch.linalg.vector_norm(free)
     free.mul_(mask)
     if not parametrizations.is_tensor:
-        left = torch.linalg.vector_norm(free)
-        if not keep_g or left == 0:
-            parametrizations.original0.mul_(left / norm)
-        if left == 0:
+        after = torch.linalg.vector_norm(free)
+        if not keep_g or after == 0:
+            parametrizations.original0.mul_(after / before)
+        # Where only zeros stay, V has no direction: it becomes ones, with g = 0.
+        if after == 0:
             free.copy_(mask)
     parametrizations[-1].mask.copy_(mask)

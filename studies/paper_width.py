@@ -12,7 +12,6 @@ import sys
 import numpy as np
 import torch
 import torch.nn.functional as F
-from launch import get_inputs
 from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
@@ -20,10 +19,10 @@ from tqdm import tqdm
 from conf import load_settings
 from device import keep_freed_memory
 from evaluation import losses_and_margins, rounded_up
-from measures.chains import plain_layer
+from records import load_data
 from measures.norms import margin_error
 from measures.pac_bayes import certify, live_channels
-from measures.trace import trace_layers
+from measures.trace import plain_layer, trace_layers
 from models import get_network
 from models.layers import hidden_layer
 from models.weight_norm import Mask, set_mask
@@ -38,9 +37,7 @@ STAGES = [  # weights of the second and of the third convolution that stay, None
 
 
 def kernels_of(net, input_shape):
-    return [
-        layer.module.weight.detach().view(layer.shape) for layer in trace_layers(net, input_shape)
-    ]
+    return [layer.kernel.float() for layer in trace_layers(net, input_shape)]
 
 
 def chain(kernels, masks):

@@ -160,7 +160,7 @@ def measure(settings, dataset, device, repeats):
 
     layers = trace_layers(run.net, dataset.input_shape)
     flops = [
-        2 * math.prod(layer.shape) * math.prod(axis.shape[1] for axis in layer.taps)
+        2 * layer.weight.numel() * math.prod(axis.shape[1] for axis in layer.taps)
         for layer in layers
     ]
     pixels = len(dataset.train_images) + len(dataset.test_images)

@@ -69,10 +69,7 @@ def main(path):
     log_factor = (1 + (2 * log_there) ** 0.5) / (1 + (2 * log_here) ** 0.5)
     show('log factor: D log(2 max deg)', log_factor, 'our_bound')
 
-    weights = [
-        layer.module.weight.detach().double().flatten(1)
-        for layer in trace_layers(net, raw.input_shape)
-    ]
+    weights = [layer.weight.flatten(1) for layer in trace_layers(net, raw.input_shape)]
     reshaped = np.array([torch.linalg.matrix_norm(weight, 2).item() for weight in weights])
     print(
         f'{"operator norms over those of the reshaped kernels":60} {np.round(network.s / reshaped, 3)}'

@@ -204,10 +204,11 @@ def test_gram_is_that_of_explicit_toeplitz_rows(net, index, monkeypatch):
     chunks = room._layer_problem(layers[: index + 1], weights[:index], weights[: index + 1], IMAGES)
 
     modules = list(net)
-    cut = modules.index(layers[index].module)
+    layer = net.get_submodule(layers[index].name)
+    cut = modules.index(layer)
     maps = nn.Sequential(*modules[:cut])(IMAGES).detach()
-    targets = layers[index].module(maps).detach()
-    shape = layers[index].shape
+    targets = layer(maps).detach()
+    shape = layers[index].kernel.shape
     rows, columns = (torch.from_numpy(axis).double() for axis in layers[index].taps)
     maps = maps.view(len(maps), shape[1], rows.shape[2], columns.shape[2])
     phi = torch.einsum('nchw,aph,bqw->cabnpq', maps, rows, columns).flatten(3).flatten(0, 2)
@@ -347,7 +348,7 @@ def test_dead_channels_are_dropped():
         net[0].weight[2] = -net[0].weight[2].abs()  # never fires on images of positive pixels
     narrow, report = compress(net, IMAGES, 1e-6, 'none')
     assert report[0]['channels'] == 3
-    assert trace_layers(narrow, (1, 7, 7))[0].shape == (3, 1, 3, 3)
+    assert trace_layers(narrow, (1, 7, 7))[0].weight.shape == (3, 1, 3, 3)
 
 
 def test_digits_within_one_image_at_two_thirds_of_the_weights(digits, trained):
@@ -825,9 +826,9 @@ def test_networks_that_are_no_chain_are_refused_by_name():
     settings = settings_of(network='CONVRES', depth=1, width=4, normalization='batch')
     with pytest.raises(BadInput, match='add'):
         drop_dead(get_network(settings, (1, 16, 16), 10).eval())
-    with pytest.raises(BadInput, match='0 .conv.'):
+    with pytest.raises(BadInput, match='0 .Conv2d.'):
         drop_dead(nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Flatten(), nn.Linear(4, 3)))
-    with pytest.raises(BadInput, match='0 .linear.'):
+    with pytest.raises(BadInput, match='0 .Linear.'):
         drop_dead(nn.Sequential(nn.Linear(7, 3), nn.ReLU()))
 
 

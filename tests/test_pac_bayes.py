@@ -81,7 +81,7 @@ def error(net, images, labels):
 def measured(net, images, labels, prior=50, rank=8):
     """The table of `net` as it is, and its features and centred classifier in float64."""
     layers = trace_layers(net, tuple(images.shape[1:]))
-    kernels = [layer.module.weight.detach().double().view(layer.shape) for layer in layers]
+    kernels = [layer.kernel for layer in layers]
     kernels[-1] -= kernels[-1].mean(0)
     indices = torch.arange(len(images))
     data = {
@@ -287,7 +287,7 @@ def test_slack_and_derandomization(sample, hidden, bits):
     images, labels = sample[0][:400], sample[1][:400]
     net = fitted(hidden(), images, labels)
     layers = trace_layers(net, (1, 6, 6))[:-1]
-    kernels = [layer.module.weight.detach().double().view(layer.shape) for layer in layers]
+    kernels = [layer.kernel for layer in layers]
     kernels = [
         kernel / pac_bayes._operator_norm(kernel, layer) for kernel, layer in zip(kernels, layers)
     ]
@@ -546,7 +546,7 @@ def test_live_channels_alone_compute_the_function():
         nn.Linear(5, 3, bias=False),
     )
     layers = trace_layers(net, (1, 6, 6))
-    kernels = [layer.module.weight.detach().clone().view(layer.shape) for layer in layers]
+    kernels = [layer.kernel.float() for layer in layers]
     kernels[0][[1, 4]] = 0
     kernels[1][:, 2] = 0  # so channel 2 of the first layer feeds nothing
     kernels[1][3] = 0

@@ -117,7 +117,7 @@ def test_a_dataset(program):
         'def _two_splits(data_dir):\n'
         '    images = np.random.default_rng(0).integers(0, 9, (90, 1, 6, 6), dtype=np.uint8)\n'
         '    for part in (slice(0, 60), slice(60, 90)):\n'
-        "        yield 'two', images[part], images[part].sum((1, 2, 3)) % 2\n\n\n"
+        "        yield images[part], images[part].sum((1, 2, 3)) % 2\n\n\n"
         "DATASETS = {\n    'two': (_two_splits, (1, 6, 6), 2, 8),\n",
     )
     edit(folder / 'conf' / '__init__.py', "'CIFAR100', 'digits')", "'CIFAR100', 'digits', 'two')")

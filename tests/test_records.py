@@ -17,7 +17,6 @@ from conftest import (
     refused,
     resume,
     rows,
-    run,
     same,
     start,
     succeeds,

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from conf import BadInput
-from measures.chains import Plain, sequential
 from measures.pac_bayes import CHOICES
+from measures.trace import Layer, sequential
 
 # kernels: list of (out, in, k, k) int64 tensors; geometry: (stride, padding) of each; gain: which of GAINS powers of the
 # frequency the features are multiplied by. The classifier, int64: hidden (H, channels, q, q), the units that read the
@@ -300,7 +300,7 @@ def coded_network(code, input_shape):
     """
     layers, size = [], input_shape[1:]
     for kernel, (stride, padding) in zip(code.kernels, code.geometry):
-        layers.append(Plain(kernel.double(), None, True, {'stride': stride, 'padding': padding}))
+        layers.append(Layer(kernel.double(), None, True, {'stride': stride, 'padding': padding}))
         size = [(n + 2 * padding - kernel.shape[2]) // stride + 1 for n in size]
     q, classes = code.direct.shape[2], torch.eye(len(code.direct), dtype=torch.int64)
     vertical, horizontal = (_cosines(n, q) for n in size)
@@ -308,7 +308,7 @@ def coded_network(code, input_shape):
     first = torch.einsum('rcuv,ui,vj->rcij', units, vertical, horizontal).flatten(1)
     last = torch.cat([code.head, DIRECT * classes, -DIRECT * classes], 1)
     return sequential(
-        [*layers, Plain(first.double(), None, True, {}), Plain(last.double(), None, False, {})]
+        [*layers, Layer(first.double(), None, True, {}), Layer(last.double(), None, False, {})]
     )
 
 

@@ -70,8 +70,10 @@ def rounded(net, input_shape, classes):
     """
     layers = trace_layers(net, input_shape)
     for layer in layers[:-1]:
-        square = all(len(set(pair)) == 1 for pair in (layer.shape[2:], layer.stride, layer.padding))
-        if not isinstance(layer.module, torch.nn.Conv2d) or not square or layer.dilation != (1, 1):
+        how = layer.geometry
+        pairs = layer.kernel.shape[2:], how.get('stride', ()), how.get('padding', ())
+        square = all(len(set(pair)) == 1 for pair in pairs)
+        if not square or how['dilation'] != (1, 1):
             raise BadInput(
                 f'{layer.name}: a message has convolutions of square kernels alone, without dilation'
             )
@@ -82,7 +84,9 @@ def rounded(net, input_shape, classes):
         (kernel * (SIZE / kernel[kernel != 0].square().mean().sqrt())).round().long()
         for kernel in live[:-1]
     ]
-    geometry = [(layer.stride[0], layer.padding[0]) for layer in layers[:-1]]
+    geometry = [
+        (layer.geometry['stride'][0], layer.geometry['padding'][0]) for layer in layers[:-1]
+    ]
     code = unfitted(kernels, geometry, input_shape[0], classes)
     encode(code)
     return code

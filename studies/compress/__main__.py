@@ -29,11 +29,18 @@ from conf import BEFORE, ROOT, BadInput, Parser, settings_text
 from datasets import DATASETS, fingerprint
 from device import choose_precision, guarded, keep_freed_memory
 from evaluation import evaluate
-from measures.chains import Plain, plain, plain_layers, sequential
 from measures.masks import drop_dead
 from measures.norms import measure_data
 from measures.pac_bayes import COLUMNS as CERTIFICATES
-from measures.trace import plain_copy, trace_layers, weight_layers
+from measures.trace import (
+    Layer,
+    folded,
+    folded_layers,
+    plain_copy,
+    sequential,
+    trace_layers,
+    weight_layers,
+)
 from models import get_network
 from records import (
     csv_line,
@@ -66,14 +73,14 @@ def save(path, net, input_shape, settings=None):
 
     Args:
         settings: those by which `get_network` makes the network that it was narrowed from, any one; without them it must be
-            a chain, as `plain_layers` takes it.
+            a chain, as `folded_layers` takes it.
     """
     saved = {'input_shape': list(input_shape)}
     if settings:
         state = {name: tensor.to('cpu') for name, tensor in plain_copy(net).state_dict().items()}
         save_checkpoint(path, saved | {'settings': vars(settings), 'network': state})
         return
-    layers, dtype = plain_layers(net), next(net.parameters()).dtype
+    layers, dtype = folded_layers(net), next(net.parameters()).dtype
     saved['weights'] = [layer.weight.to('cpu', dtype) for layer in layers]
     saved['biases'] = [
         None if layer.bias is None else layer.bias.to('cpu', dtype) for layer in layers
@@ -116,7 +123,7 @@ def _chain(saved):
         how if weight.ndim == 4 else {} for how, weight in zip(geometry, weights, strict=True)
     ]
     return sequential(
-        Plain(*layer) for layer in zip(weights, biases, rectified, geometry, strict=True)
+        Layer(*layer) for layer in zip(weights, biases, rectified, geometry, strict=True)
     )
 
 
@@ -172,7 +179,7 @@ def narrower(net, images, lam, options):
         )
         return plain_copy(net), [reports[name] for name in options.layer if lam]
     if not options.lam:
-        return plain(net), []
+        return folded(net), []
     return (
         compress(net, images, lam, options.refit)
         if lam
@@ -300,7 +307,7 @@ def run(options):
         for name in options.layer:
             linear_layer(net, name)
         if not options.layer:
-            trace_layers(net, dataset.input_shape) if options.lam else plain_layers(net)
+            trace_layers(net, dataset.input_shape) if options.lam else folded_layers(net)
         notes += said
         sources.append((net, settings, place))
     for note in notes:

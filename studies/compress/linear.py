@@ -8,18 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from conf import BadInput
-from measures.steps import folded_norm
-from measures.trace import (
-    RELUS,
-    averages,
-    evaluation_mode,
-    flattens,
-    hooked,
-    images_per_pass,
-    make_plain,
-    trace,
-    viewed_as,
-)
+from measures.steps import RELUS, averages, flattens, folded_norm, trace, viewed_as
+from measures.trace import evaluation_mode, hooked, images_per_pass, make_plain
 from studies.compress.narrow import CHUNK, check_fit, evenly, fit_layer, problem_of
 
 # What each channel passes through on its own, so that it can be cut together with what makes it: types of modules, and

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from conf import BadInput
-from measures.chains import Plain, sequential
-from measures.trace import features, trace_layers
+from measures.trace import features, sequential, trace_layers
 from studies.compress.lasso import group_lasso, norms, ridge, scaled, squared_residual
 
 FIT_IMAGES = 10_000  # at most so many are fitted to, evenly spaced
@@ -31,7 +30,7 @@ def balance(net, input_shape):
         An nn.Sequential of plain layers.
     """
     layers, weights = _tensors(net, input_shape)
-    return _narrow(layers, _balanced(weights))
+    return _narrow(net, layers, _balanced(weights))
 
 
 @torch.no_grad()
@@ -76,7 +75,7 @@ def compress(net, images, lam, refit='ridge', tolerance=1e-3):
         report.append(row)
         V = V[:, kept].unflatten(2, narrow[index].shape[2:])
         narrow = _balanced([*narrow[: index - 1], narrow[index - 1][kept], V, *narrow[index + 1 :]])
-    return _narrow(layers, narrow), report
+    return _narrow(net, layers, narrow), report
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -157,7 +156,7 @@ def problem_of(batches, groups):
 def _layer_problem(layers, narrow, original, images):
     """The problem of the last of `layers`: fit its original pre-activations to the features of the narrow ones before it."""
     *before, layer = layers
-    positions, taps = layer.taps[0].shape[1] * layer.taps[1].shape[1], math.prod(layer.shape[2:])
+    positions, taps = layer.taps[0].shape[1] * layer.taps[1].shape[1], math.prod(layer.kernel.shape[2:])
     columns = len(narrow[-1]) * taps
 
     def batches():
@@ -166,11 +165,7 @@ def _layer_problem(layers, narrow, original, images):
         ):
             targets = layer.forward(original[-1].to(batch.dtype), features(before, original, batch))
             phi = F.unfold(
-                features(before, narrow, batch),
-                layer.shape[2:],
-                layer.dilation,
-                layer.padding,
-                layer.stride,
+                features(before, narrow, batch), layer.kernel.shape[2:], **layer.geometry
             )
             yield (maps.flatten(2).transpose(0, 1).flatten(1) for maps in (phi, targets))
 
@@ -180,13 +175,7 @@ def _layer_problem(layers, narrow, original, images):
 def _tensors(net, input_shape):
     """The layers of a network and their weights, each as a convolution's (out, in, h, w) in float64."""
     layers = trace_layers(net, input_shape)
-    weights = [layer.kernel for layer in layers]
-    for layer, weight in zip(layers, weights):
-        if not weight.isfinite().all():
-            raise BadInput(
-                f'{type(net).__name__}: the weights of {layer.name} contain NaN or infinity'
-            )
-    return layers, weights
+    return layers, [layer.kernel for layer in layers]
 
 
 def _balanced(weights, tolerance=1e-12):
@@ -207,17 +196,10 @@ def _balanced(weights, tolerance=1e-12):
     return weights
 
 
-def _narrow(layers, weights):
-    """The chain of plain layers with these weights (out, in, h, w), of the dtype of the traced ones."""
-    chain = []
-    for layer, weight in zip(layers, weights):
-        conv = layer.module.weight.ndim == 4
-        geometry = (
-            {field: getattr(layer, field) for field in ('stride', 'padding', 'dilation')}
-            if conv
-            else {}
-        )
-        chain.append(
-            Plain(weight if conv else weight.flatten(1), None, layer is not layers[-1], geometry)
-        )
-    return sequential(chain).to(layers[0].module.weight.dtype)
+def _narrow(net, layers, weights):
+    """The chain of plain layers with these weights (out, in, h, w), of the dtype of a network."""
+    chain = [
+        layer._replace(weight=weight.flatten(1) if layer.is_linear else weight)
+        for layer, weight in zip(layers, weights)
+    ]
+    return sequential(chain).to(next(net.parameters()).dtype)
