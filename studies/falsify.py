@@ -54,7 +54,7 @@ DRAWS = 20  # of all signs
 MOST_FEATURES = 1000  # up to which their matrix of second moments is computed
 
 
-def plain(net):
+def double_copy(net):
     """A copy in float64 whose effective weights are its parameters."""
     net = copy.deepcopy(net).double().requires_grad_(False)
     for module in net.modules():
@@ -67,7 +67,7 @@ def random_tables(net, data):
     """Tables of two random networks of this geometry, each with its classifier times 1, 2, 4."""
     tables = []
     for seed in (0, 1):
-        net, generator = plain(net), torch.Generator().manual_seed(seed)
+        net, generator = double_copy(net), torch.Generator().manual_seed(seed)
         for weight in net.parameters():
             weight.normal_(generator=generator)
         for _ in range(3):
@@ -114,7 +114,7 @@ def network_of(kernels, input_shape, classes):
     features = net(torch.ones(1, *input_shape).double()).numel()
     net.append(nn.Linear(features, classes, bias=False))
     nn.init.ones_(net[-1].weight)
-    return plain(net)
+    return double_copy(net)
 
 
 @torch.no_grad()
@@ -149,7 +149,7 @@ def lower_bounds(net, images, classes):
     the constant of Latala and Oleszkiewicz), and by Hoelder's inequality at least
     (E||S||^2)^(3/2) / (E||S||^4)^(1/2) = sqrt(C t / (1 + 2 r2 / C)).
     """
-    net, m = plain(net), len(images)
+    net, m = double_copy(net), len(images)
     table = measure_network(net, images.shape[1:])
     generator = torch.Generator().manual_seed(0)
     energy = gram = fourth = sums = 0.0
