@@ -538,7 +538,7 @@ def test_comparative_script(tmp_path, capsys):
         columns = 'epoch', 'train_error', 'test_error', 'generalization_gap'
         cells = (0, 0.9, 0.9, 0), (200, 0.004, 0.08, 0.076)
         write_rows(folder / 'metrics.csv', [dict(zip(columns, row, strict=True)) for row in cells])
-    comparative.main(tmp_path, eps=0.01, alpha=0.1)
+    comparative.main([str(tmp_path), '--eps', '0.01', '--alpha', '0.1'])
     lines = [line.split(':', 1)[1].strip() for line in capsys.readouterr().out.splitlines()[:-1]]
     assert lines == [
         '2 draws of (S1, S2), 2 networks each',
@@ -552,7 +552,7 @@ def test_comparative_script(tmp_path, capsys):
     ]
     write_rows(folder / 'layers.csv', layers[1:2])
     with pytest.raises(BadInput, match='finish it with --resume'):
-        comparative.main(tmp_path, eps=0.01, alpha=0.1)
+        comparative.main([str(tmp_path), '--eps', '0.01', '--alpha', '0.1'])
     (tmp_path / 'global_settings.py').write_text(settings_text(sweep | {'width': [100, 200]}, []))
     with pytest.raises(BadInput, match='also varies width'):
-        comparative.main(tmp_path, eps=0.01, alpha=0.1)
+        comparative.main([str(tmp_path), '--eps', '0.01', '--alpha', '0.1'])
