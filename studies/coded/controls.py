@@ -117,7 +117,7 @@ def draw(folder):
     axes.barh(names, bounds, color=colors, label='proven error')
     axes.plot(tests, names, 'k|', markersize=14, label='test error')
     for name, bound in zip(names, bounds, strict=True):
-        end = min(bound, 0.27), name
+        end = min(bound, 0.26), name
         text = f'{rounded_up(bound):.4f}'
         axes.annotate(text, end, (3, 0), textcoords='offset points', va='center')
     axes.set_xlim(0, 0.3)
