@@ -405,7 +405,7 @@ def test_no_bound_is_below_the_error_on_random_labels(digits):
         solution = torch.linalg.lstsq(features, targets, driver='gelsd').solution
         fitted = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
         fitted[1].weight, fitted[1].bias = map(nn.Parameter, (solution[:64].T, solution[64]))
-        itself = certify_by_disagreement(coded, message, images, labels, held_out)
+        itself = certify_by_disagreement(coded, message, images, labels, held_out, delta=0.5)
         assert 0.9 <= itself.bound < 1 and itself.differ == 0
         assert certify_by_disagreement(fitted, message, images, labels, held_out).bound >= 0.9
 
