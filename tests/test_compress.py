@@ -23,7 +23,7 @@ import models
 from conf import BadInput
 from measures.masks import neuron_norms
 from measures.norms import classification_margins, measure_data, measure_network
-from measures.pac_bayes import test_set_bound as set_bound
+from measures.tails import test_set_bound as set_bound
 from measures.trace import trace_layers
 from models import get_network
 from models.weight_norm import weight_norm
