@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from conf import load_launch, run_program
-from studies.interim import last_rows
+from figures import last_rows
 from studies.report import new_figure, plot_range, print_table, read_finished, save, study_parser
 
 ERROR = 0.08
