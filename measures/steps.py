@@ -316,8 +316,7 @@ def _argument(node, position, name, default):
 
 
 def walk(net):
-    """The structure of a network's forward pass in evaluation mode, as a list of Step without
-    weights.
+    """The structure of a network's forward pass in evaluation mode: Steps without weights.
 
     The first step is the input, the last one the output. What changes nothing is no step, and a
     mean over all positions is two, an average pooling and a flattening. What is not covered is a
@@ -389,8 +388,7 @@ def _fold(layer, norm):
 
 
 def _doubles(what, *tensors):
-    """Copies of tensors, or of None, in float64. On torch's device `meta`, which has shapes alone,
-    any values will do."""
+    """Float64 copies of tensors, or of None; they must be finite, except on `meta`, of shapes only."""
     copies = []
     for tensor in tensors:
         if tensor is not None:
@@ -411,8 +409,7 @@ def folded_norm(norm, what):
 
 
 def _understood(node, module, first):
-    """(ops, nodes that are read, obstacle or None) of a traced node; `ops` are the `op` of a Step
-    each."""
+    """(ops of its steps, nodes that it reads, obstacle or None) of a traced node."""
     try:
         ops = _ops(node, module, first)
         kind = ops[0][0] if ops else None

@@ -23,6 +23,8 @@ from measures.steps import (
     walk,
 )
 
+# The arguments of a convolution that shape its maps, with their defaults.
+_GEOMETRY = {'stride': (1, 1), 'padding': (0, 0), 'dilation': (1, 1)}
 _CHAINS = 'expected convolutions, a flattening, linear layers, and ReLUs after them'
 _THEOREMS = 'the theorems are about bias-free networks of Conv2d, ReLU, Flatten and Linear'
 
@@ -33,14 +35,14 @@ _THEOREMS = 'the theorems are about bias-free networks of Conv2d, ReLU, Flatten 
 
 
 class Layer(NamedTuple):
-    """A layer of a chain in float64: a convolution, or a linear layer as a convolution whose kernel
-    covers the whole map.
+    """A layer of a chain in float64.
 
     `weight` is (out, in, h, w) of a convolution, (out, in) of a linear layer, and `bias` (out,) or
     None; `rectified` says whether a ReLU follows; `geometry` has a convolution's arguments stride,
     padding and dilation. `trace_layers` adds `taps`: for the vertical and the horizontal axis the
     boolean array (kernel, outputs, inputs) that says which tap of which output position reads which
-    input position; a tap that lies in the padding reads none.
+    input position; a tap that lies in the padding reads none. There a linear layer is a convolution
+    whose kernel covers the whole map.
     """
 
     weight: torch.Tensor
@@ -65,8 +67,7 @@ class Layer(NamedTuple):
         return self.weight.reshape(len(self.weight), -1, *(axis.shape[0] for axis in self.taps))
 
     def forward(self, kernel, maps):
-        """The pre-activations (N, out, h', w') with another kernel, (out, in, h, w), on maps (N,
-        in, H, W)."""
+        """The pre-activations (N, out, h', w') of maps (N, in, H, W), with this kernel."""
         if self.is_linear:
             return (maps.flatten(1) @ kernel.flatten(1).T)[:, :, None, None]
         return F.conv2d(maps, kernel, **self.geometry)
@@ -118,8 +119,7 @@ def trace_layers(net, input_shape):
 
 
 def not_covered(net, input_shape):
-    """Why the theorems about bias-free chains do not cover a network, in one line; None if they
-    do."""
+    """Why the theorems about bias-free chains do not cover a network; None if they do."""
     try:
         trace_layers(net, input_shape)
     except BadInput as error:
@@ -127,8 +127,7 @@ def not_covered(net, input_shape):
 
 
 def folded_layers(net):
-    """The layers of a network in evaluation mode, batch normalization folded in, as a list of Layer
-    without taps.
+    """The layers of a chain in evaluation mode with batch norms folded in: Layers without taps.
 
     Args:
         net: a chain of Conv2d or Linear, each followed by batch normalization, by a ReLU, by both
@@ -141,9 +140,6 @@ def folded_layers(net):
     return _chain(net, forward_steps(net))
 
 
-_GEOMETRY = {'stride': (1, 1), 'padding': (0, 0), 'dilation': (1, 1)}
-
-
 def _chain(net, steps, bias_free=False):
     """The layers of steps that are a chain; what keeps them from being one is refused by name.
 
@@ -153,44 +149,54 @@ def _chain(net, steps, bias_free=False):
     layers, flat, obstacles = [], False, []
     for number, step in enumerate(steps[1:]):
         kind, *how = step.op
-        reason = step.obstacle
-        if step.inputs != (number,):
-            reason = reason or (
-                ': does not read the layer before it alone; skip connections are not covered'
+        reasons = [step.obstacle] if step.obstacle else []
+        if step.inputs != (number,) and not reasons:
+            reasons.append(
+                ': does not read the step before it alone; skip connections are not covered'
             )
         elif kind in ('conv', 'linear'):
-            if kind == 'conv' and (flat or how[3] != 1 or isinstance(how[1], str)):
-                reason = ': only ungrouped convolutions, padded with a number of zeros, are covered'
-            if kind == 'linear' and not flat:
-                reason = ': expected a linear layer on the flattened map'
+            reasons += _layer_obstacles(step, flat)
             if bias_free and step.module.bias is not None:
-                reason = ' has a bias'
-            elif bias_free and layers and not layers[-1].rectified:
-                reason = ' follows a layer without a ReLU between them'
-            elif step.weight is not None and not step.weight.numel():
-                reason = ' has no weights'
-            layers.append(
-                Layer(step.weight, step.bias, False, dict(zip(_GEOMETRY, how)), step.name)
-            )
+                reasons.append(' has a bias')
+            if bias_free and layers and not layers[-1].rectified:
+                reasons.append(' follows a layer without a ReLU between them')
+            geometry = dict(zip(_GEOMETRY, how))
+            layers.append(Layer(step.weight, step.bias, False, geometry, step.name))
         elif kind == 'flatten':
             flat = True
             if how not in ([1, -1], [1, 3]):
-                reason = ': flattens other than the dimensions 1 to -1'
+                reasons.append(': flattens other than the dimensions 1 to -1')
         elif kind == 'relu' and how == [0]:
-            if layers:
-                layers[-1] = layers[-1]._replace(rectified=True)
+            if not layers:
+                reasons.append(' comes before the first layer; rectify the images instead')
             else:
-                reason = ' comes before the first layer; give the network rectified images instead'
-        elif kind != 'output':
-            reason = reason or ': not covered'
-        if reason:
-            obstacles.append((step.what, reason))
+                layers[-1] = layers[-1]._replace(rectified=True)
+        elif kind != 'output' and not reasons:
+            reasons.append(': not covered')
+        obstacles += [(step.what, reason) for reason in reasons]
     if not layers:
         obstacles.append(('it', ' has no Conv2d or Linear module'))
     elif bias_free and (layers[-1].geometry or layers[-1].rectified):
         obstacles.append(('its last layer', ' is not a linear classifier'))
     refuse(net, obstacles, _THEOREMS if bias_free else _CHAINS)
     return layers
+
+
+def _layer_obstacles(step, flat):
+    """Why a convolution or a linear layer cannot be a layer of a chain, as a list of reasons."""
+    kind, *how = step.op
+    reasons = []
+    if kind == 'conv':
+        _, padding, _, groups = how
+        if flat or groups != 1 or isinstance(padding, str):
+            reasons.append(
+                ': only ungrouped convolutions, padded with a number of zeros, are covered'
+            )
+    elif not flat:
+        reasons.append(': expected a linear layer on the flattened map')
+    if step.weight is not None and not step.weight.numel():
+        reasons.append(' has no weights')
+    return reasons
 
 
 def _taps(size, kernel, stride, padding, dilation):

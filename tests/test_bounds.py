@@ -442,8 +442,8 @@ REFUSED = {
     'skip': (Forward(skip, conv=conv(1, 1, 3, padding=1), fc=linear(64, 10)), 'skip connections'),
     'batch norm': ([conv(1, 2, 2), nn.BatchNorm2d(2), nn.ReLU()], '1 (BatchNorm2d): not covered'),
     'groups': (
-        [conv(1, 2, 2), nn.ReLU(), conv(2, 2, 2, groups=2)],
-        '2 (Conv2d): only ungrouped',
+        [conv(1, 2, 2), nn.ReLU(), conv(2, 2, 2, groups=2, bias=True)],
+        'number of zeros, are covered; 2 (Conv2d) has a bias; its last layer is not a linear',
     ),
     'circular': (
         [conv(1, 2, 3, padding=1, padding_mode='circular')],
