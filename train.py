@@ -83,7 +83,8 @@ def request_stop(number, frame):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C kills
     stop = stop or number
     if not busy:
-        os.write(2, stopped_message().encode())  # not print, which is not safe in a handler
+        if PARENT not in os.environ:  # else the parent says it
+            os.write(2, stopped_message().encode())  # not print, which is not safe in a handler
         os._exit(128 + number)
 
 
