@@ -84,7 +84,7 @@ def schedule(settings):
 
 
 def due(epoch, every, last=None):
-    """Whether what is done every `every` epochs, and after the last one, is due now; 0: never."""
+    """True at multiples of `every` and at `last`; never if `every` is 0."""
     return every > 0 and (epoch % every == 0 or epoch == last)
 
 
@@ -94,7 +94,7 @@ def at_target(settings, train_loss):
 
 
 def last_epoch(settings, epoch, train_loss):
-    """The last epoch of a training, as far as this epoch with this training loss tells."""
+    """This epoch if its training loss met target_loss, else settings.epochs."""
     return epoch if at_target(settings, train_loss) else settings.epochs
 
 
@@ -126,7 +126,7 @@ def is_finished(settings, rows):
 
 
 def no_certificate(settings):
-    """Why the training samples are not i.i.d. and at least 10, as certificates need; None if so.
+    """Why no certificate is possible (samples not i.i.d., or fewer than 10); None if it is.
 
     Augmentation is no reason: a certificate holds for any training on the sample, and the error
     that it bounds is measured on the sample as it is.

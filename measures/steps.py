@@ -388,7 +388,7 @@ def _fold(layer, norm):
 
 
 def _doubles(what, *tensors):
-    """Float64 copies of tensors, or of None; they must be finite, except on `meta`, of shapes only."""
+    """Float64 copies of tensors, or of None; they must be finite, but for those on `meta`."""
     copies = []
     for tensor in tensors:
         if tensor is not None:
