@@ -163,8 +163,7 @@ class _Tracer(fx.Tracer):
 
 @contextlib.contextmanager
 def traced_once():
-    """In what it encloses or decorates, each network is traced once. Its weights may change in
-    there, its modules may not."""
+    """Traces each network once in what it encloses or decorates; modules must not change there."""
     token = _traced.set({})
     try:
         yield
@@ -271,8 +270,7 @@ def viewed_as(node):
 
 
 def _is_batch_by_rest(shape):
-    """Whether a traced shape is (number of samples, -1), or has a number, which can be no other, in
-    the place of -1."""
+    """Whether a traced shape is (number of samples, -1), or (number of samples, a number)."""
     if len(shape) != 2 or not isinstance(shape[1], int) or not isinstance(shape[0], fx.Node):
         return False
     size = shape[0]
@@ -285,8 +283,7 @@ def _is_batch_by_rest(shape):
 
 
 def flattens(node, module):
-    """The dimensions (first, last) that a traced node flattens, or None where it does something
-    else."""
+    """The dimensions (first, last) that a traced node flattens, or None if it is no flattening."""
     if isinstance(module, nn.Flatten):
         return module.start_dim, module.end_dim
     if node.op == 'call_module' or node.target not in FLATTENS:
@@ -388,7 +385,7 @@ def _fold(layer, norm):
 
 
 def _doubles(what, *tensors):
-    """Float64 copies of tensors, or of None; they must be finite, except on `meta`, of shapes only."""
+    """Float64 copies of tensors, or of None, which must be finite (`meta` has shapes only)."""
     copies = []
     for tensor in tensors:
         if tensor is not None:

@@ -181,8 +181,9 @@ def test_dead_channels_of_transposed_convolutions():
         lambda self, x: self.last(torch.stack([x, self.a(x)], 1).flatten(1)),
         lambda self, x: self.last(self.a(x).roll(1, 1).flatten(1)),
         lambda self, x: self.last(self.a(x).flatten(2)),
+        lambda self, x: self.last(self.a(x)),
     ],
-    ids=['cat', 'stack', 'roll', 'positions'],
+    ids=['cat', 'stack', 'roll', 'positions', 'columns'],
 )
 def test_where_channels_lose_their_order_none_is_called_dead(forward):
     net = Forward(forward, a=nn.Conv2d(2, 2, 1), last=nn.Linear(16, 3))
