@@ -44,6 +44,12 @@ _MAPS = {
     nn.Upsample: ('mean', F.interpolate, 'size', 'scale_factor', 'mode', 'align_corners',
                   'recompute_scale_factor'),
 }  # fmt: skip
+# Options of these modules, with the values that are covered.
+_OPTIONS = {
+    'padding_mode': ('zeros',),
+    'mode': ('nearest', 'nearest-exact', 'bilinear'),
+    'return_indices': (False,),
+}
 _FUNCTIONS = {
     torch.max_pool2d: nn.MaxPool2d,
     F.max_pool2d: nn.MaxPool2d,
@@ -453,20 +459,15 @@ def _ops(node, module, first):
         if options.pop('antialias', False):
             raise NotCovered(': antialias is not covered')
         module = _FUNCTIONS[node.target](*node.args[1:], **options)
-    for kind, (op, *names) in _LAYERS.items():
+    for kind, (op, *how) in (_LAYERS | _MAPS).items():
         if isinstance(module, kind):
-            mode = getattr(module, 'padding_mode', 'zeros')
-            if mode != 'zeros':
-                raise NotCovered(f": padding_mode = '{mode}' is not covered, only zeros")
-            return [(op, *(getattr(module, name) for name in names))]
-    for kind, (op, function, *names) in _MAPS.items():
-        if isinstance(module, kind):
-            mode = getattr(module, 'mode', 'nearest')
-            if mode not in ('nearest', 'nearest-exact', 'bilinear'):
-                raise NotCovered(f": mode = '{mode}' is not covered, only nearest and bilinear")
-            if getattr(module, 'return_indices', False):
-                raise NotCovered(': return_indices is not covered')
-            return [(op, function, *(getattr(module, name) for name in names))]
+            for option, covered in _OPTIONS.items():
+                value = getattr(module, option, covered[0])
+                if value not in covered:
+                    only = ', '.join(map(str, covered))
+                    raise NotCovered(f': {option} = {value!r} is not covered, only {only}')
+            how = [getattr(module, what) if isinstance(what, str) else what for what in how]
+            return [(op, *how)]
     if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
         if module.running_mean is None:
             raise NotCovered(_NO_STATISTICS)
