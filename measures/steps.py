@@ -110,10 +110,11 @@ class Step(
 ):
     """A step of the forward pass.
 
-    `name` and `module` (None: a function) are those of the network; `op` says what the step does,
-    as a tuple that two networks of the same structure share; `inputs` are the indices of the steps
-    that it reads; `obstacle` is why it is not covered, or None. `forward_steps` adds weight and
-    bias, float64 copies with batch normalization folded in, and `norm`, the name of the batch norm.
+    `name` and `module` (None: a function) name its part of the network; `op` says what the step
+    does, as a tuple that two networks of the same structure share; `inputs` are the indices of the
+    steps that it reads; `obstacle` is why it is not covered, or None. `forward_steps` adds weight
+    and bias, float64 copies with batch normalization folded in, and `norm`, the name of the batch
+    norm.
     """
 
     @property
@@ -129,7 +130,7 @@ def refuse(net, obstacles, covered):
 
 
 def _listed(obstacles):
-    """Obstacles (what, reason) in one line, those of the same reason together."""
+    """Obstacles (what, reason) in one line, grouped by reason."""
     reasons = {}
     for what, reason in obstacles:
         reasons.setdefault(reason, {})[what] = None
