@@ -306,6 +306,7 @@ def epochs_picture(caption, runs, columns, ylabel, set_axis, levels=None):
         table = table | {'absolute_gap': np.abs(table['generalization_gap'])}
         plot(panel, epoch_axis(panel, table, settings), table, columns)
         network = settings.dataset_name, settings.network, settings.depth, settings.width
+        # The paper's levels are drawn outside of the panel, at its right edge.
         if levels and network in PAPER_NETWORKS:
             for column, limits in levels.items():
                 if np.isnan(table[column]).all():
@@ -350,7 +351,7 @@ def sweep_picture(runs):
 
 def density_picture(runs):
     """The last row of each finished pruning round against the share of weights that are left."""
-    caption = 'Networks at the end of each pruning round; bounds relative to those of round 0'
+    caption = 'Networks at the end of each pruning round; bounds relative to round 0'
     bounds = ['our_bound', 'corrected_bound', 'path_bound', *own_bounds()]
     runs = [run for run in runs if run[1]['round'].any()]
     groups = []
@@ -372,7 +373,7 @@ def density_picture(runs):
 
 def compress_picture(networks, folder):
     """Narrower networks, from compress.csv, against their number of weights."""
-    caption = 'Networks with fewer channels; bounds relative to those of the source'
+    caption = 'Networks with fewer channels; bounds relative to the source'
     bounds = [*SWEPT_BOUNDS, *own_bounds()]
     groups = []
     for settings in networks:
@@ -487,6 +488,7 @@ def layers_picture(runs, folder):
     kinds = {'ncc_error': 'NCC accuracy', 'cdnv': 'CDNV'}  # of columns of layers.csv
     if any(np.isfinite(layers['train_probe_error']).any() for _, _, layers in learned):
         kinds['probe_error'] = 'linear-probe accuracy'
+    # A column of panels per value of the other knobs, a color per value of the first.
     first, *others = varied(learned) or ['name']
     groups, names = grouped(learned, others), list(grouped(learned, [first]))
     figure, panels = grid(caption, list(groups), list(kinds.values()), 2.4)
@@ -573,7 +575,7 @@ def grid(caption, titles, ylabels, height):
         titles: of which only the first are shown if there would be more than MOST_PANELS.
         height: of a panel, in inches.
     Returns:
-        (figure, array of panels (ylabels, titles)); those of one ylabel share their y axis.
+        (figure, array of panels (ylabels, titles)); panels of a ylabel share their y axis.
     """
     import matplotlib.figure  # the object interface only: no display and no global state
 
@@ -585,6 +587,7 @@ def grid(caption, titles, ylabels, height):
     rows = -(-len(shown) // columns) * len(ylabels)
     figure = matplotlib.figure.Figure(figsize=(PAGE, height * rows), layout='constrained')
     figure.suptitle(caption)
+    # Row by row of titles; within such a row there is a row of panels for each ylabel.
     panels = np.empty((len(ylabels), len(shown)), dtype=object)
     for number, title in enumerate(shown):
         row, column = divmod(number, columns)
@@ -651,6 +654,8 @@ def power_axis(panel):
 
     panel.set_yscale('log', base=2)
     low, high = np.log2(panel.get_ylim())
+    # Multiples of a round number, so that 0 is among the powers; the outer ones only if they are
+    # needed for a second tick, since a tick widens the axis.
     locator = matplotlib.ticker.MaxNLocator(9, integer=True, steps=[1, 2, 5, 10])
     powers = locator.tick_values(math.floor(low), math.ceil(high))
     inside = powers[(powers >= low) & (powers <= high)]
@@ -704,7 +709,7 @@ def place_ticks(panel, places, text, room):
 
     A text that would touch the one before it is omitted; `room` is the letters that the axis has.
     """
-    at = places
+    at = places  # where they are seen on the axis
     if places[0] > 0 and places[-1] >= 4 * places[0]:
         panel.set_xscale('log', base=2)
         at = np.log2(places)
@@ -722,6 +727,7 @@ def finish(figure, panels):
     """Adds the legend below the panels, in up to four columns; the figure grows by its height."""
     import matplotlib.lines
 
+    # Each curve once, however many panels it is in; then the marks that are there.
     handles = {line.get_label(): line for line in labelled(panels.flat)}
     present = {artist.get_label() for panel in panels.flat for artist in panel.get_children()}
     for look in MARKS.values():

@@ -13,10 +13,18 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from conf import load_launch, run_program
+from conf import BadInput, load_launch, run_program
 from measures.masks import drop_dead
-from records import load_network, read_layers, read_metrics, write_table
-from studies.report import new_figure, plot_range, print_table, read_csv, save, study_parser
+from records import load_network, read_layers, write_table
+from studies.report import (
+    new_figure,
+    plot_range,
+    print_table,
+    read_csv,
+    read_finished,
+    save,
+    study_parser,
+)
 
 NAMES = {'random': 'SET', 'gradient': 'RigL'}
 COLORS = {'random': '#0072B2', 'gradient': '#D55E00'}
@@ -27,8 +35,10 @@ def read(folder):
     `channels`, {epoch: remaining channels of each hidden layer}."""
     networks = {}
     for run in load_launch(folder)[1]:
+        if run.regrow not in NAMES:
+            raise BadInput(f'{run.name}: regrow must be random or gradient, as in conf/channels.py')
         layers = read_layers(folder / run.name / 'layers.csv')
-        metrics = read_metrics(folder / run.name / 'metrics.csv')
+        metrics = read_finished(folder, run)
         hidden = (layers['layer'] > 0) & (layers['layer'] <= run.depth)
         channels = {}
         for epoch in np.unique(layers['epoch']):
@@ -59,7 +69,8 @@ def last(network):
 def draw(networks):
     figure = new_figure(15, 4)
     panels = figure.subplots(1, 3)
-    for regrow, color in COLORS.items():
+    for regrow in dict.fromkeys(regrow for regrow, _ in networks):
+        color = COLORS[regrow]
         sparsities = sorted(sparsity for kind, sparsity in networks if kind == regrow)
         groups = [networks[regrow, sparsity] for sparsity in sparsities]
         style = {'color': color, 'label': NAMES[regrow]}

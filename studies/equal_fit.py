@@ -54,6 +54,9 @@ def read(folders):
                 kinds = list(COLORS)
             elif settings.initial_mask == 'none':
                 kinds = ['tickets']
+            if kinds[0] not in COLORS:
+                rule = 'initial_mask must be random, erk or none, as in conf/equal_fit.py'
+                raise BadInput(f'{folder}/{settings.name}: {rule}')
             for mask in kinds:
                 masks.append(mask)
                 densities.append(density)
@@ -72,7 +75,12 @@ def excess_gaps(knobs, gaps):
         if density == 1:
             dense[mask, group] = value
     for mask, density, group, value in networks:
+        if (mask, group) not in dense:
+            raise BadInput(f'no dense network has {", ".join(SAME)} = {group}; name its sweep too')
         excess[mask, density].append(value - dense[mask, group])
+    for (mask, density), values in excess.items():
+        if not values:
+            raise BadInput(f'no network has mask {mask} at density {density}; name its sweep too')
     return excess
 
 

@@ -195,6 +195,7 @@ def main(arguments=None):
     parser.add_argument('--measure', type=Path, metavar='FILE', help='measure, and write this file')
     options = parser.parse_args(arguments)
     if options.measure:
+        options.measure.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
         rows = [dict(zip(HEADER, (*place, value))) for place, value in measure_all().items()]
         write_table(options.measure, HEADER, rows)
     found = read(options.measure or SHIPPED)

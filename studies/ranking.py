@@ -21,8 +21,8 @@ import numpy as np
 from conf import BadInput, load_launch, run_program
 from datasets import DATASETS
 from evaluation import at_target, is_finished
+from figures import varied
 from records import write_table
-from studies.interim import varied
 from studies.report import new_figure, print_table, read_csv, save, study_parser
 
 LEAST_NETWORKS, LEAST_KNOBS = 20, 2

@@ -1,4 +1,4 @@
-"""What several studies share: their command line, reading csv files, Markdown tables, pictures."""
+"""What several studies share: command lines, reading files, Markdown tables, pictures."""
 
 import argparse
 import csv
@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from conf import Parser
+from conf import BadInput, Parser
+from evaluation import is_finished
+from records import read_metrics, rows_of
 
 
 def study_parser(name, text, files=None):
@@ -23,6 +25,15 @@ def read_csv(path):
     """The rows of a csv file, {column: text}."""
     with open(path, newline='') as file:
         return list(csv.DictReader(file))
+
+
+def read_finished(folder, settings):
+    """The metrics of a network, {column: array}. Raises BadInput if its training is unfinished."""
+    table = read_metrics(folder / settings.name / 'metrics.csv')
+    if not is_finished(settings, rows_of(table)):
+        advice = f'python train.py --results-path {folder} --resume'
+        raise BadInput(f'{folder / settings.name}: is not finished; continue with {advice}')
+    return table
 
 
 def print_table(header, rows):

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from conf import load_launch, run_program
+from figures import last_rows
 from records import read_metrics
-from studies.interim import last_rows
-from studies.report import new_figure, plot_range, print_table, save, study_parser
+from studies.report import new_figure, plot_range, print_table, read_finished, save, study_parser
 
 ERROR = 0.08
 
@@ -23,7 +23,7 @@ def read(folders):
     errors = {}
     for folder in folders:
         for run in load_launch(folder)[1]:
-            rows = last_rows(read_metrics(folder / run.name / 'metrics.csv'))
+            rows = last_rows(read_finished(folder, run))
             errors.setdefault(run.train_samples, []).append([row['test_error'] for row in rows])
             densities = [row['density'] for row in rows]
     return {samples: np.array(errors[samples]) for samples in sorted(errors)}, densities

@@ -454,7 +454,7 @@ def test_sweep_of_a_number_and_a_text(tmp_path):
     assert list(figures.summary(runs)[0])[:3] == ['name', 'dataset_name', 'lr_setting']
 
 
-def test_seeds_alone_are_no_sweep(tmp_path):
+def test_seeds_are_no_sweep(tmp_path):
     folder, networks = results(tmp_path / '1', seed=[0, 1])
     assert figures.draw(folder) == []
     path = write(folder, networks[0], [row(0)])

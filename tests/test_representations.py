@@ -17,9 +17,9 @@ from measures.representations import (
     measure_probes,
     measure_representations,
 )
+from measures.tails import binomial_inverse
 from models import get_network
 from records import read_layers
-from studies.coded.message import binomial_inverse
 
 COLUMNS = ('train_ncc_error', 'test_ncc_error', 'train_cdnv', 'test_cdnv')
 

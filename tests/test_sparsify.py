@@ -307,8 +307,6 @@ def test_rewinding(digits):
     training = Training(digits, prune_rounds=2, prune_fraction=0.4, bias=True).step(10)
     saved, weights = training.state(), training.weights
     addresses = training.step(40).addresses()
-    sparsify.rewind(training.net, training.optimizer, saved)  # nothing was pruned: the same network
-    assert equal(saved, training.state())
     for round_ in (1, 2):
         masks = training.step(30).prune(round_)
         sparsify.rewind(training.net, training.optimizer, saved)
@@ -326,16 +324,14 @@ def test_rewinding(digits):
 def test_a_layer_of_which_only_zeros_are_kept(digits):
     """Weights that feed nothing decay to 0; where random pruning keeps only such ones, W is 0."""
     training = Training(digits, prune_rounds=1).step(5)
-    saved, layer = training.state(), training.layers['2']
-    kept = torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(0)) < 0.1
+    layer = training.layers['2']
+    kept = torch.arange(layer.weight.numel()).view(layer.weight.shape) % 9 == 0
     with torch.no_grad():
         free_weight(layer)[kept] = 0
     set_mask(layer, kept)
     assert not layer.weight.any() and not training.net(training.images[:5]).any()
     training.step(3)
     assert all(value.isfinite().all() for value in training.state().values())
-    sparsify.rewind(training.net, training.optimizer, saved)
-    assert layer.weight.ne(0).sum() == kept.sum() and layer.weight.isfinite().all()
 
 
 @pytest.mark.long
@@ -396,9 +392,7 @@ def test_regrowth_keeps_counts_and_starts_at_zero(digits, flags):
 def test_growth_follows_the_dense_gradient(digits):
     training = Training(digits, **RIGL | {'density': 0.2}).step(30)
     layers, masks = training.layers, training.masks
-    convolutions = [nn.Conv2d(channels, 8, 2, bias=False) for channels in (1, 8, 8)]
-    hidden = [module for convolution in convolutions for module in (convolution, nn.ReLU())]
-    dense = nn.Sequential(*hidden, nn.Flatten(), nn.Linear(200, 10, bias=False))
+    dense = Training(digits, normalization='none').net
     dense.load_state_dict({f'{name}.weight': weight for name, weight in training.weights.items()})
     images, targets = training.batch()
     F.mse_loss(dense(images), targets).backward()

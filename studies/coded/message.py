@@ -182,16 +182,16 @@ def encode(code):
             raise BadInput(
                 f'the network has stride {stride}, padding {padding}; possible: {allowed}'
             )
-    integers = sum(tensor.numel() for tensor in (*code.kernels, *code[-3:]))
+    if sum(tensor.numel() for tensor in (*code.kernels, *code[-3:])) > MOST_INTEGERS:
+        raise BadInput(f'a message has at most {MOST_INTEGERS} integers')
     writer = _Writer()
     try:
         write(writer, code)
     except IndexError:
         raise BadInput('the network is too large for a message') from None
     message = writer.message()
-    if len(message) > LONGEST or integers > MOST_INTEGERS:
-        limit = f'at most {LONGEST} bytes and {MOST_INTEGERS} integers'
-        raise BadInput(f'a message has {limit}, this one {len(message)} and {integers}')
+    if len(message) > LONGEST:
+        raise BadInput(f'a message has at most {LONGEST} bytes, this one {len(message)}')
     return message
 
 
