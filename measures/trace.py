@@ -274,6 +274,14 @@ def require_counted(net):
     refuse(net, obstacles, 'only Conv2d, ConvTranspose2d and Linear modules are counted')
 
 
+def not_counted(net):
+    """Why the weights of a network cannot be counted (see `require_counted`); None if they can."""
+    try:
+        require_counted(net)
+    except NotCovered as error:
+        return str(error)
+
+
 def shared_parameters(net):
     """The modules that share a parameter, as pairs (what, reason) for `refuse`."""
     owners, obstacles = {}, []
