@@ -81,7 +81,10 @@ def test_norms_are_those_of_the_dense_matrix(kernel, dilation, stride, padding):
     assert measured.T[-1] == pytest.approx(weight.norm().item(), rel=1e-12)
 
 
-@pytest.mark.parametrize('channels, size, seed', [(1, 28, 0), (16, 10, 1), (4, 20, 2)])
+@pytest.mark.parametrize(
+    'channels, size, seed',
+    [(1, 28, 0), (4, 15, 2), pytest.param(16, 10, 1, marks=pytest.mark.long)],
+)
 def test_operator_norm_is_exact_where_singular_values_crowd(channels, size, seed):
     torch.manual_seed(seed)
     weight = torch.randn(channels, channels, 2, 2, dtype=torch.float64)
@@ -473,10 +476,6 @@ REFUSED = {
         nn.DataParallel(Functional()),
         'DataParallel is a wrapper: pass the network in it, its .module',
     ),
-    'compiled': (
-        torch.compile(Functional(), backend='eager'),
-        'OptimizedModule is a compiled network: pass the one',
-    ),
     'jit': (JITTED, 'is a jit module: pass the nn.Module'),
     'view of sizes': (Viewed(lambda x: x.view(-1, 64)), 'Viewed: view: not covered'),
     'view of channels': (Viewed(lambda x: x.reshape(x.size(1), -1)), 'Viewed'),
@@ -493,6 +492,13 @@ REFUSED = {
 }
 for case in ('only padding', 'channels'):
     REFUSED[case][0].extend([nn.ReLU(), nn.Flatten(), linear(98, 10)])
+
+
+@pytest.mark.long
+def test_a_compiled_network_is_refused():
+    net = torch.compile(Functional(), backend='eager')
+    with pytest.raises(NotCovered, match='OptimizedModule is a compiled network: pass the one'):
+        measure_network(net, (1, 8, 8))
 
 
 @pytest.mark.parametrize('case', REFUSED)
@@ -984,7 +990,10 @@ def dense_row(net, shape, images, delta, gamma):
     }
 
 
-@pytest.mark.parametrize('seed', range(10))
+LONG = [pytest.param(seed, marks=pytest.mark.long) for seed in range(3, 10)]
+
+
+@pytest.mark.parametrize('seed', [0, 1, 2, *LONG])
 def test_every_bound_of_random_networks_from_dense_matrices(seed):
     generator = np.random.default_rng(seed)
     for _ in range(20):
