@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 
 import numpy as np
 import pytest
@@ -421,9 +420,6 @@ def skip(self, x):
     return self.fc((x + self.conv(x)).relu().flatten(1))
 
 
-with warnings.catch_warnings():
-    warnings.simplefilter('ignore')  # jit is deprecated
-    JITTED = torch.jit.trace(Functional(), torch.zeros(1, 1, 8, 8))
 HOOKED, HOOKED_NETWORK, PATCHED, PATCHED_RELU = (
     nn.Sequential(conv(1, 2, 2), nn.ReLU()) for _ in range(4)
 )
@@ -476,7 +472,6 @@ REFUSED = {
         nn.DataParallel(Functional()),
         'DataParallel is a wrapper: pass the network in it, its .module',
     ),
-    'jit': (JITTED, 'is a jit module: pass the nn.Module'),
     'view of sizes': (Viewed(lambda x: x.view(-1, 64)), 'Viewed: view: not covered'),
     'view of channels': (Viewed(lambda x: x.reshape(x.size(1), -1)), 'Viewed'),
     'two outputs': (
@@ -495,10 +490,14 @@ for case in ('only padding', 'channels'):
 
 
 @pytest.mark.long
-def test_a_compiled_network_is_refused():
-    net = torch.compile(Functional(), backend='eager')
+@pytest.mark.filterwarnings('ignore')  # jit is deprecated
+def test_compiled_networks_are_refused():
+    compiled = torch.compile(Functional(), backend='eager')
     with pytest.raises(NotCovered, match='OptimizedModule is a compiled network: pass the one'):
-        measure_network(net, (1, 8, 8))
+        measure_network(compiled, (1, 8, 8))
+    traced = torch.jit.trace(Functional(), torch.zeros(1, 1, 8, 8))
+    with pytest.raises(NotCovered, match='is a jit module: pass the nn.Module'):
+        measure_network(traced, (1, 8, 8))
 
 
 @pytest.mark.parametrize('case', REFUSED)
