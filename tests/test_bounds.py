@@ -368,21 +368,6 @@ def test_complexity_is_above_that_of_the_class_on_digits(digits, depth):
     assert (published < lower) == (depth == 1)
 
 
-def test_our_bound_is_monotone(tiny):
-    net, images = tiny
-    network, data = measure_network(net, (1, 3, 3)), measure_data(net, images)
-    values = []
-    for m in (100, 1000, 10000):
-        data.m, data.E_max, data.E_tot = m, 9 * m / 2, 15 * m / 2
-        values.append(utils.our_bound(network, data, 0.001, 1.0))
-    assert values == sorted(values, reverse=True) and len(set(values)) == 3
-    for layer in (net[0], net[3]):
-        before = utils.our_bound(measure_network(net, (1, 3, 3)), data, 0.001, 1.0)
-        with torch.no_grad():
-            layer.weight.mul_(1.1)
-        assert utils.our_bound(measure_network(net, (1, 3, 3)), data, 0.001, 1.0) > before
-
-
 # ------------------------------------------------------------------------------------------------
 # Users' own networks
 # ------------------------------------------------------------------------------------------------
