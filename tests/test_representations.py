@@ -12,6 +12,7 @@ from torch import nn
 
 from conf import BadInput
 from measures import representations
+from measures.landscape import input_gradient
 from measures.representations import (
     comparative_estimate,
     effective_depth,
@@ -465,6 +466,21 @@ def test_refused(case, measure):
     with pytest.raises(BadInput, match=message) as caught:
         measure(net, **(given | changed))
     assert '\n' not in str(caught.value)
+
+
+def test_the_input_gradient_survives_large_and_small_scales():
+    """Outputs times 1e22 leave it as it is; inputs times 1e24, for the same outputs, divide it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(9, 4, bias=False), nn.ReLU(), nn.Linear(4, 3, bias=False))
+    images = torch.rand(50, 9)
+    labels = net(images).argmax(1)
+    value = input_gradient(net, net, images, labels)
+    with torch.no_grad():
+        net[2].weight *= 1e22
+        assert input_gradient(net, net, images, labels) == pytest.approx(value, rel=1e-5)
+        net[0].weight *= 1e-24
+    large = input_gradient(net, net, images * 1e24, labels)
+    assert large * 1e24 == pytest.approx(value, rel=1e-5)
 
 
 def test_effective_depth():
