@@ -74,7 +74,7 @@ def load_source(folder, options):
     Round and epoch are nan in the middle of an epoch.
 
     Raises:
-        BadInput: settings or data are not those of the training, or the network is not covered.
+        BadInput: it was trained with other settings or data, or it is not covered.
     """
     net, settings = load_network(folder)
     dataset = load_data(settings)
@@ -138,7 +138,7 @@ def compress_run(net, settings, position, options, folder):
     """Makes one trained network narrower: the weights and a row of compress.csv for each lam.
 
     Row 0 is the source. The training data choose the widths of a narrower network, so that each
-    bound is taken at delta divided by the number of possible widths; that of the test set is not.
+    bound is taken at delta divided by the number of possible widths; test_set_bound is not.
 
     Returns:
         The errors of the lams at which a layer lost all its channels.
