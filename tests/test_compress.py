@@ -535,11 +535,15 @@ def test_channels_before_a_view_of_a_fixed_size_are_groups_that_stay(between, in
 
 
 POSITIONS = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(294), nn.ReLU())
+GROUPS = nn.Sequential(nn.Conv2d(6, 6, 1, groups=2), nn.ReLU(), nn.Flatten())
+NORM = nn.BatchNorm2d(6)
 UNCUT = {
     'two readers': (lambda x: (x + F.relu(x)).flatten(1), 294, 'add'),
     'rows of no image': (lambda x: x.relu().view(-1, 49), 49, 'last: its input is not one row'),
     'other axes': (lambda x: F.relu(x).transpose(1, 2).flatten(1), 294, 'transpose'),
     'positions': (POSITIONS, 294, 'between.1 normalizes the positions'),
+    'groups': (GROUPS, 294, 'between.0 (Conv2d) is grouped'),
+    'twice': (nn.Sequential(NORM, nn.ReLU(), NORM, nn.Flatten()), 294, 'is used more than once'),
 }
 
 

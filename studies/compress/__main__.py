@@ -164,18 +164,19 @@ def compress_run(net, settings, position, options, folder):
             continue
         path = folder / ('dead.pt' if lam is None else f'lam-{lam}.pt')
         save(path, narrow, dataset.input_shape, settings if options.layer else None)
-        row = evaluate(narrow, unmeasured, dataset, data, *position, delta)
-        row['lam'] = math.nan if lam is None else lam
-        row['layer'] = '|'.join(options.layer)
-        row['channels'] = '|'.join(map(str, widths(narrow)))
-        row['weights'] = sum(weight.numel() for weight in narrow.parameters())
-        row['bytes'] = path.stat().st_size
-        row['speed_up'] = 1.0
-        if lam != 0:
-            row['speed_up'] = speed_up(source, narrow, dataset.test_images[:32])
-        row['residual'] = '|'.join(f'{report["residual"]:.3g}' for report in reports)
-        row['gap'] = max((report['gap'] for report in reports), default=0.0)
-        rows.append({column: row[column] for column in COLUMNS if column in row})
+        faster = speed_up(source, narrow, dataset.test_images[:32]) if lam != 0 else 1.0
+        about = {
+            'lam': math.nan if lam is None else lam,
+            'layer': '|'.join(options.layer),
+            'channels': '|'.join(map(str, widths(narrow))),
+            'weights': sum(weight.numel() for weight in narrow.parameters()),
+            'bytes': path.stat().st_size,
+            'speed_up': faster,
+            'residual': '|'.join(f'{report["residual"]:.3g}' for report in reports),
+            'gap': max((report['gap'] for report in reports), default=0.0),
+        }
+        row = evaluate(narrow, unmeasured, dataset, data, *position, delta) | about
+        rows.append({column: row.get(column, math.nan) for column in COLUMNS})
         write_table(folder / 'compress.csv', COLUMNS, rows)
         print(f'{settings.name} {describe(row)}', flush=True)
     return errors
