@@ -50,6 +50,7 @@ OTHER_FORMS = {
 PROVEN = 'refuted (proven)'
 DRAWN = 'refuted (Monte Carlo, 3 standard errors)'
 OPEN = 'not refuted by these networks'
+CHUNK = 128  # images whose maps stay in a cache of the processor
 DRAWS = 20  # of all signs
 MOST_FEATURES = 1000  # up to which their matrix of second moments is computed
 
@@ -126,7 +127,7 @@ def kernels_for(images, depth, size=2):
     may depend on the images, as the estimates hold for all weights; on the signs they must not.
     """
     kernels = {'tap': [], 'box': [], 'leading': []}
-    maps = [part.double() for part in images.split(2048)]
+    maps = [part.double() for part in images.split(CHUNK)]
     for _ in range(depth):
         moments = 0.0
         for part in maps:
@@ -153,7 +154,7 @@ def lower_bounds(net, images, classes):
     table = measure_network(net, images.shape[1:])
     generator = torch.Generator().manual_seed(0)
     energy = gram = fourth = sums = 0.0
-    for part in images.split(2048):
+    for part in images.split(CHUNK):
         z = net[:-1](part.double())
         signs = torch.randint(0, 2, (DRAWS * classes, len(z)), generator=generator) * 2.0 - 1
         sums = sums + signs @ z.float()
