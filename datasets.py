@@ -139,7 +139,7 @@ def read_idx(path, item_shape):
     path = Path(path)
     if path.is_dir():
         raise BadInput(
-            f'{path}: is a folder where a file is wanted; move the file in it up, '
+            f'{path}: is a folder where a file is wanted; replace it by the file in it, '
             f'or delete it to read or download {path.name}.gz'
         )
     dims = 1 + len(item_shape)

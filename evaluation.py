@@ -13,9 +13,10 @@ from measures.landscape import MEASURES, measure_landscape
 from measures.masks import density, masked_density, measure_masks, sharing
 from measures.norms import classification_margins, margin_error
 from measures.pac_bayes import COLUMNS as CERTIFICATES
-from measures.pac_bayes import certify, test_set_bound
+from measures.pac_bayes import certify
 from measures.representations import measure_probes, measure_representations
 from measures.steps import traced_once
+from measures.tails import test_set_bound
 from measures.trace import ieee_float32, images_per_pass, not_covered
 from models import get_network
 from utils import BOUNDS, evaluate_bounds

@@ -303,7 +303,7 @@ def load_checkpoint(path, device='cpu'):
         if damaged := zipfile.ZipFile(path).testzip():
             raise ValueError(damaged)
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        if not all(weight.isfinite().all() for weight in checkpoint['network'].values()):
+        if not all(weight.isfinite().all() for weight in checkpoint.get('network', {}).values()):
             raise ValueError('NaN or infinite weights')
         return checkpoint
     except OSError:
@@ -400,7 +400,7 @@ def load_weights(net, path, settings, data=None, free=FREE):
     check_origin(path, checkpoint, settings, data if data else checkpoint.get('data'), free)
     try:
         net.load_state_dict(checkpoint['network'])
-    except RuntimeError:
+    except (KeyError, RuntimeError):
         raise BadInput(
             f'{path}: not the weights of the network that its settings describe'
         ) from None

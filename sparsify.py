@@ -1,6 +1,6 @@
 """Sparse networks: masks at initialization, pruning rounds with rewinding, and regrowth.
 
-Every function depends on its arguments alone: what is random is drawn from generators keyed by the
+Every function depends only on its arguments: what is random is drawn from generators keyed by the
 seed and the round or step, so that a resumed run equals an uninterrupted one. Weights, masks and
 momentum change in place, since a captured CUDA graph keeps their addresses. The masks are buffers
 of the network, so its checkpoints hold them.
@@ -35,37 +35,34 @@ PURPOSES = 'random', 'snip', 'grow', 'rescale'  # of a generator
 def check(settings):
     """Raises BadInput where settings of sparsity contradict each other."""
     masked = settings.initial_mask != 'none'
-    regrows = settings.regrow != 'none'
-    rewind_epoch = settings.rewind_epoch
+    regrow, regrows = settings.regrow, settings.regrow != 'none'
+    rounds, rewind_epoch = settings.prune_rounds, settings.rewind_epoch
     if settings.density < 1 and not masked:
         raise BadInput(
             f'density = {settings.density}: needs an initial_mask: random, erk, snip or synflow'
         )
     if regrows and not (masked and settings.density < 1):
         raise BadInput(
-            f'regrow = {settings.regrow!r}: needs an initial_mask and a density below 1; '
+            f'regrow = {regrow!r}: needs an initial_mask and a density below 1; '
             'otherwise there is nothing to regrow'
         )
     if settings.channel_sparsity and not regrows:
         raise BadInput(
             f'channel_sparsity = {settings.channel_sparsity}: needs regrow: random or gradient'
         )
-    if regrows and settings.prune_rounds:
-        raise BadInput(
-            f'prune_rounds = {settings.prune_rounds}: not with regrow = {settings.regrow!r}; '
-            'set one of the two'
-        )
-    if settings.regrow == 'gradient' and settings.regrow_every == 1:
+    if regrows and rounds:
+        raise BadInput(f'prune_rounds = {rounds}: not with regrow = {regrow!r}; set one of the two')
+    if regrow == 'gradient' and settings.regrow_every == 1:
         raise BadInput(
             "regrow_every = 1: must be at least 2 with regrow = 'gradient', "
             'whose updates replace steps'
         )
-    if settings.prune_rounds and settings.target_loss and rewind_epoch > 0:
+    if rounds and settings.target_loss and rewind_epoch > 0:
         raise BadInput(
             f'rewind_epoch = {rewind_epoch}: must be 0 or -1 with target_loss, '
             'which may end the training before that epoch'
         )
-    if settings.prune_rounds and settings.epochs <= max(rewind_epoch, 0):
+    if rounds and settings.epochs <= max(rewind_epoch, 0):
         raise BadInput(
             f'rewind_epoch = {rewind_epoch}: must be below epochs = {settings.epochs}, '
             'to leave epochs for the training after pruning'
@@ -76,6 +73,17 @@ def prunable(net):
     """{name: module} of the layers with masks."""
     layers = weight_layers(net).items()
     return {name: layer for name, layer in layers if weight_mask(layer) is not None}
+
+
+def masks_of(layers):
+    """The masks of layers, as a list of their own buffers."""
+    return [weight_mask(layer) for layer in layers]
+
+
+def set_masks(layers, masks, keep_g=False):
+    """Sets the mask of each layer; see models.weight_norm.set_mask."""
+    for layer, mask in zip(layers, masks):
+        set_mask(layer, mask, keep_g)
 
 
 # --- masks at initialization ---
@@ -102,8 +110,7 @@ def initialize(net, settings, images, targets, loss):
         pruning_scores(net, settings, 1, tuple(images.shape[1:]))
     if settings.density < 1:
         masks = initial_masks(net, settings, images, targets, loss)
-        for layer, mask in zip(prunable(net).values(), masks):
-            set_mask(layer, mask, keep_g=True)
+        set_masks(prunable(net).values(), masks, keep_g=True)
 
 
 def initial_masks(net, settings, images, targets, loss):
@@ -119,7 +126,7 @@ def initial_masks(net, settings, images, targets, loss):
         scores = random_scores(layers.values(), _generator(settings.seed, 0, 'random'))
     if settings.initial_mask == 'erk':
         scores = erk_scores(scores, settings.density)
-    alive = [weight_mask(layer) for layer in layers.values()]
+    alive = masks_of(layers.values())
     total = sum(mask.numel() for mask in alive)
     return best_masks(scores, alive, round(settings.density * total))
 
@@ -197,13 +204,12 @@ def synflow_masks(net, names, density, input_shape):
         for parameter in net.parameters():
             parameter.abs_()  # an effective weight g V / ||V|| becomes its absolute value too
     layers = [net.get_submodule(name) for name in names]
-    alive = [weight_mask(layer) for layer in layers]
+    alive = masks_of(layers)
     total = sum(mask.numel() for mask in alive)
     for k in range(1, SYNFLOW_ROUNDS + 1):
         scores = synflow_scores(net, layers, input_shape)
         masks = best_masks(scores, alive, round(density ** (k / SYNFLOW_ROUNDS) * total))
-        for layer, mask in zip(layers, masks):
-            set_mask(layer, mask)  # changes `alive`, the layer's own buffer, too
+        set_masks(layers, masks)  # changes `alive`, the layers' own buffers, too
     return masks
 
 
@@ -232,11 +238,9 @@ def prune(net, settings, round_, input_shape):
 
 
 def _prune_together(layers, scores, fraction):
-    alive = [weight_mask(layer) for layer in layers]
+    alive = masks_of(layers)
     count = sum(int(mask.sum()) for mask in alive)
-    masks = best_masks(scores, alive, count - round(fraction * count))
-    for layer, mask in zip(layers, masks):
-        set_mask(layer, mask)
+    set_masks(layers, best_masks(scores, alive, count - round(fraction * count)))
 
 
 def pruning_scores(net, settings, round_, input_shape):
@@ -262,10 +266,9 @@ def rewind(net, optimizer, saved):
     """
     if saved is not None:
         layers = prunable(net).values()
-        masks = [weight_mask(layer).clone() for layer in layers]
+        masks = [mask.clone() for mask in masks_of(layers)]
         net.load_state_dict(saved)
-        for layer, mask in zip(layers, masks):
-            set_mask(layer, mask)
+        set_masks(layers, masks)
     for state in optimizer.state.values():
         if state.get('momentum_buffer') is not None:
             state['momentum_buffer'].zero_()
@@ -340,7 +343,7 @@ def dense_gradients(layers, batch_loss):
     network. Under weight normalization the gradient at an entry V = 0 is (g / ||V||) dL/dW: within
     a layer it ranks as dL/dW.
     """
-    masks = [weight_mask(layer) for layer in layers]
+    masks = masks_of(layers)
     before = [mask.clone() for mask in masks]
     for mask in masks:
         mask.fill_(True)
@@ -434,8 +437,10 @@ def _top(score, count):
 
 def random_scores(layers, generator):
     """A uniform draw for each weight of each layer, in their order."""
-    masks = [weight_mask(layer) for layer in layers]
-    return [torch.from_numpy(generator.random(mask.shape)).to(mask.device) for mask in masks]
+    draws = []
+    for mask in masks_of(layers):
+        draws.append(torch.from_numpy(generator.random(mask.shape)).to(mask.device))
+    return draws
 
 
 def _generator(seed, number, purpose):

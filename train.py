@@ -83,7 +83,8 @@ def request_stop(number, frame):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C kills
     stop = stop or number
     if not busy:
-        os.write(2, stopped_message().encode())  # not print, which is not safe in a handler
+        if PARENT not in os.environ:  # else the parent says it
+            os.write(2, stopped_message().encode())  # not print, which is not safe in a handler
         os._exit(128 + number)
 
 
@@ -104,6 +105,42 @@ def say(text):
 # ------------------------------------------------------------------------------------------------
 # The experiment
 # ------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(net, settings):
+    """SGD with the settings' momentum and weight decay; its learning rate is set at each epoch."""
+    lr = torch.tensor(settings.lr, device=next(net.parameters()).device)  # read by a CUDA graph
+    options = {'momentum': settings.momentum, 'weight_decay': settings.weight_decay}
+    return torch.optim.SGD(net.parameters(), lr, **options, fused=True)
+
+
+def make_step(net, optimizer, settings, dataset):
+    """(step, batch_loss): two functions of the indices (B,) of a batch's samples.
+
+    `step` takes a training step, on CUDA as a captured graph; `batch_loss` returns the loss, to be
+    differentiated. With augment = 'crop' index i + m v stands for variant v of image i of m.
+    """
+    device, m = dataset.train_images.device, len(dataset.train_labels)
+    targets = F.one_hot(dataset.train_labels, dataset.num_classes).float()
+    loss = LOSSES[settings.loss]
+
+    def batch_loss(batch):
+        samples = batch % m
+        images = dataset.train_images.index_select(0, samples)
+        if settings.augment == 'crop':
+            images = crops(images, batch // m)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == 'bf16'):
+            outputs = net(images)
+        return loss(outputs.float(), targets.index_select(0, samples))
+
+    def step(batch):
+        optimizer.zero_grad()
+        batch_loss(batch).backward()
+        optimizer.step()
+
+    if device.type == 'cuda':
+        step = graphed(step, settings.batch_size, device)
+    return step, batch_loss
 
 
 def train_epoch(net, optimizer, step, batch_loss, settings, dataset, epoch, state, bar):
@@ -192,9 +229,7 @@ def train(settings, dataset, folder):
     choose_precision(settings.precision, device)
 
     net = initial_network(settings, dataset)
-    lr = torch.tensor(settings.lr, device=device)  # a tensor, which a CUDA graph reads
-    hyper = {'momentum': settings.momentum, 'weight_decay': settings.weight_decay}
-    optimizer = torch.optim.SGD(net.parameters(), lr, **hyper, fused=True)
+    optimizer = make_optimizer(net, settings)
     # `done` is the last position that is finished, `step` counts the steps done in the next one.
     state = {'done': (0, -1), 'step': 0, 'train_loss': math.inf, 'train_seconds': 0.0}
     state |= {'rows': [], 'layers': [], 'rewind_to': None}
@@ -205,27 +240,7 @@ def train(settings, dataset, folder):
         say_resumed(settings, state, checkpoint['machine'], describe_machine(device))
     origin['machine'] = describe_machine(device)
 
-    targets = F.one_hot(dataset.train_labels, dataset.num_classes).float()
-    m = len(targets)
-    steps = math.ceil(m / settings.batch_size)
-
-    def batch_loss(batch):
-        # index_select, since it reads the indices from a tensor that a CUDA graph keeps.
-        samples = batch % m
-        images = dataset.train_images.index_select(0, samples)
-        if settings.augment == 'crop':
-            images = crops(images, batch // m)
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == 'bf16'):
-            outputs = net(images)
-        return LOSSES[settings.loss](outputs.float(), targets.index_select(0, samples))
-
-    def step(batch):
-        optimizer.zero_grad()
-        batch_loss(batch).backward()
-        optimizer.step()
-
-    if device.type == 'cuda':
-        step = graphed(step, settings.batch_size, device)
+    step, batch_loss = make_step(net, optimizer, settings, dataset)
 
     def save(position):
         require_finite(*net.state_dict().values())
@@ -242,6 +257,7 @@ def train(settings, dataset, folder):
         write_tables()
     data = measure_data(net, dataset.train_images, skip_uncovered=True)
     positions = [position for position in schedule(settings) if position > state['done']]
+    steps = math.ceil(len(dataset.train_labels) / settings.batch_size)
     total = steps * sum(epoch > 0 for _, epoch in positions)
     hidden = not sys.stdout.isatty() or PARENT in os.environ
     progress = {'total': total, 'initial': state['step'], 'desc': settings.name}
@@ -254,20 +270,23 @@ def train(settings, dataset, folder):
             train_epoch(net, optimizer, step, batch_loss, settings, dataset, epoch, state, bar)
         elif round_ > 0:
             sparsify.prune(net, settings, round_, dataset.input_shape)
-        if epoch > 0:
+        last = last_epoch(settings, epoch, state['train_loss'])
+        row_due = due(epoch, settings.eval_every, last)
+        layers_due = due(epoch, settings.layers_every, last)
+        stopping = stop_requested()
+        if epoch > 0 and (stopping or row_due or layers_due):
             save(None)
-        if stop_requested():
+        if stopping:
             return False
 
         # From here to the end of the evaluation a kill or a signal loses no training.
         busy = False
-        last, row = last_epoch(settings, epoch, state['train_loss']), None
-        if due(epoch, settings.eval_every, last):
+        row, layers = None, []
+        if row_due:
             if certifies(settings, round_, epoch, last):
                 say(f'{settings.name} epoch {epoch}/{settings.epochs}: certifying')
             row = evaluate(net, settings, dataset, data, round_, epoch)
-        layers = []
-        if due(epoch, settings.layers_every, last):
+        if layers_due:
             layers = evaluate_layers(net, dataset, round_, epoch, probes=epoch == last)
 
         # The checkpoint is written last: whatever a kill leaves undone here is done again.

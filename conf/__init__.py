@@ -313,7 +313,8 @@ def run_program(main):
     except KeyboardInterrupt:
         status, message = 130, 'stopped'
     except (MemoryError, RuntimeError) as error:
-        if not re.search("^$|out of memory|can't allocate memory|ALLOC_FAILED", str(error)):
+        memory = re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error))
+        if not memory and not isinstance(error, MemoryError):
             raise
         advice = 'end other programs that hold memory, or choose a smaller width or batch_size'
         status, message = 1, f'error: not enough memory; {advice}'

@@ -1,14 +1,14 @@
-"""The landscape around a trained network: distance from the start, flatness, steepness of the margins.
+"""The landscape around a trained network: distance from the start, flatness, margins.
 
 Each entry of MEASURES is a function of
 
     net, initial       the trained network and the same network before training
     images, labels     (m, C, H, W) and (m,), the training samples
 
-to a number. Weights W_l are the effective ones, after weight normalization and masks, of all convolutions and
-linear layers, biases left out; W_l^0 are those before training. Most are after Jiang et al. 2020, "Fantastic
-generalization measures and where to find them" (ICLR), whose measures are often the squares or the inverses
-of these: the same order.
+to a number. W_l are the effective weights, after weight normalization and masks, of all layers,
+without biases; W_l^0 are the ones before training. Most are after Jiang et al. 2020,
+"Fantastic generalization measures and where to find them" (ICLR), whose measures are often the
+squares or the inverses of these: the same order.
 """
 
 import math
@@ -18,36 +18,26 @@ import torch
 from conf import BadInput
 from measures.norms import classification_margins, margin_error, product
 from measures.paths import path_metric, path_norm
-from measures.trace import evaluation_mode, plain_copy, weight_layers
+from measures.steps import evaluation_mode
+from measures.trace import effective_weights, outputs, plain_copy, weight_layers
 
 SHARPNESS_SAMPLES, SHARPNESS_DRAWS, SHARPNESS_RISE = 500, 5, 0.1
 
 
-def _weights(net):
-    return [layer.weight.detach().double() for layer in weight_layers(net).values()]
-
-
 def _moved(net, initial):
     """The Frobenius distance of each layer from its start."""
-    return [
-        (weight - start).norm().item()
-        for weight, start in zip(_weights(net), _weights(initial), strict=True)
-    ]
-
-
-@torch.no_grad()
-def _margins(net, images, labels):
-    return classification_margins(torch.cat([net(batch) for batch in images.split(100)]), labels)
+    weights, starts = effective_weights(net).values(), effective_weights(initial).values()
+    return [(weight - start).norm().item() for weight, start in zip(weights, starts, strict=True)]
 
 
 def living_weights(net, initial, images, labels):
     """The number of nonzero weights."""
-    return sum(weight.count_nonzero().item() for weight in _weights(net))
+    return sum(weight.count_nonzero().item() for weight in effective_weights(net).values())
 
 
 def weight_norm(net, initial, images, labels):
     """sqrt(sum_l ||W_l||_F^2)."""
-    return math.hypot(*(weight.norm().item() for weight in _weights(net)))
+    return math.hypot(*(weight.norm().item() for weight in effective_weights(net).values()))
 
 
 def distance(net, initial, images, labels):
@@ -62,8 +52,7 @@ def distance_product(net, initial, images, labels):
 
 def margin_10(net, initial, images, labels):
     """The 10 % quantile of the training margins, with its sign."""
-    with evaluation_mode(net):
-        return _margins(net, images, labels).quantile(0.1).item()
+    return classification_margins(outputs(net, images), labels).quantile(0.1).item()
 
 
 def path_norm_2(net, initial, images, labels):
@@ -83,41 +72,43 @@ def path_distance(net, initial, images, labels):
 
 @torch.no_grad()
 def sharpness(net, initial, images, labels):
-    """The noise that the weights bear: the sigma at which W + sigma Z errs by 0.1 more on the training set.
+    """The sigma at which W + sigma Z errs by 0.1 more on the training set; larger: flatter.
 
-    Z is standard normal on the nonzero weights. The error is the mean over 5 draws of Z, the same for every
-    sigma, on the first 500 samples. A bisection of log2 sigma over [-12, 4] in 10 steps; where the error does
-    not grow with sigma it finds one of the places at which the error crosses, and where it nowhere crosses the
-    value is nan. A larger value means a flatter minimum.
+    Z is standard normal on the nonzero weights. The error is the mean over 5 draws of Z, the same
+    for every sigma, on the first 500 samples. A bisection of log2 sigma over [-12, 4] in 10 steps:
+    if the error does not grow with sigma, it finds one of the crossings; without a crossing it
+    returns nan.
     """
     net = plain_copy(net)
     images, labels = images[:SHARPNESS_SAMPLES], labels[:SHARPNESS_SAMPLES]
     weights = [layer.weight for layer in weight_layers(net).values()]
     trained = [weight.clone() for weight in weights]
     generator = torch.Generator().manual_seed(0)
-    draws = [
-        [
-            torch.randn(weight.shape, generator=generator).to(weight) * (weight != 0)
-            for weight in trained
-        ]
-        for _ in range(SHARPNESS_DRAWS)
-    ]
+    draws = []
+    for _ in range(SHARPNESS_DRAWS):
+        noise = [torch.randn(weight.shape, generator=generator) for weight in trained]
+        draws.append([z.to(weight) * (weight != 0) for z, weight in zip(noise, trained)])
 
     def error(sigma):
         errors = []
         for draw in draws:
             for weight, center, noise in zip(weights, trained, draw):
                 weight.copy_(center + sigma * noise)
-            errors.append(margin_error(_margins(net, images, labels), 0))
+            margins = classification_margins(outputs(net, images), labels)
+            errors.append(margin_error(margins, 0))
         return sum(errors) / len(errors)
 
-    with evaluation_mode(net):
-        allowed = error(0.0) + SHARPNESS_RISE
-        low, high = -12.0, 4.0
-        for _ in range(10):
-            middle = (low + high) / 2
-            low, high = (low, middle) if error(2.0**middle) > allowed else (middle, high)
-    return 2.0**low if low > -12 and high < 4 else math.nan
+    allowed = error(0.0) + SHARPNESS_RISE
+    low, high = -12.0, 4.0
+    for _ in range(10):
+        middle = (low + high) / 2
+        if error(2.0**middle) > allowed:
+            high = middle
+        else:
+            low = middle
+    if low == -12 or high == 4:
+        return math.nan
+    return 2.0**low
 
 
 def input_gradient(net, initial, images, labels):
@@ -133,9 +124,9 @@ def input_gradient(net, initial, images, labels):
             batch = batch.detach().clone().requires_grad_()
             margins = classification_margins(net(batch), own)
             (gradient,) = torch.autograd.grad(margins.sum(), batch)
-            ratios.append(
-                gradient.flatten(1).norm(dim=1).double() / margins.detach().clamp(min=1e-6)
-            )
+            # In float64 before anything is squared: float32 has no squares of 1e20 or of 1e-24.
+            norms = gradient.flatten(1).double().norm(dim=1)
+            ratios.append(norms / margins.detach().clamp(min=1e-6))
     return torch.cat(ratios).median().item()
 
 
@@ -159,9 +150,8 @@ def measure_landscape(net, initial, images, labels):
     Raises:
         BadInput: images and labels do not fit each other or the network.
     """
-    margin_10(
-        net, initial, images, labels
-    )  # refuses what does not fit, so that what is refused below is not covered
+    # Refuses what does not fit, so that a refusal below means that the network is not covered.
+    margin_10(net, initial, images, labels)
     row = {}
     for column, measure in MEASURES.items():
         try:

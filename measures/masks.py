@@ -1,10 +1,10 @@
-"""What the zeros of a network look like: density, dead channels, the spectral gaps of each mask, and how neurons are shared.
+"""The zeros of a network: density, dead channels, spectral gaps of each mask, shared neurons.
 
 `drop_dead` gives the network without its dead channels.
 
-A layer's mask is the bipartite graph between its left nodes, the in * kh * kw entries of a filter, and its right nodes, the
-filters, with an edge where the weight is not 0. The eigenvalues of its adjacency matrix are plus and minus the singular
-values of the left x right matrix.
+A layer's mask is the bipartite graph between its left nodes, the in * kh * kw entries of a filter,
+and its right nodes, the filters, with an edge where the weight is not 0. The eigenvalues of its
+adjacency matrix are plus and minus the singular values of the left x right matrix.
 """
 
 import itertools
@@ -26,13 +26,15 @@ from measures.trace import (
 
 
 def weight_mask(layer):
-    """The mask of a layer's weight: the buffer `mask` of one of its parametrizations. None where it has none."""
-    steps = layer.parametrizations.weight if parametrize.is_parametrized(layer, 'weight') else ()
-    return next((step.mask for step in steps if hasattr(step, 'mask')), None)
+    """The mask of a layer's weight, the buffer `mask` of one of its parametrizations, or None."""
+    if not parametrize.is_parametrized(layer, 'weight'):
+        return None
+    masks = [step.mask for step in layer.parametrizations.weight if hasattr(step, 'mask')]
+    return masks[0] if masks else None
 
 
 def density(net):
-    """The share of nonzero entries among the weights of all convolutions and linear layers, biases left out.
+    """The share of nonzero weights in all convolutions and linear layers, biases left out.
 
     By the masks: an entry that the mask keeps and is 0 counts. It is 1 without masks.
 
@@ -72,27 +74,31 @@ def topology(weight):
         weight: (out, in) or (out, in, kh, kw), with exact zeros where it has no edge.
     Returns:
         A dict, nan where undefined:
-            ramanujan_gap   sqrt(d_L - 1) + sqrt(d_R - 1) - sigma_2, with the mean degrees d_L of left and d_R of right nodes
-                            (both at least 3, else undefined) and the second singular value of the unweighted graph; of a
-                            graph with equal degrees on each side it is at least 0 if that is Ramanujan (Hoang et al. 2023)
-            imdb            mean of ramanujan_gap over subgraphs, one for each degree of left nodes: those that have it, and all
-                            their neighbours. Those where it is undefined are left out, as are then those of
-                            fewer than three left nodes, whose d_R is at most 2
+            ramanujan_gap   sqrt(d_L - 1) + sqrt(d_R - 1) - sigma_2, with the mean degrees d_L of
+                            left and d_R of right nodes (both at least 3, else undefined) and the
+                            second singular value of the unweighted graph; of a graph with equal
+                            degrees on each side it is at least 0 if that is Ramanujan (Hoang et al.
+                            2023)
+            imdb            mean of ramanujan_gap over subgraphs, one for each degree of left nodes:
+                            those that have it, and all their neighbours. Those where it is
+                            undefined are left out, as are then those of fewer than three left
+                            nodes, whose d_R is at most 2
             weighted_gap    sigma_1 - sigma_2 of |weight|
     Raises:
         BadInput: not a matrix or a kernel, or a NaN or an infinity in it.
     """
     if weight.ndim not in (2, 4) or not weight.isfinite().all():
         raise BadInput(
-            f'weight of shape {tuple(weight.shape)}: must be (out, in) or (out, in, kh, kw), of finite numbers'
+            f'weight of shape {tuple(weight.shape)}: must be (out, in) or (out, in, kh, kw), '
+            'of finite numbers'
         )
     if not weight.numel():
         return dict.fromkeys(('ramanujan_gap', 'imdb', 'weighted_gap'), math.nan)
     magnitudes = weight.detach().flatten(1).T.abs().double().cpu()
     edges = (magnitudes != 0).double()
     degrees = edges.sum(1)
-    subgraphs = (edges[degrees == degree] for degree in degrees.unique())
-    gaps = [gap for gap in map(_ramanujan_gap, subgraphs) if not math.isnan(gap)]
+    gaps = [_ramanujan_gap(edges[degrees == degree]) for degree in degrees.unique()]
+    gaps = [gap for gap in gaps if not math.isnan(gap)]
     sigma = torch.linalg.svdvals(magnitudes).tolist() + [0.0]
     return {
         'ramanujan_gap': _ramanujan_gap(edges),
@@ -106,20 +112,23 @@ def _ramanujan_gap(edges):
     if edges.sum() < 3 * max(edges.shape) or not edges.numel():
         return math.nan
     d_left, d_right = (edges.sum().item() / nodes for nodes in edges.shape)
-    return math.sqrt(d_left - 1) + math.sqrt(d_right - 1) - torch.linalg.svdvals(edges)[1].item()
+    sigma_2 = torch.linalg.svdvals(edges)[1].item()
+    return math.sqrt(d_left - 1) + math.sqrt(d_right - 1) - sigma_2
 
 
 @torch.no_grad()
 def measure_masks(net):
     """What layers.csv says of each layer's weights, for any network.
 
-    A channel is dead if its filter is zeros or if no later layer reads it. Batch norm, biases and skips do not matter to
-    that: a layer reads the channels of every layer whose output, or a sum with it, reaches it.
+    A channel is dead if its filter is zeros or if no later layer reads it. Batch norm, biases and
+    skips do not matter to that: a layer reads the channels of every layer whose output, or a sum
+    with it, reaches it.
 
     Returns:
-        {name: dict} over the convolutions, transposed too, and linear layers in their order in the network, the classifier
-        last, with density, dead_channels and the gaps of `topology`. dead_channels is nan where the order of the channels is
-        lost on the way to a reader (in a concatenation, a reshape, ...), or the forward pass cannot be traced.
+        {name: dict} over the convolutions, transposed too, and linear layers in their order in the
+        network, the classifier last, with density, dead_channels and the gaps of `topology`.
+        dead_channels is nan where the order of the channels is lost on the way to a reader (in a
+        concatenation, a reshape, ...), or the forward pass cannot be traced.
     Raises:
         BadInput: weights that are not counted, as `require_counted` says.
     """
@@ -134,7 +143,7 @@ def measure_masks(net):
 def _measure_mask(layer, readers, layers):
     weight, kept = _filters(layer), _kept(layer)
     dead = weight.eq(0).flatten(1).all(1)
-    if readers and None not in readers:
+    if len(dead) and readers and None not in readers:
         dead |= ~torch.stack([reads(layers[reader], len(dead)) for reader in readers]).any(0)
     return {
         'density': int(kept.count_nonzero()) / kept.numel() if kept.numel() else math.nan,
@@ -151,7 +160,7 @@ def _filters(layer):
 
 
 def hidden_readers(net):
-    """{hidden layer: the layer that reads it} of a chain, in its order; nothing with skips or groups."""
+    """{hidden layer: the layer that reads it} of a chain; empty with skips, groups or the like."""
     layers, readers = weight_layers(net), _readers(net)
     each = [readers.get(name, ()) for name in layers]
     # In a chain each layer has one reader, the last one the output, and no two have the same.
@@ -163,7 +172,7 @@ def hidden_readers(net):
 
 
 def _readers(net):
-    """{layer: the names of the layers that read its channels, None for the network's output}, layers and readers by name.
+    """{layer: {layers that read its channels, None: the network's output}}, all by their names.
 
     Layers whose channels lose their order on the way are left out.
     """
@@ -188,7 +197,10 @@ def _readers(net):
 
 
 def reads(layer, channels):
-    """(channels,) whether the layer has a weight that is not 0 on each channel of its input, a flattened map's too."""
+    """Whether the layer has a nonzero weight on each channel of its input, (channels,) boolean.
+
+    The input may be a flattened map.
+    """
     if isinstance(layer, nn.ConvTranspose2d):
         return layer.weight.ne(0).flatten(1).any(1)
     weight = layer.weight.flatten(2) if layer.weight.ndim == 4 else layer.weight[..., None]
@@ -204,9 +216,10 @@ def neuron_norms(net, input_shape):
         net: a network as `trace_layers` takes it.
         input_shape: (channels, height, width) of an image.
     Returns:
-        A list of (inc, out, per) in float64, one for each hidden layer of K channels in front of one of D: inc (K,) are the
-        norms of the filters, per (D, K) those of the weights from channel k to channel d, over taps or, at a classifier,
-        positions, and out (K,) those of all weights out of channel k.
+        A list of (inc, out, per) in float64, one for each hidden layer of K channels in front of
+        one of D: inc (K,) are the norms of the filters, per (D, K) those of the weights from
+        channel k to channel d, over taps or, at a classifier, positions, and out (K,) those of all
+        weights out of channel k.
     """
     weights = [layer.kernel.flatten(2) for layer in trace_layers(net, input_shape)]
     return [
@@ -217,15 +230,18 @@ def neuron_norms(net, input_shape):
 
 @torch.no_grad()
 def sharing(net, input_shape):
-    """How many neurons each hidden layer uses and how many of the next layer's share one (Shenouda et al. 2024).
+    """How many neurons each hidden layer uses, and how many of the next layer's share one.
+
+    After Shenouda et al. 2024, "Variation spaces for multi-output neural networks" (JMLR).
 
     Args:
         net: a network as `trace_layers` takes it.
         input_shape: (channels, height, width) of an image.
     Returns:
-        A list of dicts, one for each hidden layer, with inc, out and per of `neuron_norms`:
+        A dict for each hidden layer, in a list; inc, out and per are those of `neuron_norms`:
             active          channels with inc * out above a thousandth of the layer's largest
-            participation   mean over active channels of (sum of per^2)^2 / sum of per^4, from 1 to D; nan if there is none
+            participation   mean over active channels of (sum of per^2)^2 / sum of per^4, from 1 to
+                            D; nan if there is none
     """
     measured = []
     for inc, out, per in neuron_norms(net, input_shape):
@@ -241,11 +257,12 @@ def sharing(net, input_shape):
 def drop_dead(net):
     """The network without its dead channels: the same function in evaluation mode, up to rounding.
 
-    From the input on, a channel whose filter is zeros has one value everywhere, that of its bias behind the ReLU. A reader
-    without padding has this value in its own bias. With padding, positions at the border read fewer of its taps, so that no
-    bias is right: there the channel stays unless its value is 0. From the output on, channels go that nothing reads any more.
-    One pass each way is enough: what the second one drops makes no filter zero. A layer keeps at least one channel, so that
-    the zero function has a network too.
+    From the input on, a channel whose filter is zeros has one value everywhere, that of its bias
+    behind the ReLU. A reader without padding has this value in its own bias. With padding,
+    positions at the border read fewer of its taps, so that no bias is right: there the channel
+    stays unless its value is 0. From the output on, channels go that nothing reads any more. One
+    pass each way is enough: what the second one drops makes no filter zero. A layer keeps at least
+    one channel, so that the zero function has a network too.
 
     Args:
         net: a network as `folded_layers` takes it, with masks or without.
@@ -259,15 +276,16 @@ def drop_dead(net):
         layer, reader = layers[index : index + 2]
         kept = layer.weight.flatten(1).ne(0).any(1)
         value = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
-        value = value.relu() if layer.rectified else value
+        if layer.rectified:
+            value = value.relu()
         if any(reader.geometry.get('padding', ())):
             kept |= value.ne(0)
         kept[0] |= ~kept.any()
         constant = _columns(reader, layer).sum(2) @ torch.where(kept, 0, value)
         if constant.any():
-            reader = reader._replace(
-                bias=constant if reader.bias is None else reader.bias + constant
-            )
+            if reader.bias is not None:
+                constant = reader.bias + constant
+            reader = reader._replace(bias=constant)
         layers[index : index + 2] = _without(layer, reader, kept)
     for index in reversed(range(len(layers) - 1)):
         layer, reader = layers[index : index + 2]
@@ -278,14 +296,13 @@ def drop_dead(net):
 
 
 def _columns(reader, layer):
-    """The weights (out, channels, taps) with which a layer of a chain reads each channel of the one before it."""
+    """The weights (out, channels, taps) with which a layer reads the channels of the one before."""
     return reader.weight.reshape(len(reader.weight), len(layer.weight), -1)
 
 
 def _without(layer, reader, kept):
-    """Two layers of a chain that has only the `kept` (boolean) of the channels between them."""
-    weight = _columns(reader, layer)[:, kept].reshape(
-        len(reader.weight), -1, *reader.weight.shape[2:]
-    )
+    """Two layers of a chain with only the `kept` (boolean) of the channels between them."""
+    weight = _columns(reader, layer)[:, kept]
+    weight = weight.reshape(len(weight), -1, *reader.weight.shape[2:])
     bias = None if layer.bias is None else layer.bias[kept]
     return layer._replace(weight=layer.weight[kept], bias=bias), reader._replace(weight=weight)

@@ -1,4 +1,4 @@
-"""Norms of each layer of a network, energies of the training data, and margins: the tables that bounds are formulas of."""
+"""The tables that bounds are formulas of: norms of layers, energies of the data, and margins."""
 
 import math
 from types import SimpleNamespace
@@ -13,14 +13,14 @@ from measures.paths import measure_paths
 from measures.steps import NotCovered
 from measures.trace import not_covered, trace_layers
 
-# What `measure_network` measures of the layers of a chain, and what `measure_paths` measures of more
-# networks.
+# What `measure_network` measures of the layers of a chain, and what `measure_paths` measures of
+# more networks.
 LAYER_MEASURES = tuple('F T s a b R deg A p c W u r rho D prod_ratio'.split())
 PATH_MEASURES = 'path_norm', 'path_depth', 'pool', 'biased', 'chain', 'outputs'
 
 
 class Table(SimpleNamespace):
-    """Measures by name; `missing` is {measure: why there is none}, and to read one of these raises NotCovered."""
+    """Measures by name. To read one of `missing`, {measure: reason}, raises NotCovered."""
 
     def __getattr__(self, name):  # called for what the table does not have
         missing = vars(self).get('missing', {})
@@ -32,15 +32,18 @@ class Table(SimpleNamespace):
 def operator_norm(weight, in_size, stride=1, padding=0, dilation=1, tolerance=1e-5):
     """Spectral norm of the linear map x -> conv2d(x, weight) on zero-padded maps of its real size.
 
-    Lanczos iteration on the convolution followed by its transpose, A'A, with full reorthogonalization: the same two
-    convolutions a step as power iteration, and hundreds of times fewer steps where the largest singular values lie
-    close together, as those of a convolution do. It ends when the residual of the largest Ritz value is below `tolerance`
-    times that value: some squared singular value then lies within that. That it is the largest one is a matter of the start:
-    there are two, random and fixed, so that the value depends on the weight alone, and a further one wherever the iteration
-    breaks down because the map annihilates what is left of a start. `dft_norm` is an upper bound.
+    Lanczos iteration on the convolution followed by its transpose, A'A, with full
+    reorthogonalization: the same two convolutions a step as power iteration, and hundreds of times
+    fewer steps where the largest singular values lie close together, as those of a convolution do.
+    It ends when the residual of the largest Ritz value is below `tolerance` times that value: some
+    squared singular value then lies within that. That it is the largest one is a matter of the
+    start: there are two, random and fixed, so that the value depends on the weight alone, and a
+    further one wherever the iteration breaks down because the map annihilates what is left of a
+    start. `dft_norm` is an upper bound.
 
     Args:
-        weight: (out_channels, in_channels, kh, kw) float64, with entries far from overflow in squares.
+        weight: (out_channels, in_channels, kh, kw) float64, with entries far from overflow in
+            squares.
         in_size: (height, width) of the input map.
     """
     shape = (1, weight.shape[1], *in_size)
@@ -65,9 +68,9 @@ def operator_norm(weight, in_size, stride=1, padding=0, dilation=1, tolerance=1e
 def _lanczos(square, vector, start, nothing, tolerance):
     """The largest eigenvalue of a positive semidefinite map `square`.
 
-    What is shorter than `nothing` is taken for rounding, and `start` gives a further random vector. In
-    the orthonormal basis of the vectors so far the map is tridiagonal: alphas on the diagonal, betas
-    beside it.
+    What is shorter than `nothing` is taken for rounding, and `start` gives a further random vector.
+    In the orthonormal basis of the vectors so far the map is tridiagonal: alphas on the diagonal,
+    betas beside it.
     """
     size = len(vector)
     # It grows where it must: few steps are the rule, and `size` may be millions.
@@ -75,9 +78,9 @@ def _lanczos(square, vector, start, nothing, tolerance):
     alphas, betas = [], []
 
     def orthogonal(image):
-        # Against the whole basis: the three-term recursion loses orthogonality to rounding just as a
-        # Ritz value converges, and finds it again and again. One pass leaves a remainder of the digits
-        # that cancelled, which the second one takes away.
+        # Against the whole basis: the three-term recursion loses orthogonality to rounding just as
+        # a Ritz value converges, and finds it again and again. One pass leaves a remainder of the
+        # digits that cancelled, which the second one takes away.
         for _ in range(2):
             image = image - (basis[: step + 1] @ image) @ basis[: step + 1]
         return image
@@ -93,18 +96,20 @@ def _lanczos(square, vector, start, nothing, tolerance):
         # Below `nothing` the basis spans an invariant space, and the tridiagonal matrix falls into
         # blocks here.
         betas.append(norm if norm > nothing else torch.zeros_like(norm))
-        # Not at every step, since the small eigenproblem costs more than a convolution, and each waits
-        # for the device.
+        # Not at every step, since the small eigenproblem costs more than a convolution, and each
+        # waits for the device.
         if step % 8 == 7 or step == size - 1:
             off = torch.stack(betas)
             ritz = torch.diag(torch.stack(alphas))
             ritz = ritz + torch.diag(off[:-1], 1) + torch.diag(off[:-1], -1)
             values, vectors = torch.linalg.eigh(ritz.cpu())
-            # |A'A x - largest x| of the Ritz vector x = V y is the last beta times the last entry of y.
+            # |A'A x - largest x| of the Ritz vector x = V y is the last beta times the last entry
+            # of y.
             largest, residual = values[-1].item(), off[-1].item() * abs(vectors[-1, -1].item())
             if residual <= tolerance * largest and step >= 15:
                 break
-        # A larger eigenvalue may lie outside an invariant space: continue from a random vector there.
+        # A larger eigenvalue may lie outside an invariant space: continue from a random vector
+        # there.
         if not betas[-1] and step < size - 1:
             image = orthogonal(start())
             norm = image.norm()
@@ -115,10 +120,10 @@ def _lanczos(square, vector, start, nothing, tolerance):
 def dft_norm(weight, in_size, padding=0, dilation=1):
     """An upper bound on the spectral norm of x -> conv2d(x, weight) on zero-padded maps.
 
-    Whatever its stride, the padded convolution is a part of the rows and columns of the circular one on
-    the padded map, which the discrete Fourier transform makes block diagonal: the bound is the largest
-    spectral norm of a block, an (out_channels, in_channels) matrix for each frequency (Sedghi, Gupta,
-    Long 2019). Exact up to the rounding of float64.
+    Whatever its stride, the padded convolution is a part of the rows and columns of the circular
+    one on the padded map, which the discrete Fourier transform makes block diagonal: the bound is
+    the largest spectral norm of a block, an (out_channels, in_channels) matrix for each frequency
+    (Sedghi, Gupta, Long 2019). Exact up to the rounding of float64.
 
     Args:
         weight: (out_channels, in_channels, kh, kw).
@@ -156,10 +161,11 @@ def _phases(size, taps, padding, dilation, half):
 
 @np.errstate(over='ignore')
 def product(*factors):
-    """Product of nonnegative numbers and arrays, by their logarithms, so that no partial product over- or underflows.
+    """Product of nonnegative numbers and arrays, by their logarithms, so that no partial product
+    over- or underflows.
 
-    It is inf only if the product itself is too large for a float, and 0 only if a factor is, even beside an infinite one: a
-    dead layer makes f zero.
+    It is inf only if the product itself is too large for a float, and 0 only if a factor is, even
+    beside an infinite one: a dead layer makes f zero.
     """
     log = log_product(*factors)
     return 0.0 if log == -math.inf else max(np.exp(log), np.finfo(float).tiny)
@@ -178,25 +184,29 @@ def measure_network(net, input_shape, margins=None, skip_uncovered=False):
     Args:
         net: a network as `trace_layers` takes it.
         input_shape: (channels, height, width) of an image.
-        margins: (m,) classification margins of the training samples; only the certificates ask for them.
-        skip_uncovered: leave out what is not covered, instead of refusing the network: a table without the measures of the
-            layers, or even without those of the paths.
+        margins: (m,) classification margins of the training samples; only the certificates ask for
+            them.
+        skip_uncovered: leave out what is not covered, instead of refusing the network: a table
+            without the measures of the layers, or even without those of the paths.
     Returns:
         Namespace of arrays with an entry per weight layer l = 1..D, the classifier last:
             F    Frobenius norm of the weight tensor
             T    Frobenius norm of the layer's full linear map, its Toeplitz matrix
             s    operator norm of the same map
             a    sum over filters of the filter's l2 norm; classifier: F
-            b    sum over filters and taps of the l2 norm over input channels; a linear layer's taps are the map's positions
+            b    sum over filters and taps of the l2 norm over input channels; a linear layer's taps
+                 are the map's positions
             R    the same, but a linear layer has one tap: sum of the l2 norms of its rows
             deg  largest number of input positions that feed one output position
-            A    sum over output units of the l2 norm of the unit's incoming weights, taps in the padding left out
+            A    sum over output units of the l2 norm of the unit's incoming weights, taps in the
+                 padding left out
             p    output positions
             c    output channels
             W    number of weights
-        of u, the number of units of each layer, that of the inputs first; of r (the largest l2 norm of a classifier row),
-        rho = prod F, prod_ratio = prod s / rho (0 for a dead layer), D, what `measure_paths` returns, and margins. To read a
-        measure that was left out raises NotCovered, with the reason.
+        of u, the number of units of each layer, that of the inputs first; of r (the largest l2 norm
+        of a classifier row), rho = prod F, prod_ratio = prod s / rho (0 for a dead layer), D, what
+        `measure_paths` returns, and margins. To read a measure that was left out raises NotCovered,
+        with the reason.
     Raises:
         BadInput: the network is not covered, or its weights contain NaN or infinity.
     """
@@ -272,12 +282,14 @@ def _spectral_norm(layer, weight):
 
 @torch.no_grad()
 def measure_data(net, images, skip_uncovered=False):
-    """Everything that the bounds ask of the training data; it needs the network for its geometry alone.
+    """Everything that the bounds ask of the training data; it needs the network for its geometry
+    alone.
 
     Args:
         net: a network as `trace_layers` takes it.
         images: (m, C, H, W), exactly as the network sees them.
-        skip_uncovered: for a network that is not covered, leave P out instead of refusing it; to read it raises NotCovered.
+        skip_uncovered: for a network that is not covered, leave P out instead of refusing it; to
+            read it raises NotCovered.
     Returns:
         Namespace of
             m            number of samples
@@ -285,8 +297,8 @@ def measure_data(net, images, skip_uncovered=False):
             E_coord      max over input coordinates u, a channel of a position, of sum_i x_i[u]^2
             E_tot        sum_i ||x_i||^2
             B            max_i ||x_i||
-            P            per layer, the largest l2 norm of the part of an image that one patch of the layer sees, its
-                         receptive field; the whole image for the classifier
+            P            per layer, the largest l2 norm of the part of an image that one patch of
+                         the layer sees, its receptive field; the whole image for the classifier
             norm_ratio   sqrt(E_tot / E_max)
             input_shape  (C, H, W)
             inputs       number of input coordinates
@@ -295,7 +307,7 @@ def measure_data(net, images, skip_uncovered=False):
     """
     if images.dim() != 4 or not len(images):
         raise BadInput(
-            f'images of shape {tuple(images.shape)}: must be (m, channels, height, width), with m >= 1'
+            f'images of shape {tuple(images.shape)}: must be (m, channels, height, width), m >= 1'
         )
     input_shape = tuple(images.shape[1:])
     reason = not_covered(net, input_shape) if skip_uncovered else None
@@ -342,7 +354,8 @@ def _receptive_fields(layers, input_shape):
 
 
 def classification_margins(outputs, labels):
-    """f(x_i)_{y_i} - max_{j != y_i} f(x_i)_j of each sample, (m,) float64, of outputs (m, C) and labels (m,).
+    """f(x_i)_{y_i} - max_{j != y_i} f(x_i)_j of each sample, (m,) float64, of outputs (m, C) and
+    labels (m,).
 
     Raises:
         BadInput: the shapes do not fit, or a label is not one of 0 to C - 1.
@@ -351,8 +364,9 @@ def classification_margins(outputs, labels):
         shapes = f'outputs {tuple(outputs.shape)} and labels {tuple(labels.shape)}'
         raise BadInput(f'{shapes}: must be (m, classes) and (m,)')
     if labels.is_floating_point() or ((labels < 0) | (labels >= outputs.shape[1])).any():
+        classes = outputs.shape[1]
         raise BadInput(
-            f'labels out of range: {outputs.shape[1]} outputs want whole numbers from 0 to {outputs.shape[1] - 1}'
+            f'labels out of range: {classes} outputs want whole numbers from 0 to {classes - 1}'
         )
     outputs, labels = outputs.double(), labels.long()
     own = outputs.gather(1, labels[:, None])
@@ -360,5 +374,6 @@ def classification_margins(outputs, labels):
 
 
 def margin_error(margins, gamma):
-    """err_S^gamma, the fraction of margins of at most gamma; err_S^0 is the 0-1 error, ties counting as errors."""
+    """err_S^gamma, the fraction of margins of at most gamma; err_S^0 is the 0-1 error, ties
+    counting as errors."""
     return (~(margins > gamma)).double().mean().item()  # NaN is an error too

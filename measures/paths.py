@@ -1,13 +1,15 @@
-"""Path-norms: a network unrolled into its paths, each the product of its weights, and sums over all of them in one pass.
+"""Path-norms: sums over all paths of a network in one pass.
 
-A path leads from an input coordinate, or from a bias, to an output; its number is the product of the weights
-on it (of the bias and the weights behind it), those of average poolings and upsamplings included. Exact for any
-network that measures/steps.py covers, with biases or without, a chain, a residual network or a U-net, as it is
-in evaluation mode: batch normalization enters with its running statistics, folded into the layer in front of it.
-A LeakyReLU of slope a is a ReLU with a skip connection, a h + (1 - a) relu(h): edges that add up to 1, so that
-it passes the sum over paths on; at any exponent but 1 it is counted as a single edge of weight 1. The theorems
-about the path-norm, the path-metric and `path_bound` hold for all of these networks.
-Source: Gonon, Brisebarre, Riccietti, Gribonval, "A path-norm toolkit for modern networks", ICLR 2024.
+A path leads from an input coordinate, or from a bias, to an output; its value is the product of the
+weights on it (of the bias and the weights after it), weights of average poolings and upsamplings
+included. Exact for any network that measures/steps.py covers, with biases or without, a chain, a
+residual network or a U-net, as it is in evaluation mode: batch normalization enters with its
+running statistics, folded into the layer in front of it. A LeakyReLU of slope a is a ReLU with a
+skip connection, a h + (1 - a) relu(h): edges that add up to 1, so that it passes the sum over paths
+on; at any exponent but 1 it is counted as a single edge of weight 1. The theorems about the
+path-norm, the path-metric and `path_bound` hold for all of these networks.
+
+Source: Gonon et al., "A path-norm toolkit for modern networks" (ICLR 2024).
 """
 
 import math
@@ -32,10 +34,11 @@ from measures.trace import plain_copy, shared_parameters
 
 
 def _power_sums(steps, input_shape, q=1):
-    """Sum over the paths to each output of |product of its weights|^q: (values, exponent), meaning values * 2^exponent.
+    """Per output, the sum over its paths of |product of weights|^q, as values * 2^exponent.
 
-    Tensors are scaled by powers of 2, which is exact, so that no product over- or underflows and, at q = 1, rescaled neurons
-    give the same bits. A number that is 2^1074 times smaller than the largest of its tensor counts as 0.
+    Tensors are scaled by powers of 2, which is exact, so that no product over- or underflows and,
+    at q = 1, rescaled neurons give the same bits. A number that is 2^1074 times smaller than the
+    largest of its tensor counts as 0.
     """
     device = next((tensor.device for tensor in _numbers(steps)), None)
     results = [(torch.ones(1, *input_shape, dtype=torch.float64, device=device), 0)]
@@ -58,8 +61,9 @@ def _power_sums(steps, input_shape, q=1):
                 terms, exponent = _aligned([(values, exponent), (bias.expand_as(values), top)])
                 values = sum(terms)
         except (RuntimeError, ValueError):
+            images = tuple(input_shape)
             raise NotCovered(
-                f'{step.name}: does not fit its input of shape {shape}, from images {tuple(input_shape)}'
+                f'{step.name}: does not fit its input of shape {shape}, from images {images}'
             ) from None
         values, top = _scaled(values)
         results.append((values, exponent + top))
@@ -68,7 +72,7 @@ def _power_sums(steps, input_shape, q=1):
 
 
 def _scaled(tensor):
-    """A nonnegative tensor as (tensor / 2^exponent, exponent), so that its maximum lies in [1/2, 1)."""
+    """A nonnegative tensor as (tensor / 2^exponent, exponent), with its maximum in [1/2, 1)."""
     top = tensor.detach().max().item() if tensor.numel() else 0
     if not top:
         return tensor, -(2**60)  # 0 yields to any number
@@ -97,7 +101,7 @@ def _number(value, exponent):
 
 
 def _apply(step, terms, q):
-    """A step, its entries to the power of q in absolute value, without its bias, on nonnegative values."""
+    """A step without its bias and with |entry|^q for each entry: (values, exponent)."""
     kind, *how = step.op
     values = terms[0]
     if kind == 'add':
@@ -107,7 +111,9 @@ def _apply(step, terms, q):
     if kind == 'flatten':
         return torch.flatten(values, *how), 0
     if kind in ('max', 'mean'):
-        (rows, drop), (columns, shift) = (_powers(matrix, q) for matrix in _axes(values, *how))
+        rows, columns = _axes(values, *how)
+        rows, drop = _powers(rows, q)
+        columns, shift = _powers(columns, q)
         return rows @ values @ columns, drop + shift
     if kind == 'relu':
         return values, 0
@@ -122,17 +128,17 @@ def _apply(step, terms, q):
 
 
 def _axes(values, function, *how):
-    """A pooling or an upsampling of maps (1, C, height, width) as two matrices, (out, height) and (width, out).
+    """A pooling or an upsampling as two matrices, (out, height) and (width, out').
 
-    Output (o, p) weighs input (i, j) by rows[o, i] columns[j, p]; a max pooling weighs all of its window by 1.
-    They are read off its outputs on maps that are 1 in one row, or in one column, and 0 elsewhere.
+    It maps (1, C, height, width) to (1, C, out, out'). Output (o, p) weighs input (i, j) by rows[o,
+    i] columns[j, p]; a max pooling weighs all of its window by 1. They are read off its outputs on
+    maps that are 1 in one row, or in one column, and 0 elsewhere.
     """
     _, _, height, width = values.shape
 
     def outputs(maps):
-        return torch.cat(
-            [function(part.expand(-1, 1, height, width), *how) for part in maps.split(32)]
-        )
+        parts = maps.expand(-1, 1, height, width).split(32)
+        return torch.cat([function(part, *how) for part in parts])
 
     total = outputs(values.new_ones(1, 1, 1, 1))
     if not total.isfinite().all():
@@ -144,63 +150,68 @@ def _axes(values, function, *how):
 
 @torch.no_grad()
 def path_norm(net, input_shape, q=1, r=None):
-    """The l^q path-norm of a network: (the sum over its paths of |product of the path's weights|^q)^(1/q).
+    """The l^q path-norm: (the sum over a network's paths of |product of weights|^q)^(1/q).
 
-    At q = 1 it is a Lipschitz constant of the network from the l_inf norm of images to the l1 norm of outputs.
+    At q = 1 it is a Lipschitz constant of the network from the l_inf norm of images to the l1 norm
+    of outputs.
 
     Args:
-        net: a network of the modules named on top of this file, with biases and skip connections or not.
+        net: a network of the modules named on top of this file, with biases and skip connections or
+            not.
         input_shape: shape of an input, (channels, height, width) for an image.
         q: a positive number.
-        r: the mixed norm: l^q over the paths to each output, then l^r over outputs (math.inf for the largest). None: q.
+        r: the mixed norm: l^q over the paths to each output, then l^r over outputs (math.inf for
+            the largest). None: q.
     Returns:
         float; inf only where the norm has no float.
     Raises:
-        BadInput: the network holds something that is not covered, which is named, or weights with NaN or infinity.
+        BadInput: the network holds something that is not covered, which is named, or weights with
+            NaN or infinity.
     """
     r = q if r is None else r
     if not 0 < q < math.inf or not r > 0:
         raise BadInput(
-            f'q = {q}, r = {r}: a path-norm wants a positive, finite q, and an r that is positive or None'
+            f'q = {q}, r = {r}: a path-norm wants a positive, finite q, and r positive or None'
         )
     values, exponent = _power_sums(forward_steps(net), input_shape, q)
     if q == r == 1:
         return float(_number(values.sum().item(), exponent))
     logs = (values.log() + exponent * math.log(2)) / q  # per output, of the l^q norm over its paths
-    return (logs.max() if r == math.inf else torch.logsumexp(r * logs, 0) / r).exp().item()
+    if r == math.inf:
+        return logs.max().exp().item()
+    return (torch.logsumexp(r * logs, 0) / r).exp().item()
 
 
 @torch.no_grad()
 def path_metric(net, other, input_shape, outputs=False):
-    """The l1 distance of two networks' paths, or an upper bound on the distance of their functions where that is not known.
+    """The l1 distance of two networks' paths, or, where it is not known, a bound all the same.
 
-    The value times max(||x||_inf, 1), or times ||x||_inf without biases, is at least ||net(x) - other(x)||_1 for every x: the
-    theorem of Gonon et al. 2024, "Path-metrics, pruning, and generalization", where no weight changes its sign, and the
-    triangle inequality through the weights of smaller absolute value, 0 where signs differ, anywhere. The same
-    holds of each output, |net(x)_v - other(x)_v|, and the paths that end in it; the value is the sum over outputs.
+    The value times max(||x||_inf, 1), or times ||x||_inf without biases, is at least ||net(x) -
+    other(x)||_1 for every x: the theorem of Gonon et al. 2024, "Path-metrics, pruning, and
+    generalization", where no weight changes its sign, and the triangle inequality through the
+    weights of smaller absolute value, 0 where signs differ, anywhere. The same holds of each
+    output, |net(x)_v - other(x)_v|, and the paths that end in it; the value is the sum over
+    outputs.
 
     Args:
         outputs: give the value of each output instead of their sum.
     Returns:
-        (value, exact): exact is True where the weights of one network are those of the other shrunk towards zero, as by
-        pruning; the value then is the l1 distance of the paths. With `outputs`, a float64 tensor (outputs,).
+        (value, exact): exact is True where the weights of one network are those of the other shrunk
+        towards zero, as by pruning; the value then is the l1 distance of the paths. With `outputs`,
+        a float64 tensor (outputs,).
     Raises:
         BadInput: as `path_norm`, or the networks are not of the same structure.
     """
     steps, others = forward_steps(net), forward_steps(other)
     if _structure(steps) != _structure(others):
-        raise BadInput(
-            f'{type(net).__name__} and {type(other).__name__}: not two networks of the same structure'
-        )
-    between = [
-        step._replace(
-            weight=_between(step.weight, twin.weight), bias=_between(step.bias, twin.bias)
-        )
-        for step, twin in zip(steps, others)
-    ]
-    sums = [_power_sums(side, input_shape) for side in (steps, others, between)]
-    (of_net, of_other, of_between), top = _aligned(sums)
-    values = ((of_net - of_between) + (of_other - of_between)).clamp(min=0)
+        kinds = f'{type(net).__name__} and {type(other).__name__}'
+        raise BadInput(f'{kinds}: not two networks of the same structure')
+    between = []
+    for step, twin in zip(steps, others):
+        weight, bias = _between(step.weight, twin.weight), _between(step.bias, twin.bias)
+        between.append(step._replace(weight=weight, bias=bias))
+    sums, top = _aligned([_power_sums(side, input_shape) for side in (steps, others, between)])
+    values = ((sums[0] - sums[2]) + (sums[1] - sums[2])).clamp(min=0)
     exact = any(
         all(map(torch.equal, _numbers(side), _numbers(between))) for side in (steps, others)
     )
@@ -229,15 +240,18 @@ def _between(a, b):
 
 
 def path_magnitude(net, input_shape):
-    """Path-magnitude: what each weight of a convolution or a linear layer contributes to the l1 path-norm.
+    """Path-magnitude: what each weight of a layer contributes to the l1 path-norm.
 
-    It is |w| d||Phi||_1 / d|w|, by how much the path-norm falls if the weight is set to 0: the sum over the paths through it.
-    Rescaling neurons does not change it (Gonon et al. 2024, "Path-metrics, pruning, and generalization").
+    It is |w| d||Phi||_1 / d|w|, by how much the path-norm falls if the weight is set to 0: the sum
+    over the paths through it. Rescaling neurons does not change it (Gonon et al. 2024,
+    "Path-metrics, pruning, and generalization").
 
     Returns:
-        {'<module>.weight': float64 tensor of the weight's shape}; of the effective weights where they are parametrized.
+        {'<module>.weight': float64 tensor of the weight's shape}; of the effective weights where
+        they are parametrized.
     Raises:
-        BadInput: as `path_norm`, or a module or a parameter is used twice, so that a path can meet a weight twice.
+        BadInput: as `path_norm`, or a module or a parameter is used twice, so that a path can meet
+            a weight twice.
     """
     steps = _used_once(net)
     layers = [step for step in steps if step.op[0] in LAYERS]
@@ -255,35 +269,39 @@ def path_magnitude(net, input_shape):
 
 
 def _used_once(net):
-    """The steps of a network in which no module and no parameter is used twice; others are refused."""
+    """The steps of a network; refuses it where a module or a parameter is used twice."""
     steps = forward_steps(net)
     names = [name for step in steps if step.weight is not None for name in {step.name, step.norm}]
     twice = {name for name in names if name and names.count(name) > 1}
     obstacles = [(name, ' is used twice in the forward pass') for name in sorted(twice)]
-    refuse(net, obstacles + shared_parameters(net), 'which is not covered here')
+    refuse(net, obstacles + shared_parameters(net), 'not covered here')
     return steps
 
 
 @torch.no_grad()
 def rescale_neurons(net, factors):
-    """A copy of a network whose neurons are rescaled, which changes its weights and not its function.
+    """A copy of a network with rescaled neurons: other weights, the same function.
 
-    A channel's incoming weights, its bias and its batch norm's mean and bias are multiplied by c > 0, its outgoing weights
-    divided by it; with powers of 2 the function stays the same bit for bit, short of overflow. What a skip
-    connection or a concatenation carries is left as it is. Parametrized weights become plain ones in the copy.
+    A channel's incoming weights, its bias and its batch norm's mean and bias are multiplied by c >
+    0, its outgoing weights divided by it; with powers of 2 the function stays the same bit for bit,
+    short of overflow. What a skip connection or a concatenation carries is left as it is.
+    Parametrized weights become plain ones in the copy.
 
     Args:
-        factors: function from a number of channels to that many positive factors; called for each rescaled layer in order.
+        factors: function from a number of channels to that many positive factors; called for each
+            rescaled layer in order.
     Raises:
-        BadInput: as `path_norm`, or a module or a parameter is used twice, or factors are not positive.
+        BadInput: as `path_norm`, or a module or a parameter is used twice, or factors are not
+            positive.
     """
     steps, net = _used_once(net), plain_copy(net)
     for index, step in enumerate(steps):
         way = channel_readers(steps, index) if step.op[0] in LAYERS else None
-        if way is None:
+        if way is None or not channels(step):
             continue
         passed, readers = way
-        # A sum has channels of others in it, and what reaches the output has no reader to undo the factor.
+        # A sum has channels of others in it, and what reaches the output has no reader to undo the
+        # factor.
         carriers = (index, *passed)
         if len(steps) - 1 in carriers or any(steps[number].op[0] == 'add' for number in passed):
             continue
@@ -314,17 +332,20 @@ def measure_paths(net, input_shape):
     Returns:
         Namespace of
             path_norm   the l1 path-norm
-            path_depth  the longest path in neurons: ReLU and LeakyReLU layers, max poolings, and the output
+            path_depth  the longest path in neurons: ReLU and LeakyReLU layers, max poolings, and
+                        the output
             pool        numbers in the largest window of a max pooling; 0 without one
             biased      whether there are biases (batch normalization has them)
-            chain       no bias, no max pooling, no skip connection or concatenation, no LeakyReLU (it has a skip)
+            chain       no bias, no max pooling, no skip connection or concatenation, no LeakyReLU
+                        (it has a skip)
             outputs     number of outputs
     Raises:
         BadInput: as `path_norm`.
     """
     steps = forward_steps(net)
     values, exponent = _power_sums(steps, input_shape)
-    # Per step: the neurons on the longest path up to it, and whether it still combines their values linearly.
+    # Per step: the neurons on the longest path up to it, and whether it still combines their values
+    # linearly.
     depth, linear = [0], [True]
     for step in steps[1:]:
         kind = step.op[0]
@@ -338,7 +359,8 @@ def measure_paths(net, input_shape):
         linear.append(before if kind in ('flatten', 'cat') else kind not in ('relu', 'max'))
     biased = any(step.bias is not None for step in steps)
     windows = [math.prod(_pair(step.op[2])) for step in steps if step.op[0] == 'max']
-    skips = any(len(step.inputs) > 1 or step.op[0] == 'relu' and step.op[1] for step in steps)
+    leaky = any(step.op[0] == 'relu' and step.op[1] for step in steps)
+    skips = leaky or any(len(step.inputs) > 1 for step in steps)
     return SimpleNamespace(
         path_norm=float(_number(values.sum().item(), exponent)),
         path_depth=depth[-1] + 1,

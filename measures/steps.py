@@ -1,11 +1,12 @@
 """The forward pass of a network as a list of steps: linear maps, activations and poolings.
 
-Covered are Conv2d and ConvTranspose2d (padded with zeros), Linear, batch normalization, ReLU, LeakyReLU of a slope
-in [0, 1], max and average pooling, means over all positions, nearest and bilinear upsampling, Flatten, additions
-and concatenations. Whatever else a network does is refused by its name, all of it at once.
+Covered are Conv2d and ConvTranspose2d (padded with zeros), Linear, batch normalization, ReLU,
+LeakyReLU of a slope in [0, 1], max and average pooling, means over all positions, nearest and
+bilinear upsampling, Flatten, additions and concatenations. Whatever else a network does is refused
+by its name, all of it at once.
 
-`walk` is the only walk of a network: the path-norms, the chains of measures/trace.py and the question which layer reads
-which channels are views of its steps.
+`walk` is the only walk of a network: the path-norms, the chains of measures/trace.py and the
+question which layer reads which channels are views of its steps.
 """
 
 import contextlib
@@ -25,7 +26,8 @@ MEANS = (torch.mean, 'mean')
 # What a traced x.size(0) or x.shape[0] consists of.
 SIZES = ('size', 'shape', getattr, operator.getitem)
 
-# The ops of layers with weights, and of what maps the rows and columns of each channel, with their attributes.
+# The ops of layers with weights, and of what maps the rows and columns of each channel, with their
+# attributes.
 _LAYERS = {
     nn.Conv2d: ('conv', 'stride', 'padding', 'dilation', 'groups'),
     nn.ConvTranspose2d: ('transposed', 'stride', 'padding', 'output_padding', 'groups', 'dilation'),
@@ -34,11 +36,13 @@ _LAYERS = {
 LAYERS = tuple(op for op, *_ in _LAYERS.values())
 LAYER_TYPES = tuple(_LAYERS)
 _MAPS = {
-    nn.MaxPool2d: ('max', F.max_pool2d, 'kernel_size', 'stride', 'padding', 'dilation', 'ceil_mode'),
-    nn.AvgPool2d: ('mean', F.avg_pool2d, 'kernel_size', 'stride', 'padding', 'ceil_mode', 'count_include_pad',
-                   'divisor_override'),
+    nn.MaxPool2d: ('max', F.max_pool2d, 'kernel_size', 'stride', 'padding', 'dilation',
+                   'ceil_mode'),
+    nn.AvgPool2d: ('mean', F.avg_pool2d, 'kernel_size', 'stride', 'padding', 'ceil_mode',
+                   'count_include_pad', 'divisor_override'),
     nn.AdaptiveAvgPool2d: ('mean', F.adaptive_avg_pool2d, 'output_size'),
-    nn.Upsample: ('mean', F.interpolate, 'size', 'scale_factor', 'mode', 'align_corners', 'recompute_scale_factor'),
+    nn.Upsample: ('mean', F.interpolate, 'size', 'scale_factor', 'mode', 'align_corners',
+                  'recompute_scale_factor'),
 }  # fmt: skip
 _FUNCTIONS = {
     torch.max_pool2d: nn.MaxPool2d,
@@ -79,8 +83,8 @@ _PER_CHANNEL_FUNCTIONS = (
     operator.truediv,
 )
 _PATHS = (
-    'paths go through convolutions, transposed too, Linear, BatchNorm, ReLU, LeakyReLU, Flatten, pooling, means, '
-    'upsampling, and sums and concatenations of what is computed from the input'
+    'paths go through convolutions, transposed too, Linear, BatchNorm, ReLU, LeakyReLU, Flatten, '
+    'pooling, means, upsampling, and sums and concatenations of what is computed from the input'
 )
 _NO_STATISTICS = ' keeps no running statistics; it depends on the batch, which is not covered'
 
@@ -88,7 +92,8 @@ _traced = contextvars.ContextVar('traced', default=None)  # {network: its trace}
 
 
 class NotCovered(BadInput, AttributeError):
-    """The theory does not cover a network, or a table has no such measure for that reason; its text says why.
+    """The theory does not cover a network, or a table has no such measure for that reason; its text
+    says why.
 
     It is an AttributeError too, so that hasattr(table, 'rho') is False where rho is not measured.
     """
@@ -99,10 +104,10 @@ class Step(
 ):
     """A step of the forward pass.
 
-    `name` and `module` (None: a function) are those of the network; `op` says what the step does, as a
-    tuple that two networks of the same structure share; `inputs` are the indices of the steps that it
-    reads; `obstacle` is why it is not covered, or None. `forward_steps` adds weight and bias, float64
-    copies with batch normalization folded in, and `norm`, the name of the batch norm.
+    `name` and `module` (None: a function) are those of the network; `op` says what the step does,
+    as a tuple that two networks of the same structure share; `inputs` are the indices of the steps
+    that it reads; `obstacle` is why it is not covered, or None. `forward_steps` adds weight and
+    bias, float64 copies with batch normalization folded in, and `norm`, the name of the batch norm.
     """
 
     @property
@@ -146,9 +151,9 @@ def evaluation_mode(net):
             module.training = True
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The traced graph
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class _Tracer(fx.Tracer):
@@ -158,7 +163,8 @@ class _Tracer(fx.Tracer):
 
 @contextlib.contextmanager
 def traced_once():
-    """In what it encloses or decorates, each network is traced once. Its weights may change in there, its modules may not."""
+    """In what it encloses or decorates, each network is traced once. Its weights may change in
+    there, its modules may not."""
     token = _traced.set({})
     try:
         yield
@@ -167,13 +173,15 @@ def traced_once():
 
 
 def trace(net):
-    """The forward pass of a network as a list of (fx.Node, module or None, what it is in words), the output's node last.
+    """The forward pass of a network as a list of (fx.Node, module or None, what it is in words),
+    the output's node last.
 
-    A view or reshape to (N, -1) is traced as a flattening, and so is one to (N, a number), with meta['fixed']. The third entry
-    names the node in a refusal.
+    A view or reshape to (N, -1) is traced as a flattening, and so is one to (N, a number), with
+    meta['fixed']. The third entry names the node in a refusal.
 
     Raises:
-        NotCovered: it cannot be traced, or what a module computes is not what its type says; all of these are named.
+        NotCovered: it cannot be traced, or what a module computes is not what its type says; all of
+            these are named.
     """
     known = _traced.get()
     if known is None:
@@ -187,12 +195,16 @@ def _trace(net):
     kind = type(net).__name__
     if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
         raise NotCovered(
-            'global forward hooks (register_module_forward_hook) can change what modules compute; remove them'
+            'global forward hooks (register_module_forward_hook) can change what modules compute; '
+            'remove them'
         )
-    reasons = [
-        (named(name, module), _module_obstacle(module)) for name, module in net.named_modules()
-    ]
-    obstacles = [(what, reason) for what, reason in reasons if reason]
+    obstacles = []
+    for name, module in net.named_modules():
+        # What is traced are the classes of the network and of the modules that it is made of.
+        fixed = module is net or _Tracer().is_leaf_module(module, name)
+        reason = _module_obstacle(module, fixed)
+        if reason:
+            obstacles.append((named(name, module), reason))
     if obstacles:
         raise NotCovered(_listed(obstacles))
     try:
@@ -201,7 +213,8 @@ def _trace(net):
     except Exception as error:  # whatever the network's own code raises when it is run on symbols
         reason = str(error).partition('\n')[0]
         raise NotCovered(f'{kind}: its forward pass cannot be traced ({reason})') from None
-    # Backwards, so that the users of a node come before it: a size that only a view read goes with the view.
+    # Backwards, so that the users of a node come before it: a size that only a view read goes with
+    # the view.
     for node in reversed(graph.nodes):
         shape = viewed_as(node)
         if _is_batch_by_rest(shape):
@@ -220,8 +233,8 @@ def _name(node):
     return getattr(node.target, '__name__', node.target)
 
 
-def _module_obstacle(module):
-    """Why a module may compute something else than its type says, or None."""
+def _module_obstacle(module, fixed):
+    """Why a module may compute something else than what is traced of it, or None."""
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return ' is a wrapper: pass the network in it, its .module'
     if hasattr(module, '_orig_mod'):
@@ -233,8 +246,8 @@ def _module_obstacle(module):
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     if any(type(hook).__module__.startswith('torch.nn.utils') for hook in hooks):
         return (
-            ' has forward hooks of torch.nn.utils, which compute its weights: pass it after remove_weight_norm, '
-            'prune.remove, ..., or use torch.nn.utils.parametrizations'
+            ' has forward hooks of torch.nn.utils, which compute its weights: pass it after '
+            'remove_weight_norm, prune.remove, ..., or use torch.nn.utils.parametrizations'
         )
     if hooks:
         return ' has forward hooks, which can change what it computes; remove them'
@@ -244,7 +257,7 @@ def _module_obstacle(module):
             own |= type(module).forward is not kind.forward
             convolves = getattr(type(module), '_conv_forward', None)
             own |= convolves is not getattr(kind, '_conv_forward', None)
-    if own and _Tracer().is_leaf_module(module, ''):
+    if own and fixed:
         return ' has a forward pass of its own, which is not covered'
     return None
 
@@ -258,7 +271,8 @@ def viewed_as(node):
 
 
 def _is_batch_by_rest(shape):
-    """Whether a traced shape is (number of samples, -1), or has a number, which can be no other, in the place of -1."""
+    """Whether a traced shape is (number of samples, -1), or has a number, which can be no other, in
+    the place of -1."""
     if len(shape) != 2 or not isinstance(shape[1], int) or not isinstance(shape[0], fx.Node):
         return False
     size = shape[0]
@@ -271,7 +285,8 @@ def _is_batch_by_rest(shape):
 
 
 def flattens(node, module):
-    """The dimensions (first, last) that a traced node flattens, or None where it does something else."""
+    """The dimensions (first, last) that a traced node flattens, or None where it does something
+    else."""
     if isinstance(module, nn.Flatten):
         return module.start_dim, module.end_dim
     if node.op == 'call_module' or node.target not in FLATTENS:
@@ -295,16 +310,17 @@ def _argument(node, position, name, default):
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The steps
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def walk(net):
-    """The structure of a network's forward pass in evaluation mode, as a list of Step without weights.
+    """The structure of a network's forward pass in evaluation mode: Steps without weights.
 
-    The first step is the input, the last one the output. What changes nothing is no step, and a mean over all positions is
-    two, an average pooling and a flattening. What is not covered is a step with an obstacle.
+    The first step is the input, the last one the output. What changes nothing is no step, and a
+    mean over all positions is two, an average pooling and a flattening. What is not covered is a
+    step with an obstacle.
 
     Raises:
         NotCovered: as `trace`.
@@ -321,7 +337,7 @@ def walk(net):
 
 
 def forward_steps(net):
-    """The forward pass of a network in evaluation mode as a list of Step with weights: its input first, its result last.
+    """The forward pass in evaluation mode as a list of Step with weights; its result is the last.
 
     Raises:
         NotCovered: for whatever is not covered, by name.
@@ -334,39 +350,45 @@ def forward_steps(net):
 
 @torch.no_grad()
 def read_weights(net, steps):
-    """The steps of `walk`, without obstacles, with their weights in evaluation mode, less the output's step."""
-    readers = Counter(index for step in steps for index in step.inputs)
-    read, index = [], []  # index: of a step of `steps` in `read`
+    """The steps of `walk`, none with an obstacle, with their weights, and without the output."""
+    readers = Counter(number for step in steps for number in step.inputs)
+    read, index = [], []  # index: the number in `read` of each step of `steps`
     with evaluation_mode(net):
         for step in steps[:-1]:
             inputs = tuple(index[number] for number in step.inputs)
-            weight = bias = norm = None
             if step.op[0] in LAYERS:
                 weight, bias = _doubles(step.what, step.module.weight, step.module.bias)
+                step = step._replace(weight=weight, bias=bias)
             elif step.op[0] == 'diagonal':
-                (weight, bias), norm = folded_norm(step.module, step.what), step.name
-                front = steps[step.inputs[0]]
-                maps = (
-                    ('conv', 'transposed')
-                    if isinstance(step.module, nn.BatchNorm2d)
-                    else ('linear',)
-                )
+                weight, bias = folded_norm(step.module, step.what)
+                step = step._replace(weight=weight, bias=bias, norm=step.name)
                 # A layer that only the batch norm reads takes it in.
-                if front.op[0] in maps and readers[step.inputs[0]] == 1:
-                    front = read[inputs[0]]
-                    if front.bias is not None:
-                        bias = bias + weight * front.bias
-                    weight = front.weight * per_channel(weight, front)
-                    read[inputs[0]] = front._replace(weight=weight, bias=bias, norm=norm)
+                front = steps[step.inputs[0]]
+                if readers[step.inputs[0]] == 1 and _normalizes(step.module, front):
+                    read[inputs[0]] = _fold(read[inputs[0]], step)
                     index.append(inputs[0])
                     continue
             index.append(len(read))
-            read.append(step._replace(inputs=inputs, weight=weight, bias=bias, norm=norm))
+            read.append(step._replace(inputs=inputs))
     return read
 
 
+def _normalizes(norm, layer):
+    """Whether a batch norm normalizes the channels that a layer makes."""
+    maps = ('conv', 'transposed') if isinstance(norm, nn.BatchNorm2d) else ('linear',)
+    return layer.op[0] in maps
+
+
+def _fold(layer, norm):
+    """A layer's step with the batch norm of another step folded in."""
+    weight, bias = layer.weight * per_channel(norm.weight, layer), norm.bias
+    if layer.bias is not None:
+        bias = bias + norm.weight * layer.bias
+    return layer._replace(weight=weight, bias=bias, norm=norm.name)
+
+
 def _doubles(what, *tensors):
-    """Copies of tensors, or of None, in float64. On torch's device `meta`, which has shapes alone, any values will do."""
+    """Float64 copies of tensors, or of None; they must be finite, except on `meta`, of shapes only."""
     copies = []
     for tensor in tensors:
         if tensor is not None:
@@ -387,7 +409,7 @@ def folded_norm(norm, what):
 
 
 def _understood(node, module, first):
-    """(ops, nodes that are read, obstacle or None) of a traced node; `ops` are the `op` of a Step each."""
+    """(ops of its steps, nodes that it reads, obstacle or None) of a traced node."""
     try:
         ops = _ops(node, module, first)
         kind = ops[0][0] if ops else None
@@ -490,17 +512,17 @@ def _operation(node):
     raise NotCovered(': not covered')
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Channels
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def per_channel(factor, layer, incoming=False):
     """A factor for each channel that a layer makes, or that it reads, in the shape of its weights.
 
-    The channels that a convolution makes lie along axis 0 of its weights, and those that it reads, of one
-    group, along axis 1; of a transposed convolution it is the other way round. A linear layer after a
-    flattening reads a channel at several positions.
+    The channels that a convolution makes lie along axis 0 of its weights, and those that it reads,
+    of one group, along axis 1; of a transposed convolution it is the other way round. A linear
+    layer after a flattening reads a channel at several positions.
     """
     rows, columns, *kernel = layer.weight.shape
     if incoming == (layer.op[0] == 'transposed'):
@@ -527,9 +549,10 @@ def channel_readers(steps, index):
     """Who reads the channels that the layer of this index makes.
 
     Returns:
-        (passed, readers): the steps through which the channels go, each on its own, and the layers that read them, as lists
-        of indices. None where their order is lost on the way: in a concatenation, a flattening or pooling that mixes them,
-        a layer that reads another dimension, or a step that is not known.
+        (passed, readers): the steps through which the channels go, each on its own, and the layers
+        that read them, as lists
+        of indices. None where their order is lost on the way: in a concatenation, a flattening or
+        pooling that mixes them, a layer that reads another dimension, or a step that is not known.
     """
     flat = {index: steps[index].op[0] == 'linear'}  # of each step that carries the channels
     passed, readers = [], []

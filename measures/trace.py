@@ -1,4 +1,5 @@
-"""Networks as the measures see them: their layers as a chain, plain copies, and their outputs on a whole set."""
+"""Networks as the measures see them: their layers as a chain, plain copies, and their outputs on a
+whole set."""
 
 import contextlib
 import copy
@@ -22,22 +23,26 @@ from measures.steps import (
     walk,
 )
 
+# The arguments of a convolution that shape its maps, with their defaults.
+_GEOMETRY = {'stride': (1, 1), 'padding': (0, 0), 'dilation': (1, 1)}
 _CHAINS = 'expected convolutions, a flattening, linear layers, and ReLUs after them'
 _THEOREMS = 'the theorems are about bias-free networks of Conv2d, ReLU, Flatten and Linear'
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Chains
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Layer(NamedTuple):
-    """A layer of a chain in float64: a convolution, or a linear layer as a convolution whose kernel covers the whole map.
+    """A layer of a chain in float64.
 
-    `weight` is (out, in, h, w) of a convolution, (out, in) of a linear layer, and `bias` (out,) or None; `rectified` says
-    whether a ReLU follows; `geometry` has a convolution's arguments stride, padding and dilation. `trace_layers` adds `taps`:
-    for the vertical and the horizontal axis the boolean array (kernel, outputs, inputs) that says which tap of which output
-    position reads which input position; a tap that lies in the padding reads none.
+    `weight` is (out, in, h, w) of a convolution, (out, in) of a linear layer, and `bias` (out,) or
+    None; `rectified` says whether a ReLU follows; `geometry` has a convolution's arguments stride,
+    padding and dilation. `trace_layers` adds `taps`: for the vertical and the horizontal axis the
+    boolean array (kernel, outputs, inputs) that says which tap of which output position reads which
+    input position; a tap that lies in the padding reads none. There a linear layer is a convolution
+    whose kernel covers the whole map.
     """
 
     weight: torch.Tensor
@@ -62,14 +67,14 @@ class Layer(NamedTuple):
         return self.weight.reshape(len(self.weight), -1, *(axis.shape[0] for axis in self.taps))
 
     def forward(self, kernel, maps):
-        """The pre-activations (N, out, h', w') with another kernel, (out, in, h, w), on maps (N, in, H, W)."""
+        """The pre-activations (N, out, h', w') of maps (N, in, H, W), with this kernel."""
         if self.is_linear:
             return (maps.flatten(1) @ kernel.flatten(1).T)[:, :, None, None]
         return F.conv2d(maps, kernel, **self.geometry)
 
 
 def features(layers, kernels, images):
-    """The post-activation maps (N, K, h, w) that layers with these kernels, (out, in, h, w), make of images (N, C, H, W)."""
+    """The maps (N, K, h, w) after layers with kernels (out, in, h, w), of images (N, C, H, W)."""
     for layer, kernel in zip(layers, kernels):
         images = layer.forward(kernel.to(images.dtype), images).relu()
     return images
@@ -79,12 +84,14 @@ def trace_layers(net, input_shape):
     """The weight layers of a bias-free ReLU network in evaluation mode.
 
     Args:
-        net: any nn.Module whose forward pass is a chain of (Conv2d, ReLU) or (Linear, ReLU), a flattening, and a last Linear.
+        net: any nn.Module whose forward pass is a chain of (Conv2d, ReLU) or (Linear, ReLU), a
+            flattening, and a last Linear.
         input_shape: (channels, height, width) of an image.
     Returns:
         A list of Layer with taps, in the order of the forward pass; the weights are copies.
     Raises:
-        NotCovered: the network has biases, skip connections or modules that the theory does not cover; all are named.
+        NotCovered: the network has biases, skip connections or modules that the theory does not
+            cover; all are named.
         BadInput: the weights contain NaN or infinity, or the shape is none of an image.
     """
     if not isinstance(input_shape, (tuple, list)) or len(input_shape) != 3:
@@ -112,7 +119,7 @@ def trace_layers(net, input_shape):
 
 
 def not_covered(net, input_shape):
-    """Why the theorems about bias-free chains do not cover a network, in one line that names its modules; None if they do."""
+    """Why the theorems about bias-free chains do not cover a network; None if they do."""
     try:
         trace_layers(net, input_shape)
     except BadInput as error:
@@ -120,11 +127,12 @@ def not_covered(net, input_shape):
 
 
 def folded_layers(net):
-    """The layers of a network in evaluation mode, batch normalization folded in, as a list of Layer without taps.
+    """The layers of a chain in evaluation mode with batch norms folded in: Layers without taps.
 
     Args:
-        net: a chain of Conv2d or Linear, each followed by batch normalization, by a ReLU, by both or by none of them, with a
-            flattening in front of the first Linear. Weights may be parametrized.
+        net: a chain of Conv2d or Linear, each followed by batch normalization, by a ReLU, by both
+            or by none of them, with a flattening in front of the first Linear. Weights may be
+            parametrized.
     Raises:
         NotCovered: it is not such a chain, and what is in the way is named.
         BadInput: the weights contain NaN or infinity.
@@ -132,48 +140,40 @@ def folded_layers(net):
     return _chain(net, forward_steps(net))
 
 
-_GEOMETRY = {'stride': (1, 1), 'padding': (0, 0), 'dilation': (1, 1)}
-
-
 def _chain(net, steps, bias_free=False):
     """The layers of steps that are a chain; what keeps them from being one is refused by name.
 
-    With `bias_free` the steps are those of `walk`, without weights, and the chain has a ReLU between any two layers and a
-    linear classifier at its end.
+    With `bias_free` the steps are those of `walk`, without weights, and the chain has a ReLU
+    between any two layers and a linear classifier at its end.
     """
     layers, flat, obstacles = [], False, []
     for number, step in enumerate(steps[1:]):
         kind, *how = step.op
-        reason = step.obstacle
-        if step.inputs != (number,):
-            reason = ': does not read the layer before it alone; skip connections are not covered'
-        elif kind in ('conv', 'linear'):
-            if kind == 'conv' and (flat or how[3] != 1 or isinstance(how[1], str)):
-                reason = ': only ungrouped convolutions of maps, padded with a number of zeros, are covered'
-            if kind == 'linear' and not flat:
-                reason = ': expected a linear layer on the flattened map'
-            if bias_free and step.module.bias is not None:
-                reason = ' has a bias'
-            elif bias_free and layers and not layers[-1].rectified:
-                reason = ' follows a layer without a ReLU between them'
-            elif step.weight is not None and not step.weight.numel():
-                reason = ' has no weights'
-            layers.append(
-                Layer(step.weight, step.bias, False, dict(zip(_GEOMETRY, how)), step.name)
+        reasons = [step.obstacle] if step.obstacle else []
+        if step.inputs != (number,) and not reasons:
+            reasons.append(
+                ': does not read the step before it alone; skip connections are not covered'
             )
+        elif kind in ('conv', 'linear'):
+            reasons += _layer_obstacles(step, flat)
+            if bias_free and step.module.bias is not None:
+                reasons.append(' has a bias')
+            if bias_free and layers and not layers[-1].rectified:
+                reasons.append(' follows a layer without a ReLU between them')
+            geometry = dict(zip(_GEOMETRY, how))
+            layers.append(Layer(step.weight, step.bias, False, geometry, step.name))
         elif kind == 'flatten':
             flat = True
             if how not in ([1, -1], [1, 3]):
-                reason = ': flattens other than the dimensions 1 to -1'
+                reasons.append(': flattens other than the dimensions 1 to -1')
         elif kind == 'relu' and how == [0]:
-            if layers:
-                layers[-1] = layers[-1]._replace(rectified=True)
+            if not layers:
+                reasons.append(' comes before the first layer; rectify the images instead')
             else:
-                reason = ' comes before the first layer; give the network rectified images instead'
-        elif kind != 'output':
-            reason = reason or ': not covered'
-        if reason:
-            obstacles.append((step.what, reason))
+                layers[-1] = layers[-1]._replace(rectified=True)
+        elif kind != 'output' and not reasons:
+            reasons.append(': not covered')
+        obstacles += [(step.what, reason) for reason in reasons]
     if not layers:
         obstacles.append(('it', ' has no Conv2d or Linear module'))
     elif bias_free and (layers[-1].geometry or layers[-1].rectified):
@@ -182,8 +182,25 @@ def _chain(net, steps, bias_free=False):
     return layers
 
 
+def _layer_obstacles(step, flat):
+    """Why a convolution or a linear layer cannot be a layer of a chain, as a list of reasons."""
+    kind, *how = step.op
+    reasons = []
+    if kind == 'conv':
+        _, padding, _, groups = how
+        if flat or groups != 1 or isinstance(padding, str):
+            reasons.append(
+                ': only ungrouped convolutions, padded with a number of zeros, are covered'
+            )
+    elif not flat:
+        reasons.append(': expected a linear layer on the flattened map')
+    if step.weight is not None and not step.weight.numel():
+        reasons.append(' has no weights')
+    return reasons
+
+
 def _taps(size, kernel, stride, padding, dilation):
-    """Which tap of which output position reads which input position along one axis: (kernel, outputs, inputs)."""
+    """Which tap of an output position reads which input position: (kernel, outputs, inputs)."""
     outputs = max(0, (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1)
     tap, out = np.ogrid[:kernel, :outputs]
     return (out * stride - padding + tap * dilation)[..., None] == np.arange(size)
@@ -203,12 +220,12 @@ def sequential(layers):
 
 
 def folded(net):
-    """The same function as an nn.Sequential of plain layers, for a network as `folded_layers` takes it."""
+    """The same function as an nn.Sequential of plain layers; `net` as `folded_layers` takes it."""
     return sequential(folded_layers(net)).to(next(net.parameters()).dtype)
 
 
 def plain_layer(weight, bias=None, **geometry):
-    """The Conv2d of a weight (out, in, h, w), whose further arguments are `geometry`, or the Linear of one (out, in)."""
+    """The Conv2d of a weight (out, in, h, w) and its geometry, or the Linear of one (out, in)."""
     options = {'bias': bias is not None, 'device': 'meta'}
     if weight.ndim == 4:
         layer = nn.Conv2d(*weight.shape[1::-1], tuple(weight.shape[2:]), **options, **geometry)
@@ -220,13 +237,13 @@ def plain_layer(weight, bias=None, **geometry):
     return layer
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Weights
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def weight_layers(net):
-    """{name: module} of the network's Conv2d, ConvTranspose2d and Linear modules, in their order in the network."""
+    """{name: module} of the Conv2d, ConvTranspose2d and Linear modules, in the network's order."""
     return {name: module for name, module in net.named_modules() if isinstance(module, LAYER_TYPES)}
 
 
@@ -246,7 +263,10 @@ def effective_weights(net):
 
 
 def require_counted(net):
-    """Raises NotCovered where modules hold weights that `weight_layers` leaves out (attention, embeddings), or share some."""
+    """Refuses a network with weights that `weight_layers` leaves out, or that modules share.
+
+    Left out are those of attention, embeddings and any other kind of module; all are named.
+    """
     obstacles = shared_parameters(net)
     for name, module, parameter in _owned_parameters(net):
         if parameter.ndim > 1 and not isinstance(module, (*LAYER_TYPES, nn.LayerNorm)):
@@ -266,7 +286,7 @@ def shared_parameters(net):
 
 
 def _owned_parameters(net):
-    """Yields (module's name, module, parameter); the owner of a parametrized weight is the layer that it is the weight of."""
+    """Yields (name, module, parameter); a parametrized weight belongs to its layer."""
     for path, parameter in net.named_parameters(remove_duplicate=False):
         name, parametrized, _ = f'.{path}'.partition('.parametrizations.')
         if not parametrized:
@@ -276,7 +296,7 @@ def _owned_parameters(net):
 
 
 def plain_copy(net):
-    """A copy of a network whose parametrized weights, weight-normalized or masked, are plain ones of the same values."""
+    """A copy of a network with plain weights in place of parametrized ones, of the same values."""
     net = copy.deepcopy(net)
     for module in [*net.modules()]:
         make_plain(module)
@@ -284,7 +304,8 @@ def plain_copy(net):
 
 
 def make_plain(module):
-    """Makes the parametrized weights of a module plain ones of their values in evaluation mode, in place."""
+    """Makes a module's parametrized weights plain, in place, with their values in evaluation
+    mode."""
     if not parametrize.is_parametrized(module):
         return
     with evaluation_mode(module):
@@ -296,14 +317,14 @@ def make_plain(module):
         module.register_parameter(name, nn.Parameter(value))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Forward passes
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def ieee_float32():
-    """Products of float32 matrices and convolutions in float32 on CUDA, whatever training asks for."""
+    """Runs what it encloses in IEEE float32 on CUDA, not in TF32, whatever training asks for."""
     switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = [switch.fp32_precision for switch in switches]
     try:
@@ -317,7 +338,7 @@ def ieee_float32():
 
 @contextlib.contextmanager
 def hooked(modules, note):
-    """Calls note(module, inputs, output) after each forward pass of one of these modules inside of the block."""
+    """Calls note(module, inputs, output) after each forward pass of one of these modules."""
     hooks = [module.register_forward_hook(note) for module in modules]
     try:
         yield
@@ -341,7 +362,8 @@ def activations(net, image):
 def images_per_pass(net, images):
     """How many of the images go through the network at once, where nothing is learned from them.
 
-    On a CPU few enough that activations stay in its cache, else many: at most 1 GiB in the largest activation.
+    On a CPU few enough that activations stay in its cache, else many: at most 1 GiB in the largest
+        activation.
     """
     if images.device.type == 'cpu':
         return 32
@@ -350,11 +372,16 @@ def images_per_pass(net, images):
 
 @torch.no_grad()
 def outputs(net, images):
-    """The outputs (m, ...) of a network in evaluation mode on a whole set of images, in float64 of passes in IEEE float32."""
+    """The outputs (m, ...) of a network in evaluation mode on a whole set of images (m, ...).
+
+    They are float64 numbers of forward passes in the network's dtype, in IEEE float32 at least on
+    CUDA. Batches go through one after the other, as many images at once as `images_per_pass` says.
+    """
     with evaluation_mode(net), ieee_float32(), parametrize.cached():
         batch = images_per_pass(net, images)
         first = net(images[:1])
-        # Filled in place: small tensors that stay, allocated between large ones that go, would tear the heap to pieces.
+        # Filled in place: small tensors that stay, allocated between large ones that go, would tear
+        # the heap to pieces.
         values = first.new_empty(len(images), *first.shape[1:], dtype=torch.float64)
         for rows, part in zip(values.split(batch), images.split(batch)):
             rows.copy_(net(part))

@@ -62,7 +62,7 @@ def add_masks(net, settings):
 
 
 def free_weight(layer):
-    """The parameter behind a masked weight: V of a weight-normalized layer, else W itself."""
+    """The parameter of a masked weight: V of a weight-normalized layer, else W itself."""
     parametrizations = layer.parametrizations.weight
     if parametrizations.is_tensor:
         return parametrizations.original

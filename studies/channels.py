@@ -1,101 +1,122 @@
-"""Test error and channels left against channel_sparsity, of a sweep of conf/channels.py (docs/sparse.md).
+"""Test error and remaining channels against channel_sparsity (docs/sparse.md).
 
-python train.py --settings conf/channels.py --results-path results/7
-python docs/channels.py results/7   prints a table and draws docs/channels.png, in seconds
+    python train.py --settings conf/channels.py --results-path results/7
+    python -m studies.channels results/7 [--out DIR]
 
-The weights of the networks without their dead channels are kept in export.csv, next to the networks' folders.
+prints a table of the sweep. The weights of each network without its dead channels are counted where
+its model.pt is, and otherwise come from export.csv in the sweep's folder.
 """
 
-import csv
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
-from conf import ROOT
+from conf import BadInput, load_launch, run_program
 from measures.masks import drop_dead
-from records import folder_settings, load_network, read_layers, read_metrics
+from records import load_network, read_layers, write_table
+from studies.report import (
+    new_figure,
+    plot_range,
+    print_table,
+    read_csv,
+    read_finished,
+    save,
+    study_parser,
+)
 
-PICTURE = ROOT / 'docs' / 'channels.png'
-WORDS = {'random': 'SET', 'gradient': 'RigL'}
-COLORS = '#0072B2', '#D55E00'
+NAMES = {'random': 'SET', 'gradient': 'RigL'}
+COLORS = {'random': '#0072B2', 'gradient': '#D55E00'}
 
 
 def read(folder):
-    """{(regrow, channel_sparsity): [(test error, density, {epoch: channels left of each layer}, name)] over seeds}."""
-    found = {}
-    for run in folder_settings(folder)[1]:
+    """{(regrow, channel_sparsity): networks}, each with its name, test error, density, and
+    `channels`, {epoch: remaining channels of each hidden layer}."""
+    networks = {}
+    for run in load_launch(folder)[1]:
+        if run.regrow not in NAMES:
+            raise BadInput(f'{run.name}: regrow must be random or gradient, as in conf/channels.py')
         layers = read_layers(folder / run.name / 'layers.csv')
-        metrics = read_metrics(folder / run.name / 'metrics.csv')
+        metrics = read_finished(folder, run)
         hidden = (layers['layer'] > 0) & (layers['layer'] <= run.depth)
-        epochs, dead = layers['epoch'][hidden], layers['dead_channels'][hidden]
-        left = {epoch: run.width - dead[epochs == epoch] for epoch in np.unique(epochs)}
-        row = metrics['test_error'][-1], metrics['density'][-1], left, run.name
-        found.setdefault((run.regrow, run.channel_sparsity), []).append(row)
-    return found
+        channels = {}
+        for epoch in np.unique(layers['epoch']):
+            dead = layers['dead_channels'][hidden & (layers['epoch'] == epoch)]
+            channels[epoch] = run.width - dead
+        network = SimpleNamespace(name=run.name, channels=channels)
+        network.error, network.density = metrics['test_error'][-1], metrics['density'][-1]
+        networks.setdefault((run.regrow, run.channel_sparsity), []).append(network)
+    return networks
 
 
-def exported(folder, names):
-    """{name: weights without dead channels}: counted where the networks are, else as export.csv has them."""
-    path = folder / 'export.csv'
-    if all((folder / name / 'model.pt').exists() for name in names):
-        small = {name: drop_dead(load_network(folder / name)[0]) for name in names}
-        rows = [
-            f'{name},{sum(weight.numel() for weight in net.parameters())}'
-            for name, net in small.items()
-        ]
-        path.write_text('\n'.join(['name,weights', *rows, '']))
-    return {row['name']: int(row['weights']) for row in csv.DictReader(path.open())}
+def count_exported(folder, names):
+    """Rows of export.csv: the number of weights of each network without its dead channels."""
+    if not all((folder / name / 'model.pt').exists() for name in names):
+        return read_csv(folder / 'export.csv')
+    rows = []
+    for name in names:
+        small = drop_dead(load_network(folder / name)[0])
+        rows.append({'name': name, 'weights': sum(w.numel() for w in small.parameters())})
+    return rows
 
 
-def draw_epochs(panel, found):
-    """Channels left in each layer against the epoch at the largest channel_sparsity, means over seeds."""
-    sparsity = max(sparsity for _, sparsity in found)
-    for (regrow, words), color in zip(WORDS.items(), COLORS):
-        left = [row[2] for row in found[regrow, sparsity]]
-        means = np.mean([list(run.values()) for run in left], axis=0)
-        for layer, (counts, style) in enumerate(zip(means.T, ('-', '--', ':')), 1):
-            panel.plot(list(left[0]), counts, style, color=color, label=f'{words}, layer {layer}')
-    panel.set(xlabel='epoch', ylabel=f'channels left, channel_sparsity {sparsity}', ylim=0)
+def last(network):
+    """Remaining channels of each hidden layer after the last epoch."""
+    return network.channels[max(network.channels)]
 
 
-def main(folder):
-    import matplotlib.figure
-
-    found = read(folder)
-    weights = exported(folder, [row[3] for rows in found.values() for row in rows])
-    header = '', 'channel_sparsity', 'test error', 'weights', 'channels left', 'weights exported'
-    print(f'| {" | ".join(header)} |\n|{" --- |" * len(header)}')
-    for (regrow, sparsity), rows in found.items():
-        errors, densities, left, names = zip(*rows)
-        channels = ', '.join('-'.join(f'{count:.0f}' for count in run[max(run)]) for run in left)
-        error = f'{np.mean(errors):.3f} ({min(errors):.3f} to {max(errors):.3f})'
-        cells = WORDS[regrow], str(sparsity), error, f'{100 * np.mean(densities):.1f} %', channels
-        print(f'| {" | ".join(cells)} | {", ".join(f"{weights[name]:,}" for name in names)} |')
-
-    epochs = len(rows[0][2]) > 2  # more rows than those of the start and the end
-    figure = matplotlib.figure.Figure(figsize=(15 if epochs else 10, 4), layout='constrained')
-    panels = figure.subplots(1, 3 if epochs else 2)
-    for (regrow, words), color in zip(WORDS.items(), COLORS):
-        sparsities = sorted(sparsity for kind, sparsity in found if kind == regrow)
-        rows = [found[regrow, sparsity] for sparsity in sparsities]
-        errors = [[error for error, *_ in runs] for runs in rows]
-        left = [[channels[max(channels)].sum() for _, _, channels, _ in runs] for runs in rows]
-        for panel, values in zip(panels, (errors, left)):
-            panel.plot(
-                sparsities, [np.mean(runs) for runs in values], marker='o', color=color, label=words
-            )
-            range_ = ([f(runs) for runs in values] for f in (min, max))
-            panel.fill_between(sparsities, *range_, color=color, alpha=0.2)
+def draw(networks):
+    figure = new_figure(15, 4)
+    panels = figure.subplots(1, 3)
+    for regrow in dict.fromkeys(regrow for regrow, _ in networks):
+        color = COLORS[regrow]
+        sparsities = sorted(sparsity for kind, sparsity in networks if kind == regrow)
+        groups = [networks[regrow, sparsity] for sparsity in sparsities]
+        style = {'color': color, 'label': NAMES[regrow]}
+        errors = [[network.error for network in group] for group in groups]
+        plot_range(panels[0], sparsities, errors, **style)
+        channels = [[last(network).sum() for network in group] for group in groups]
+        plot_range(panels[1], sparsities, channels, **style)
+        # Of the largest channel_sparsity: means over seeds at each epoch.
+        epochs = list(groups[-1][0].channels)
+        counts = np.mean([list(network.channels.values()) for network in groups[-1]], axis=0)
+        for layer, line in enumerate(('-', '--', ':')):
+            label = f'{NAMES[regrow]}, layer {layer + 1}'
+            panels[2].plot(epochs, counts[:, layer], line, color=color, label=label)
     panels[0].set(xlabel='channel_sparsity', ylabel='test error', ylim=0)
     panels[1].set(xlabel='channel_sparsity', ylabel='hidden channels left', ylim=0)
-    if epochs:
-        draw_epochs(panels[2], found)
+    label = f'channels left, channel_sparsity {sparsities[-1]}'
+    panels[2].set(xlabel='epoch', ylabel=label, ylim=0)
     for panel in panels:
         panel.grid(alpha=0.3)
         panel.legend(frameon=False)
-    figure.savefig(PICTURE, dpi=130)
+    return figure
+
+
+def main(arguments=None):
+    parser = study_parser('channels', __doc__, 'channels.png and export.csv')
+    parser.add_argument('folder', type=Path, help='results folder of conf/channels.py')
+    options = parser.parse_args(arguments)
+    networks = read(options.folder)
+    names = [network.name for group in networks.values() for network in group]
+    exported = count_exported(options.folder, names)
+    weights = {row['name']: int(row['weights']) for row in exported}
+    rows = []
+    for (regrow, sparsity), group in networks.items():
+        errors = [network.error for network in group]
+        error = f'{np.mean(errors):.3f} ({min(errors):.3f} to {max(errors):.3f})'
+        density = f'{100 * np.mean([network.density for network in group]):.1f} %'
+        channels = ['-'.join(f'{count:.0f}' for count in last(network)) for network in group]
+        counts = [f'{weights[network.name]:,}' for network in group]
+        cells = error, density, ', '.join(channels), ', '.join(counts)
+        rows.append((NAMES[regrow], str(sparsity), *cells))
+    header = '', 'channel_sparsity', 'test error', 'weights', 'channels left', 'weights exported'
+    print_table(header, rows)
+    if options.out:
+        save(draw(networks), options.out / 'channels.png')
+        write_table(options.out / 'export.csv', ['name', 'weights'], exported)
 
 
 if __name__ == '__main__':
-    main(Path(sys.argv[1]))
+    sys.exit(run_program(main))

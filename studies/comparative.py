@@ -1,110 +1,99 @@
-"""The comparative bound, estimated from a sweep of conf/comparative.py; docs/depth.md has the theorem and what the number is.
+"""The comparative bound, estimated from a sweep of conf/comparative.py (theorem: docs/depth.md).
 
-    python train.py --settings conf/comparative.py
-    python docs/comparative.py results/7 [--eps 0.01] [--alpha 0.1]
+    python train.py --settings conf/comparative.py --results-path results/7
+    python -m studies.comparative results/7 [--eps 0.01] [--alpha 0.1]
 
-prints, for each share p of wrong labels, the effective depths a and b of each draw, the share of draws with a >= b, its 95 %
-limit, and the estimate share + (1 + alpha) p, which is no certificate.
+prints, for each share p of wrong labels, the effective depths a and b of each draw, the share of
+draws with a >= b, its 95 % limit, and the estimate share + (1 + alpha) p, which is no certificate.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from conf import BadInput
+from conf import BadInput, load_launch, run_program
 from measures.representations import comparative_estimate, effective_depth
-from records import folder_settings, read_layers, read_metrics
+from records import read_layers, read_metrics
+from studies.report import study_parser
+
+VARIED = {'name', 'train_samples', 'label_noise', 'data_seed', 'seed'}
 
 
 def last_depth(folder, run, eps):
-    """The effective depth of a network of the sweep at its last evaluation, its training error and its test error."""
-    layers, metrics = (
-        read_layers(folder / run.name / 'layers.csv'),
-        read_metrics(folder / run.name / 'metrics.csv'),
-    )
-    last = (
-        (layers['epoch'] == run.epochs)
-        & (layers['round'] == run.prune_rounds)
-        & (layers['layer'] > 0)
-    )
+    """(effective depth, training error, test error) of a network at its last evaluation."""
+    layers = read_layers(folder / run.name / 'layers.csv')
+    metrics = read_metrics(folder / run.name / 'metrics.csv')
+    last = (layers['epoch'] == run.epochs) & (layers['round'] == run.prune_rounds)
+    last &= layers['layer'] > 0
     if not last.any():
-        raise BadInput(
-            f'{folder / run.name}: has no layers of epoch {run.epochs}; finish it with --resume, layers_every above 0'
-        )
-    return (
-        effective_depth(layers['train_ncc_error'][last], eps),
-        metrics['train_error'][-1],
-        metrics['test_error'][-1],
-    )
+        advice = 'finish it with --resume, and layers_every above 0'
+        raise BadInput(f'{folder / run.name}: has no layers of epoch {run.epochs}; {advice}')
+    depth = effective_depth(layers['train_ncc_error'][last], eps)
+    return depth, metrics['train_error'][-1], metrics['test_error'][-1]
 
 
 def read_draws(folder, eps):
-    """{p: ({data_seed: [(depth, train error, test error)]} of networks trained on S1, the same on S1 and mislabelled S2)}."""
-    draws, runs = {}, folder_settings(folder)[1]
-    varied = {
-        knob for run in runs for knob, value in vars(run).items() if value != getattr(runs[0], knob)
-    }
-    if other := varied - {'name', 'train_samples', 'label_noise', 'data_seed', 'seed'}:
-        raise BadInput(
-            f'{folder}: also varies {", ".join(sorted(other))}; give each value a sweep of its own'
-        )
+    """{p: (on S1, on both)}, each {data_seed: [what `last_depth` returns] of its networks}.
+
+    Those on both are trained on S1 and on S2, of whose labels the share p is wrong.
+    """
+    runs = load_launch(folder)[1]
+    for knob in vars(runs[0]).keys() - VARIED:
+        if any(getattr(run, knob) != getattr(runs[0], knob) for run in runs):
+            raise BadInput(f'{folder}: also varies {knob}; train a sweep for each of its values')
+    draws = {}
     for run in runs:
-        sets = {run.clean_samples: 0, 2 * run.clean_samples: 1}
-        if not run.clean_samples or run.train_samples not in sets:
-            raise BadInput(
-                f'{run.name}: train_samples must be clean_samples (S1) or twice that (S1 and S2), as in conf/comparative.py'
-            )
-        part = draws.setdefault(run.label_noise, ({}, {}))[sets[run.train_samples]]
+        sizes = run.clean_samples, 2 * run.clean_samples
+        if not run.clean_samples or run.train_samples not in sizes:
+            rule = 'train_samples must be clean_samples (S1) or twice that (S1 and S2)'
+            raise BadInput(f'{run.name}: {rule}, as in conf/comparative.py')
+        part = draws.setdefault(run.label_noise, ({}, {}))[sizes.index(run.train_samples)]
         part.setdefault(run.data_seed, []).append(last_depth(folder, run, eps))
     return draws
 
 
-def main(folder, eps, alpha):
-    for noise, parts in read_draws(folder, eps).items():
-        depths, noisy_depths = (
-            [[found[0] for found in part[seed]] for seed in parts[0] if seed in part]
-            for part in parts
-        )
-        found = comparative_estimate(depths, noisy_depths, noise, alpha)
-        errors, noisy_errors = (
-            np.array([row[1:] for rows in part.values() for row in rows]) for part in parts
-        )
-        lines = {
-            'a, mean effective depth on S1': ' '.join(f'{a:g}' for a in found['a']),
-            'b, least on S1 and S2 with wrong labels': ' '.join(f'{b:g}' for b in found['b']),
-            'draws whose b is open (inf)': found['open'],
-            'share of draws with a >= b': f'{found["share"]:.3f}, 95 % limit {found["limit"]:.3f}',
-            'estimate, share + (1 + alpha) p': f'{found["estimate"]:.3f}, with the limit {found["at_limit"]:.3f}',
-            'mean test error of the networks on S1': f'{errors[:, 1].mean():.3f}',
-            'largest training error': f'{errors[:, 0].max():.3f} on S1, {noisy_errors[:, 0].max():.3f} on both',
-        }
-        print(
-            f'p = {noise}, eps = {eps}, alpha = {alpha}: {len(depths)} draws of (S1, S2), {len(depths[0])} networks each'
-        )
-        print(*(f'  {name + ":":42}{value}' for name, value in lines.items()), sep='\n')
-    print(
-        'An estimate, no certificate: b is the depth that SGD found, delta1 and delta2 are taken as 0.'
+def show(p, on_first, on_both, eps, alpha):
+    """Prints the estimate for one share p of wrong labels."""
+    seeds = [seed for seed in on_first if seed in on_both]
+    depths = [[depth for depth, _, _ in on_first[seed]] for seed in seeds]
+    noisy_depths = [[depth for depth, _, _ in on_both[seed]] for seed in seeds]
+    found = comparative_estimate(depths, noisy_depths, p, alpha)
+    # The columns are depth, training error and test error.
+    first, both = (np.concatenate(list(part.values())) for part in (on_first, on_both))
+    lines = {
+        'a, mean effective depth on S1': ' '.join(f'{a:g}' for a in found['a']),
+        'b, least on S1 and S2 with wrong labels': ' '.join(f'{b:g}' for b in found['b']),
+        'draws whose b is open (inf)': found['open'],
+        'share of draws with a >= b': f'{found["share"]:.3f}, 95 % limit {found["limit"]:.3f}',
+        'estimate, share + (1 + alpha) p': (
+            f'{found["estimate"]:.3f}, with the limit {found["at_limit"]:.3f}'
+        ),
+        'mean test error of the networks on S1': f'{first[:, 2].mean():.3f}',
+        'largest training error': (
+            f'{first[:, 1].max():.3f} on S1, {both[:, 1].max():.3f} on both'
+        ),
+    }
+    draws = f'{len(seeds)} draws of (S1, S2), {len(depths[0])} networks each'
+    print(f'p = {p}, eps = {eps}, alpha = {alpha}: {draws}')
+    for label, value in lines.items():
+        print(f'  {label + ":":42}{value}')
+
+
+def main(arguments=None):
+    parser = study_parser('comparative', __doc__)
+    parser.add_argument('folder', type=Path, help='results folder of the sweep')
+    parser.add_argument(
+        '--eps', type=float, default=0.01, help='NCC error that defines effective depth (0.01)'
     )
+    parser.add_argument(
+        '--alpha', type=float, default=0.1, help='slack of the theorem, in (0, 1) (0.1)'
+    )
+    options = parser.parse_args(arguments)
+    for p, parts in read_draws(options.folder, options.eps).items():
+        show(p, *parts, options.eps, options.alpha)
+    print('An estimate, no certificate: b is the depth that SGD found, delta1 = delta2 = 0.')
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('folder', type=Path, help='results folder of the sweep')
-    parser.add_argument(
-        '--eps',
-        type=float,
-        default=0.01,
-        help='NCC error that defines effective depth (default: 0.01)',
-    )
-    parser.add_argument(
-        '--alpha',
-        type=float,
-        default=0.1,
-        help='slack of the theorem, between 0 and 1 (default: 0.1)',
-    )
-    try:
-        main(**vars(parser.parse_args()))
-    except (BadInput, OSError) as error:
-        sys.exit(f'error: {error}')
+    sys.exit(run_program(main))

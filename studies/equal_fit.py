@@ -1,137 +1,151 @@
-"""Sparse networks at equal fit: their gaps, and which bounds and measures see them (docs/ranking.md).
+"""Sparse networks at equal fit: their gaps, and which measures see them (docs/ranking.md).
 
     python train.py --settings conf/equal_fit.py --results-path results/7
-    python train.py --settings conf/equal_fit.py --initial-mask none --density 1 --prune-rounds 3 --prune-fraction 0.5 \
-        --results-path results/8
-    python docs/equal_fit.py results/7 results/8   prints two tables and draws docs/equal_fit.png, in seconds
+    python train.py --settings conf/equal_fit.py --initial-mask none --density 1 --prune-rounds 3 \\
+        --prune-fraction 0.5 --results-path results/8
+    python -m studies.equal_fit results/7 results/8 [--out DIR]
+
+Prints the gaps of sparse networks less those of their dense ones, and the sign errors of every
+measure along the density of each kind of mask and between masks of equal density.
 """
 
-import itertools
-import math
 import sys
+from pathlib import Path
 
 import numpy as np
 
-from conf import ROOT
+from conf import BadInput, run_program
 from studies.ranking import (
+    Pairs,
     gap,
     map_errors,
     measures_of,
     name_measures,
-    pair_weights,
     reached,
     read_rows,
     sign_errors,
+    weighted_mean,
 )
+from studies.report import new_figure, plot_range, print_table, save, study_parser
 
 DENSITIES = 1.0, 0.5, 0.25, 0.125
 COLORS = {'random': '#0072B2', 'erk': '#E69F00', 'tickets': '#009E73'}
 SAME = 'depth', 'train_samples', 'seed'
-PICTURE = ROOT / 'docs' / 'equal_fit.png'
+TEST_SIZE = 10000
 
 
 def read(folders):
-    """[(way, density, the knobs in SAME, gap)] and {measure: values} of the networks in summary.csv, those of all rounds.
+    """The networks of summary.csv, those of every round.
 
-    A ticket's first round is the dense network, of which masks at random are compared with each density too.
+    The first round of a ticket is the dense network, which stands for all kinds of masks.
+
+    Returns:
+        {'mask': kinds, 'density': values, 'group': values of the knobs in SAME}, gaps (N,), and
+        {measure: (N,)}.
     """
-    networks, about = [], []
+    masks, densities, groups, networks = [], [], [], []
     for folder in folders:
         for settings, row in read_rows(folder):
-            assert reached(settings, row), f'{settings.name} did not reach target_loss'
+            if not reached(settings, row):
+                raise BadInput(f'{folder}/{settings.name}: did not reach target_loss')
             density = min(DENSITIES, key=lambda value: abs(value - row['density']))
-            ways = [settings.initial_mask] if settings.initial_mask != 'none' else ['tickets']
-            for way in ways if density < 1 else COLORS:
+            kinds = [settings.initial_mask]
+            if density == 1:
+                kinds = list(COLORS)
+            elif settings.initial_mask == 'none':
+                kinds = ['tickets']
+            if kinds[0] not in COLORS:
+                rule = 'initial_mask must be random, erk or none, as in conf/equal_fit.py'
+                raise BadInput(f'{folder}/{settings.name}: {rule}')
+            for mask in kinds:
+                masks.append(mask)
+                densities.append(density)
+                groups.append([getattr(settings, knob) for knob in SAME])
                 networks.append((settings, row))
-                about.append(
-                    (
-                        way,
-                        density,
-                        tuple(getattr(settings, knob) for knob in SAME),
-                        gap(settings, row),
-                    )
-                )
-    return about, measures_of(networks)
+    gaps = np.array([gap(*network) for network in networks])
+    knobs = {'mask': np.array(masks), 'density': np.array(densities), 'group': groups}
+    return knobs, gaps, measures_of(networks)
 
 
-def pairs(about, kind):
-    """(i, j) of networks of one depth, training set and seed that differ in one thing alone.
+def excess_gaps(knobs, gaps):
+    """{(mask, density): gaps, each less that of the dense network of its group}."""
+    dense, excess = {}, {(mask, density): [] for mask in COLORS for density in DENSITIES}
+    networks = list(zip(knobs['mask'], knobs['density'], map(str, knobs['group']), gaps))
+    for mask, density, group, value in networks:
+        if density == 1:
+            dense[mask, group] = value
+    for mask, density, group, value in networks:
+        if (mask, group) not in dense:
+            raise BadInput(f'no dense network has {", ".join(SAME)} = {group}; name its sweep too')
+        excess[mask, density].append(value - dense[mask, group])
+    for (mask, density), values in excess.items():
+        if not values:
+            raise BadInput(f'no network has mask {mask} at density {density}; name its sweep too')
+    return excess
 
-    That is their density, where `kind` is a way to a mask; or, for 'mask', the way to a mask of the same density.
+
+def errors_along(knobs, gaps, measures):
+    """{kind: {measure: weighted sign error}} of the kinds of pairs of which some have weight.
+
+    Both networks of a pair are of one group. They differ in density alone, for a kind named after
+    their mask, or in the mask alone, for the kind 'mask'.
     """
-
-    def differ(one, other):
-        if kind == 'mask':
-            return one[0] < other[0] and one[1] == other[1] < 1
-        return one[0] == other[0] == kind and one[1] < other[1]
-
-    every = itertools.product(range(len(about)), repeat=2)
-    return np.array(
-        [(i, j) for i, j in every if about[i][2] == about[j][2] and differ(about[i], about[j])]
-    ).T
-
-
-def main(folders):
-    import matplotlib.figure
-
-    about, measures = read(folders)
-    gaps, excess, errors = np.array([entry[3] for entry in about]), {}, {}
-    dense = {(way, same): value for way, density, same, value in about if density == 1}
-    for way, density, same, value in about:
-        excess.setdefault((way, density), []).append(value - dense[way, same])
-    print(
-        '| mask | density | gap, less that of the dense network: median (range) | larger |\n| --- | --- | --- | --- |'
-    )
-    for (way, density), values in sorted(
-        excess.items(), key=lambda entry: (list(COLORS).index(entry[0][0]), -entry[0][1])
-    ):
-        if density < 1:
-            cell = f'{np.median(values):+.4f} ({min(values):+.4f} to {max(values):+.4f})'
-            print(
-                f'| {way} | {density:g} | {cell} | {sum(value > 0 for value in values)} of {len(values)} |'
-            )
-    kinds = []
+    pairs, errors = Pairs(knobs, gaps, TEST_SIZE), {}
+    mask, density = knobs['mask'][pairs.i], knobs['density'][pairs.i]
     for kind in (*COLORS, 'mask'):
-        i, j = pairs(about, kind)
-        weights = pair_weights(gaps[i] - gaps[j], 10000)
-        print(f'{kind}: {len(i)} pairs, {(weights > 0).sum()} with weight')
-        kinds += [kind] * bool(weights.any())
-        for name, values in measures.items():
-            wrong = sign_errors(values, gaps, i, j)
-            w = np.where(np.isnan(wrong), 0, weights)
-            errors[name, kind] = w @ np.nan_to_num(wrong) / w.sum() if w.any() else math.nan
-    names = sorted(measures, key=lambda name: np.mean([errors[name, kind] for kind in kinds]))
-    print(f'| sign error along | {" | ".join(kinds)} |\n| --- |{" --- |" * len(kinds)}')
-    for name in names:
-        print(f'| {name} | {" | ".join(f"{errors[name, kind]:.2f}" for kind in kinds)} |')
+        if kind == 'mask':
+            chosen = (pairs.knob == 0) & (density < 1)
+        else:
+            chosen = (pairs.knob == 1) & (mask == kind)
+        i, j, weights = pairs.i[chosen], pairs.j[chosen], pairs.weights[chosen]
+        print(f'{kind}: {len(weights)} pairs, {(weights > 0).sum()} with weight')
+        if weights.any():
+            errors[kind] = {}
+            for name, values in measures.items():
+                errors[kind][name] = weighted_mean(sign_errors(values, gaps, i, j), weights)
+    return errors
 
-    figure = matplotlib.figure.Figure(figsize=(9.5, 0.2 * len(names) + 1.2), layout='constrained')
+
+def draw(excess, errors, names):
+    figure = new_figure(9.5, 0.2 * len(names) + 1.2)
     left, right = figure.subplots(1, 2, width_ratios=(3, 1.3))
-    for way, color in COLORS.items():
-        values = [excess[way, density] for density in DENSITIES]
-        left.plot(
-            DENSITIES, [np.median(group) for group in values], marker='o', color=color, label=way
-        )
-        left.fill_between(
-            DENSITIES,
-            *([f(group) for group in values] for f in (min, max)),
-            color=color,
-            alpha=0.15,
-        )
+    for mask, color in COLORS.items():
+        groups = [excess[mask, density] for density in DENSITIES]
+        plot_range(left, DENSITIES, groups, np.median, alpha=0.15, color=color, label=mask)
     left.axhline(0, color='0.6', linewidth=0.8)
     left.set_xscale('log', base=2)
     left.set_xticks(DENSITIES, labels=[f'{density:g}' for density in DENSITIES])
     left.set(xlabel='density', ylabel="generalization gap, less the dense network's")
     left.legend(frameon=False)
-    map_errors(right, np.array([[errors[name, kind] for kind in kinds] for name in names]))
+    map_errors(right, np.array([[column[name] for column in errors.values()] for name in names]))
     name_measures(right, names)
-    right.set_xticks(
-        range(len(kinds)),
-        labels=[f'density,\n{kind}' if kind in COLORS else 'way to\nthe mask' for kind in kinds],
-    )
+    labels = ['way to\nthe mask' if kind == 'mask' else f'density,\n{kind}' for kind in errors]
+    right.set_xticks(range(len(errors)), labels=labels)
     right.set_title('weighted sign error', fontsize='medium')
-    figure.savefig(PICTURE, dpi=130)
+    return figure
+
+
+def main(arguments=None):
+    parser = study_parser('equal_fit', __doc__, 'equal_fit.png')
+    parser.add_argument('folders', nargs='+', type=Path, help='results folders of the sweeps')
+    options = parser.parse_args(arguments)
+    knobs, gaps, measures = read(options.folders)
+    excess = excess_gaps(knobs, gaps)
+    rows = []
+    for (mask, density), values in excess.items():
+        if density < 1:
+            cell = f'{np.median(values):+.4f} ({min(values):+.4f} to {max(values):+.4f})'
+            larger = sum(value > 0 for value in values)
+            rows.append((mask, f'{density:g}', cell, f'{larger} of {len(values)}'))
+    gap_column = 'gap, less that of the dense network: median (range)'
+    print_table(('mask', 'density', gap_column, 'larger'), rows)
+    errors = errors_along(knobs, gaps, measures)
+    names = sorted(measures, key=lambda name: np.mean([errors[kind][name] for kind in errors]))
+    rows = [(name, *(f'{errors[kind][name]:.2f}' for kind in errors)) for name in names]
+    print_table(('sign error along', *errors), rows)
+    if options.out:
+        save(draw(excess, errors, names), options.out / 'equal_fit.png')
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    sys.exit(run_program(main))

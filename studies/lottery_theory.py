@@ -1,196 +1,209 @@
-"""How many samples a sparse student needs to recover its teacher, how fast and from how far (docs/sparse.md).
+"""How many samples a sparse student needs to recover its teacher (docs/sparse.md).
 
-python docs/lottery_theory.py          in three and a half minutes of one core: results/lottery_theory.csv and the rest
-python docs/lottery_theory.py --draw   the table and docs/lottery_theory.png, from the file
+    python -m studies.lottery_theory [--out DIR]           the table of results/lottery_theory.csv
+    python -m studies.lottery_theory --measure FILE.csv    measures it first: 3.5 minutes of a core
 
-The setting of Zhang et al. (NeurIPS 2021, arXiv 2110.05667): a teacher f(x) = mean_j relu(w_j x) of K neurons
-of unit norm, each of which reads r of the D inputs, x ~ N(0, I). The student knows which.
+The setting of Zhang et al. (NeurIPS 2021, arXiv 2110.05667): a teacher f(x) = mean_j relu(w_j x)
+of K neurons of unit norm, each of which reads r of the D inputs, with x ~ N(0, I). The student
+knows which inputs its teacher reads. Measured are the samples that it needs, how fast it gets
+there, and from how far away.
 """
 
-import csv
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from conf import ROOT
+from conf import ROOT, run_program
+from records import write_table
+from studies.report import new_figure, print_table, read_csv, save, study_parser
 
-PICTURE = ROOT / 'docs' / 'lottery_theory.png'
-MEASURED = ROOT / 'results' / 'lottery_theory.csv'
+SHIPPED = ROOT / 'results' / 'lottery_theory.csv'
 D, K, TRIALS = 50, 5, 20
 HEADER = 'measure', 'r', 'samples', 'distance', 'value'
 EVERY = 5, 10, 15, 20, 30, 40, 50  # r
 RECOVERED = 1e-3  # distance to the teacher, relative to its norm
+FAR = {1: '#009E73', 2: '#E69F00', 3: '#D55E00'}  # distances at the start, and their colours
 
 
 def draw_problem(r, samples, radius, generator):
-    """Teachers W, students at distance radius * ||W||, masks (TRIALS, D, K); inputs (TRIALS, samples, D)."""
+    """Random problems, one per trial.
+
+    Returns:
+        Teachers W, students at distance radius * ||W||, and their masks, each (TRIALS, D, K);
+        inputs (TRIALS, samples, D).
+    """
     shape = TRIALS, D, K
     mask = torch.rand(shape, generator=generator).argsort(1).argsort(1) < r
-    teacher, away = (
-        torch.randn(shape, generator=generator, dtype=torch.double) * mask for _ in range(2)
-    )
+    teacher = torch.randn(shape, generator=generator, dtype=torch.double) * mask
+    away = torch.randn(shape, generator=generator, dtype=torch.double) * mask
     teacher /= teacher.norm(dim=1, keepdim=True)
     away *= radius * K**0.5 / away.norm(dim=(1, 2), keepdim=True)
     inputs = torch.randn(TRIALS, samples, D, generator=generator, dtype=torch.double)
     return teacher, teacher + away, mask, inputs
 
 
-def learn(r, samples, radius, momentum, steps, seed=0):
-    """Gradient descent with momentum on the mean of (f - y)^2 / 2, at rate K, until all have recovered.
+def learn(r, samples, radius, momentum, steps):
+    """Gradient descent with momentum on the mean of (f - y)^2 / 2, until all have recovered.
+
+    The step size is K.
 
     Returns:
-        (steps, TRIALS) the relative distance to the teacher after each step.
+        (steps, TRIALS) relative distances to the teacher after each step.
     """
-    teacher, student, mask, inputs = draw_problem(
-        r, samples, radius, torch.Generator().manual_seed(seed)
-    )
-    targets, before = (inputs @ teacher).relu_().mean(2), student
-    distances = []
+    generator = torch.Generator().manual_seed(0)
+    teacher, student, mask, inputs = draw_problem(r, samples, radius, generator)
+    targets = (inputs @ teacher).relu().mean(2)
+    previous, distances = student, []
     for _ in range(steps):
         hidden = inputs @ student
         error = hidden.relu().mean(2) - targets
-        gradient = (
-            mask * (inputs.transpose(1, 2) @ (error[..., None] * (hidden > 0))) / (K * samples)
-        )
-        student, before = student - K * gradient + momentum * (student - before), student
+        active = error[..., None] * (hidden > 0)
+        gradient = mask * (inputs.transpose(1, 2) @ active) / (K * samples)
+        velocity = student - previous
+        previous, student = student, student - K * gradient + momentum * velocity
         distances.append((student - teacher).norm(dim=(1, 2)) / K**0.5)
         if (distances[-1] <= RECOVERED).all():
             break
     return torch.stack(distances)
 
 
-def recovered(r, samples, radius, steps=1500):
-    """The share of the students that get back to their teacher, with momentum 0.8."""
-    return (learn(r, samples, radius, 0.8, steps)[-1] <= RECOVERED).double().mean().item()
+def recovered(r, samples, radius):
+    """The share of students that recover their teacher, with momentum 0.8."""
+    return (learn(r, samples, radius, 0.8, 1500)[-1] <= RECOVERED).double().mean().item()
 
 
 def half(samples, shares):
-    """The number of samples at which half of the students recover, between those tried linearly."""
+    """The number of samples at which half of the students recover, interpolated linearly."""
     above = next(index for index, share in enumerate(shares) if share >= 0.5)
-    return float(np.interp(0.5, shares[above - 1 : above + 1], samples[above - 1 : above + 1]))
+    return np.interp(0.5, shares[above - 1 : above + 1], samples[above - 1 : above + 1])
 
 
 def steps_per_factor(r, samples):
-    """Steps in which the distance falls by e, from 0.05 to RECOVERED, without momentum; a median."""
+    """Median of the steps in which the distance falls by e, from 0.05 on, without momentum."""
     distances = learn(r, samples, 0.1, 0.0, 3000)
-    inside = (distances < 0.05) & (distances > RECOVERED)
-    ends = [column[rows] for column, rows in zip(distances.T, inside.T) if rows.sum() > 1]
-    return float(np.median([(len(end) - 1) / (end[0] / end[-1]).log().item() for end in ends]))
+    steps = []
+    for trial in distances.T:
+        inside = trial[(trial < 0.05) & (trial > RECOVERED)]
+        if len(inside) > 1:
+            steps.append((len(inside) - 1) / (inside[0] / inside[-1]).log().item())
+    return np.median(steps)
 
 
-def fixed_and_growing(number):
-    """{label: samples for each r}."""
+def sample_sizes(number):
+    """{label: samples for each r}: a fixed number, and one that grows with r."""
     return {f'N = {number:,}': [number] * len(EVERY), 'N = 10 K r': [10 * K * r for r in EVERY]}
 
 
 def measure_all():
-    """Writes the file: {(measure, r, samples, distance of the student): value} as rows."""
+    """{(measure, r, samples, distance of the student at the start): value}."""
     found = {}
     for r in EVERY:
-        for n in (round(ratio * K * r) for ratio in np.arange(1.0, 1.75, 0.1)):
-            found['recovered', r, n, 0.5] = f'{recovered(r, n, 0.5):.2f}'
-    for numbers in fixed_and_growing(1000).values():
-        found |= {
-            ('steps', r, n, 0.1): f'{steps_per_factor(r, n):.0f}' for r, n in zip(EVERY, numbers)
-        }
-    for numbers in fixed_and_growing(500).values():
-        for radius in (1, 2, 3):
-            found |= {
-                ('recovered', r, n, radius): f'{recovered(r, n, radius):.2f}'
-                for r, n in zip(EVERY, numbers)
-            }
-    with MEASURED.open('w', newline='') as file:
-        csv.writer(file, lineterminator='\n').writerows(
-            [HEADER, *((*place, value) for place, value in found.items())]
-        )
+        for ratio in np.arange(1.0, 1.75, 0.1):
+            n = round(ratio * K * r)
+            found['recovered', r, n, 0.5] = recovered(r, n, 0.5)
+        for n in (1000, 10 * K * r):
+            found['steps', r, n, 0.1] = round(steps_per_factor(r, n))
+        for n in (500, 10 * K * r):
+            for radius in FAR:
+                found['recovered', r, n, radius] = recovered(r, n, radius)
+    return found
 
 
-def read():
-    """{(measure, r, samples, distance): value} of the file."""
-    rows = csv.DictReader(MEASURED.open())
-    return {
-        (row['measure'], int(row['r']), int(row['samples']), float(row['distance'])): float(
-            row['value']
-        )
-        for row in rows
-    }
+def read(path):
+    """{(measure, r, samples, distance): value} of a file that --measure wrote."""
+    found = {}
+    for row in read_csv(path):
+        r, samples, distance, value = (float(row[name]) for name in HEADER[1:])
+        found[row['measure'], r, samples, distance] = value
+    return found
 
 
-def main():
-    import matplotlib.figure
+def tried(found, r):
+    """The numbers of samples tried at a distance of 0.5, and the shares that recovered."""
+    samples, shares = [], []
+    for (_, size, number, distance), share in found.items():
+        if (size, distance) == (r, 0.5):
+            samples.append(number)
+            shares.append(share)
+    return samples, shares
 
-    figure, found = matplotlib.figure.Figure(figsize=(14, 4), layout='constrained'), read()
-    needed, rate, far = figure.subplots(1, 3)
 
-    half_of = []
-    for r in EVERY:
-        tried = [
-            (n, share)
-            for (_, size, n, distance), share in found.items()
-            if (size, distance) == (r, 0.5)
-        ]
-        samples, shares = zip(*tried)
-        points = needed.scatter(
-            [r] * len(samples), samples, c=shares, cmap='viridis', vmin=0, vmax=1, s=60
-        )
-        half_of.append(half(samples, shares))
-    slope, offset = np.polyfit(EVERY, half_of, 1)
-    power = np.polyfit(np.log(EVERY), np.log(half_of), 1)[0]
+def curve(found, measure, numbers, distance):
+    """The values for each r, with its number of samples."""
+    return [found[measure, r, n, distance] for r, n in zip(EVERY, numbers)]
+
+
+def show(found, halves):
+    """Prints the table, and how the number of samples that suffice for half grows with r."""
+    slope, offset = np.polyfit(EVERY, halves, 1)
+    power = np.polyfit(np.log(EVERY), np.log(halves), 1)[0]
     print(f'N50 = {slope:.2f} r {offset:+.1f}, as a power r^{power:.2f}\n')
-    print_row('r', EVERY, 'd')
-    print(f'|{" --- |" * (len(EVERY) + 1)}')
-    print_row('N50, the samples with which half recover', half_of, '.0f')
-    print_row('N50 / (K r)', [n50 / (K * r) for r, n50 in zip(EVERY, half_of)], '.2f')
-    needed.plot(
-        EVERY,
-        half_of,
-        color='#BB0022',
-        marker='_',
-        markersize=12,
-        label='half of the students recover',
-    )
+    rows = []
+
+    def add(label, values, digits):
+        rows.append((label, *(f'{value:.{digits}f}' for value in values)))
+
+    add('N50, the samples with which half recover', halves, 0)
+    add('N50 / (K r)', [n50 / (K * r) for r, n50 in zip(EVERY, halves)], 2)
+    for label, numbers in sample_sizes(1000).items():
+        add(f'steps to fall by e, {label}', curve(found, 'steps', numbers, 0.1), 0)
+    for label, numbers in sample_sizes(500).items():
+        for radius in FAR:
+            values = curve(found, 'recovered', numbers, radius)
+            add(f'recovered from {radius} norms away, {label}', values, 2)
+    print_table(('r', *map(str, EVERY)), rows)
+
+
+def draw(found, halves):
+    figure = new_figure(14, 4)
+    needed, rate, far = figure.subplots(1, 3)
+    colors = {'cmap': 'viridis', 'vmin': 0, 'vmax': 1}
+    for r in EVERY:
+        samples, shares = tried(found, r)
+        points = needed.scatter([r] * len(samples), samples, c=shares, s=60, **colors)
+    style = {'color': '#BB0022', 'marker': '_', 'markersize': 12}
+    needed.plot(EVERY, halves, **style, label='half of the students recover')
     needed.plot(EVERY, [K * r for r in EVERY], 'k:', label='K r, the number of unknowns')
-    needed.set(title='samples needed', xlabel='inputs r of a neuron', ylabel='samples N')
+    needed.set(title='samples needed', ylabel='samples N')
     figure.colorbar(points, ax=needed, label='share that recovers')
 
-    for (words, numbers), style, color in zip(
-        fixed_and_growing(1000).items(), ('-o', '--s'), ('#0072B2', '#D55E00')
-    ):
-        steps = [found['steps', r, n, 0.1] for r, n in zip(EVERY, numbers)]
-        print_row(f'steps to fall by e, {words}', steps, '.0f')
-        rate.plot(EVERY, steps, style, color=color, label=words)
-    rate.set(
-        title='rate, without momentum',
-        xlabel='inputs r of a neuron',
-        ylabel='steps to fall by e',
-        ylim=0,
-    )
+    styles = ('-o', '#0072B2'), ('--s', '#D55E00')
+    for (label, numbers), (line, color) in zip(sample_sizes(1000).items(), styles):
+        rate.plot(EVERY, curve(found, 'steps', numbers, 0.1), line, color=color, label=label)
+    rate.set(title='rate, without momentum', ylabel='steps to fall by e', ylim=0)
 
-    for (words, numbers), style in zip(fixed_and_growing(500).items(), ('-o', '--s')):
-        for radius, color in ((1, '#009E73'), (2, '#E69F00'), (3, '#D55E00')):
-            shares = [found['recovered', r, n, radius] for r, n in zip(EVERY, numbers)]
-            print_row(f'recovered from {radius} norms away, {words}', shares, '.2f')
-            far.plot(
-                EVERY, shares, style, color=color, label=f'from {radius} times the norm, {words}'
-            )
-    far.set(title='radius', xlabel='inputs r of a neuron', ylabel='share that recovers')
+    for (label, numbers), line in zip(sample_sizes(500).items(), ('-o', '--s')):
+        for radius, color in FAR.items():
+            shares = curve(found, 'recovered', numbers, radius)
+            name = f'from {radius} times the norm, {label}'
+            far.plot(EVERY, shares, line, color=color, label=name)
+    far.set(title='radius', ylabel='share that recovers')
     for panel in (needed, rate, far):
+        panel.set_xlabel('inputs r of a neuron')
         panel.grid(alpha=0.3)
-        below = (
-            {'loc': 'upper center', 'bbox_to_anchor': (0.5, -0.14), 'ncols': 2}
-            if panel is far
-            else {}
-        )
-        panel.legend(frameon=False, fontsize=8, handlelength=4, **below)
-    figure.savefig(PICTURE, dpi=130)
+    legend = {'frameon': False, 'fontsize': 8, 'handlelength': 4}
+    needed.legend(**legend)
+    rate.legend(**legend)
+    far.legend(**legend, loc='upper center', bbox_to_anchor=(0.5, -0.14), ncols=2)
+    return figure
 
 
-def print_row(words, values, form):
-    print(f'| {words} | {" | ".join(format(value, form) for value in values)} |')
+def main(arguments=None):
+    parser = study_parser('lottery_theory', __doc__, 'lottery_theory.png')
+    parser.add_argument('--measure', type=Path, metavar='FILE', help='measure, and write this file')
+    options = parser.parse_args(arguments)
+    if options.measure:
+        options.measure.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        rows = [dict(zip(HEADER, (*place, value))) for place, value in measure_all().items()]
+        write_table(options.measure, HEADER, rows)
+    found = read(options.measure or SHIPPED)
+    halves = [half(*tried(found, r)) for r in EVERY]
+    show(found, halves)
+    if options.out:
+        save(draw(found, halves), options.out / 'lottery_theory.png')
 
 
 if __name__ == '__main__':
-    if '--draw' not in sys.argv:
-        measure_all()
-    main()
+    sys.exit(run_program(main))

@@ -1,45 +1,51 @@
-"""Which bound predicts? How often each bound ranks the networks of a sweep as their generalization gap does.
+"""Which bound predicts? How often each bound ranks networks as their generalization gaps do.
 
-Two networks whose settings differ in one knob alone, seeds aside, are a pair; a measure errs on it where it
-is larger for the network of the smaller gap. The sign errors are weighted, and averaged over environments,
-after Dziugaite et al. 2020, "In search of robust measures of generalization" (NeurIPS); without weights they
-are Kendall's tau along a knob, as in Jiang et al. 2020, "Fantastic generalization measures and where to find
-them" (ICLR). `draw` reads the summary.csv of a sweep, and the launch's settings.
+    python -m studies.ranking results/7                    prints the table of a finished sweep
+    python -m studies.ranking results/7 --out results/7    writes ranking.csv, .png and .pdf too
+
+Two networks whose settings differ in exactly one knob, seeds aside, are a pair. A measure errs on
+it if it is larger for the network with the smaller gap. The sign errors are weighted and averaged
+over environments, after Dziugaite et al. 2020, "In search of robust measures of generalization"
+(NeurIPS). Without weights they are Kendall's tau along a knob; its mean over knobs is psi, as in
+Jiang et al. 2020, "Fantastic generalization measures and where to find them" (ICLR).
+docs/ranking.md has the definitions. The networks come from the sweep's summary.csv and settings.
 """
 
-import csv
-import io
+import collections
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
 
-from conf import KNOBS as RULES
+from conf import BadInput, load_launch, run_program
 from datasets import DATASETS
 from evaluation import at_target, is_finished
-from records import folder_settings, write_file
-from summary import csv_file, varied
+from figures import varied
+from records import write_table
+from studies.report import new_figure, print_table, read_csv, save, study_parser
 
 LEAST_NETWORKS, LEAST_KNOBS = 20, 2
-LEAST_SIZE = 2  # of an environment's pairs, (sum w)^2 / sum w^2
+LEAST_SIZE = 2  # of an environment: (sum w)^2 / sum w^2 over its pairs
 RANDOM_MEASURES = 300
 
-# Columns of summary.csv that are no measure of the network whose gap is ranked, or a part of FORMULAS.
-NO_MEASURES = (
-    'name, epoch, round, density, lr, train_loss, test_loss, train_error, test_error, generalization_gap, '
-    'train_margin_error, prod_ratio, norm_ratio, certified_error, certified_margin, pac_bayes_rounded_error, '
-    'pac_bayes_gibbs_error, test_set_bound, margin_10, sharpness, masked_density, train_size, test_size, '
-    'train_seconds, eval_seconds'
-).split(', ')
+# Columns of summary.csv that do not measure the network whose gap is ranked, or are parts of
+# FORMULAS.
+NO_MEASURES = """
+    name epoch round density lr train_loss test_loss train_error test_error generalization_gap
+    train_margin_error prod_ratio norm_ratio certified_error certified_margin
+    pac_bayes_rounded_error pac_bayes_gibbs_error test_set_bound margin_10 sharpness masked_density
+    train_size test_size train_seconds eval_seconds
+""".split()
 
 
 def _inverse(values):
-    return np.where(
-        values > 0, 1 / np.where(values > 0, values, 1), np.where(np.isnan(values), np.nan, np.inf)
-    )
+    """1 / v; infinity where v is not positive."""
+    with np.errstate(divide='ignore'):
+        return 1 / abs(np.maximum(values, 0))
 
 
-# Ranked beside the columns: functions of a table {column: (N,)}; larger is for a larger gap.
+# Ranked like the columns: functions of a table {column: (N,)}. Larger predicts a larger gap.
 FORMULAS = {
     'rho * prod_ratio': lambda t: t['rho'] * t['prod_ratio'],  # the product of the operator norms
     'path_norm / margin_10': lambda t: t['path_norm'] * _inverse(t['margin_10']),
@@ -52,36 +58,32 @@ FORMULAS = {
     'distance / (sharpness √m)': lambda t: (
         t['distance'] * _inverse(t['sharpness']) / np.sqrt(t['train_size'])
     ),
-}
-CONTROLS = {
     'constant': lambda t: np.zeros(len(t['train_size'])),
     '1 / m': lambda t: 1 / t['train_size'],
     'epochs': lambda t: t['epoch'],
     '- train_loss': lambda t: -t['train_loss'],
 }
+CONTROLS = 'constant', '1 / m', 'epochs', '- train_loss'
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The networks of a sweep, their gaps and their measures
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def read_rows(folder):
-    """(settings, row) of each row of summary.csv, one a network and round; nan where a cell is empty or no number."""
-    runs = {settings.name: settings for settings in folder_settings(folder)[1]}
-    with open(Path(folder, 'summary.csv'), newline='') as file:
-        for row in csv.DictReader(file):
-            if row['name'] in runs:
-                yield (
-                    runs[row['name']],
-                    {column: _number(cell) for column, cell in row.items() if column != 'name'},
-                )
-
-
-def read_networks(folder):
-    """(settings, row) of each finished network: its last row in summary.csv."""
-    last = {settings.name: (settings, row) for settings, row in read_rows(folder)}
-    return [(settings, row) for settings, row in last.values() if is_finished(settings, [row])]
+    """[(settings, row)] of summary.csv, a row per network and round; text is nan."""
+    runs = {settings.name: settings for settings in load_launch(folder)[1]}
+    path = Path(folder, 'summary.csv')
+    if not path.exists():
+        command = f'python train.py --results-path {folder} --plot'
+        raise BadInput(f'{path}: no such file; write it with {command}')
+    rows = []
+    for cells in read_csv(path):
+        if cells['name'] in runs:
+            row = {column: _number(cell) for column, cell in cells.items()}
+            rows.append((runs[cells['name']], row))
+    return rows
 
 
 def _number(cell):
@@ -92,16 +94,16 @@ def _number(cell):
 
 
 def reached(settings, row):
-    """Whether a network was trained to target_loss; all were where it is 0."""
+    """Whether a network was trained to target_loss; with target_loss = 0 all were."""
     return not settings.target_loss or at_target(settings, row['train_loss'])
 
 
 def gap(settings, row):
-    """err_P - err_S of the distribution that the training set is drawn from, which has the wrong labels too.
+    """err_P - err_S for the distribution P of the training set, wrong labels included.
 
-    A share p of the labels is wrong, uniformly over the other C - 1 classes and whatever the image, so that a
-    classifier of error e on clean labels has the error p + e (1 - p C / (C - 1)) on P. With `clean_samples`
-    the training set is drawn from no such distribution, and clean labels stand for it.
+    A share p of the labels is wrong, uniformly over the other C - 1 classes and independently of
+    the image: a classifier with error e on clean labels has error p + e (1 - p C / (C - 1)) on P.
+    With `clean_samples` the training set comes from no such distribution, and p is taken as 0.
     """
     p = 0.0 if settings.clean_samples else settings.label_noise
     classes = DATASETS[settings.dataset_name][2]
@@ -111,286 +113,258 @@ def gap(settings, row):
 def measures_of(networks):
     """{name: (N,)} of every bound, measure, formula and control that the networks have.
 
-    A bound on err_P - err_S^gamma enters with what it says of err_P - err_S, and so does a certificate, a
-    bound on err_P.
+    A bound on err_P - err_S^gamma is converted to one on err_P - err_S, and so is a certificate,
+    which bounds err_P.
     """
-    columns = dict.fromkeys(column for _, row in networks for column in row)
-    table = {
-        column: np.array([row.get(column, math.nan) for _, row in networks]) for column in columns
-    }
-    knobs = {knob + suffix for knob in RULES for suffix in ('', '_setting')}
+    rows = [row for _, row in networks]
+    table = collections.defaultdict(lambda: np.full(len(rows), math.nan))
+    for column in rows[0]:
+        table[column] = np.array([row.get(column, math.nan) for row in rows])
     measures = {}
-    for column in columns:
-        if column not in NO_MEASURES and column not in knobs:
-            measures[column] = table[column]
-            if column.endswith('_bound'):
-                measures[column] = (
-                    table[column] + table['train_margin_error'] - table['train_error']
-                )
-            elif column == 'pac_bayes_error':
-                measures[column] = table[column] - table['train_error']
-    for name, formula in (FORMULAS | CONTROLS).items():
-        try:
-            measures[name] = formula(table)
-        except KeyError:  # of a column that this sweep lacks
+    for column in rows[0]:
+        knob = column.removesuffix('_setting')
+        if column in NO_MEASURES or hasattr(networks[0][0], knob):
             continue
+        measures[column] = table[column]
+        if column.endswith('_bound'):
+            measures[column] = table[column] + table['train_margin_error'] - table['train_error']
+        elif column == 'pac_bayes_error':
+            measures[column] = table[column] - table['train_error']
+    for name, formula in FORMULAS.items():
+        measures[name] = formula(table)
     return {name: values for name, values in measures.items() if not np.isnan(values).all()}
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Statistics
-# ------------------------------------------------------------------------------------------------------------
-
-
-def sign(values, i, j):
-    """sgn(v_i - v_j) of each pair: inf and inf tie, nan where one is nan."""
-    first, second = values[i], values[j]
-    signs = (first > second).astype(float) - (first < second)
-    return np.where(np.isnan(first) | np.isnan(second), np.nan, signs)
+# ------------------------------------------------------------------------------------------------
 
 
 def sign_errors(values, gaps, i, j):
-    """(1 - sgn(v_i - v_j) sgn(g_i - g_j)) / 2 of each pair: 0 is right, 1 wrong, 1/2 a tie; or nan."""
-    return (1 - sign(values, i, j) * sign(gaps, i, j)) / 2
+    """(1 - sgn(v_i - v_j) sgn(g_i - g_j)) / 2 of each pair: 0 is right, 1 wrong, 1/2 a tie.
+
+    Two infinities tie; the error is nan if a value is nan.
+    """
+    first, second = values[i], values[j]
+    order = (first > second).astype(float) - (first < second)
+    order[np.isnan(first) | np.isnan(second)] = math.nan
+    return (1 - order * np.sign(gaps[i] - gaps[j])) / 2
 
 
 def pair_weights(differences, n):
-    """How sure n test images make it that the gaps of a pair differ, from 0 to 1/2 (Dziugaite et al. 2020)."""
+    """How surely n test images tell the gaps of a pair apart, 0 to 1/2 (Dziugaite et al.)."""
     phi = 2 * np.exp(-2 * n * (np.abs(differences) / 2) ** 2)
     return np.maximum(0, np.maximum(0, 1 - phi) ** 2 - 0.5)
 
 
-class Pairs:
-    """The pairs of networks whose settings differ in one knob, and the environments they are averaged over.
+def weighted_mean(errors, weights):
+    """The weighted mean of sign errors; nan if too few of those that are not nan have weight."""
+    known = ~np.isnan(errors)
+    errors, weights = errors[known], weights[known]
+    total = weights.sum()
+    if total == 0 or total**2 < LEAST_SIZE * (weights @ weights) * (1 - 1e-9):
+        return math.nan
+    return weights @ errors / total
 
-    An environment is one knob, two values of it, and one value of one other knob, pooled over the rest and
-    over seeds.
+
+def of_known(function, values):
+    """A statistic of the values that are not nan; nan if there are none."""
+    known = [value for value in values if not math.isnan(value)]
+    return function(known) if known else math.nan
+
+
+class Pairs:
+    """The pairs of networks whose settings differ in one knob, and their environments.
+
+    An environment is one knob, two values of it, and one value of one other knob; its pairs are
+    pooled over the remaining knobs and over seeds.
 
     Args:
-        knobs: {knob: its N values}, seeds left out.
+        knobs: {knob: its N values}, without seeds.
         gaps: (N,) generalization gaps.
         n: number of test images.
     """
 
     def __init__(self, knobs, gaps, n):
         self.knobs, self.gaps = list(knobs), gaps
-        codes = np.array(
-            [
-                np.unique([repr(value) for value in values], return_inverse=True)[1]
-                for values in knobs.values()
-            ]
-        )
+        texts = [[repr(value) for value in values] for values in knobs.values()]
         self.everyone = np.triu_indices(len(gaps), 1)
-        differ = codes[:, self.everyone[0]] != codes[:, self.everyone[1]]
-        self.single = differ.sum(0) == 1
-        self.i, self.j = (side[self.single] for side in self.everyone)
-        self.knob = differ[:, self.single].argmax(0)
+        pairs, self.environments = [], {}
+        for i, j in zip(*self.everyone):
+            differ = [knob for knob, values in enumerate(texts) if values[i] != values[j]]
+            if len(differ) != 1:
+                continue
+            knob = differ[0]
+            low, high = sorted((texts[knob][i], texts[knob][j]))
+            # The pair belongs to an environment for each knob in which its networks agree.
+            for other, values in enumerate(texts):
+                if other != knob:
+                    key = knob, low, high, other, values[i]
+                    self.environments.setdefault(key, []).append(len(pairs))
+            pairs.append((i, j, knob))
+        self.i, self.j, self.knob = np.array(pairs, dtype=int).reshape(-1, 3).T
         self.weights = pair_weights(gaps[self.i] - gaps[self.j], n)
-        a, b = np.sort([codes[self.knob, self.i], codes[self.knob, self.j]], axis=0)
-        keys = [
-            (knob, low, high, other, value)
-            for knob, low, high, values in zip(self.knob, a, b, codes[:, self.i].T)
-            for other, value in enumerate(values)
-            if other != knob
-        ]
-        self.environments = {key: place for place, key in enumerate(sorted(set(keys)))}
-        self.member = np.array([self.environments[key] for key in keys], dtype=int).reshape(
-            len(self.i), len(knobs) - 1
-        )
-
-    def by_environment(self, errors):
-        """The weighted mean (E,) of sign errors (P,) in each environment; nan where few pairs have weight."""
-        w = np.where(np.isnan(errors), 0, self.weights)
-
-        def total(values):
-            of_pairs = np.repeat(values, self.member.shape[1])
-            return np.bincount(self.member.ravel(), of_pairs, minlength=len(self.environments))
-
-        weight, square, wrong = total(w), total(w**2), total(w * np.nan_to_num(errors))
-        enough = weight**2 >= LEAST_SIZE * square * (1 - 1e-9)
-        return np.divide(
-            wrong, weight, out=np.full(len(weight), np.nan), where=enough & (weight > 0)
-        )
 
     def rank(self, values):
-        """The statistics of a measure with these values (N,), as {column of ranking.csv: number}."""
+        """The statistics of a measure with these values (N,): {column of ranking.csv: number}."""
         errors = sign_errors(values, self.gaps, self.i, self.j)
-        shares = self.by_environment(errors)
-        of_knob = np.array([knob for knob, *_ in self.environments], dtype=int)
-        mean_of = {knob: mean(shares[of_knob == place]) for place, knob in enumerate(self.knobs)}
-        tau = {
-            knob: 1 - 2 * mean(errors[self.knob == place]) for place, knob in enumerate(self.knobs)
-        }
-        some = shares[~np.isnan(shares)]
-        row = {
-            'pairs': int((~np.isnan(errors)).sum()),
-            'environments': len(some),
-            'mean': mean([*mean_of.values()]),
-        }
-        row |= {
-            'p90': np.quantile(some, 0.9) if len(some) else math.nan,
-            'max': max(some, default=math.nan),
-        }
-        row |= {
-            'worst': max((error for error in mean_of.values() if error == error), default=math.nan)
-        }
-        row |= {f'error_{knob}': error for knob, error in mean_of.items()}
-        row |= {f'tau_{knob}': value for knob, value in tau.items()} | {
-            'psi': mean([*tau.values()])
-        }
-        return row | {'tau': 1 - 2 * mean(sign_errors(values, self.gaps, *self.everyone))}
+        shares = {knob: [] for knob in self.knobs}
+        for (knob, *_), members in self.environments.items():
+            share = weighted_mean(errors[members], self.weights[members])
+            shares[self.knobs[knob]].append(share)
+        row, along, tau = {}, {}, {}
+        for number, knob in enumerate(self.knobs):
+            along[f'error_{knob}'] = of_known(np.mean, shares[knob])
+            tau[f'tau_{knob}'] = 1 - 2 * of_known(np.mean, errors[self.knob == number])
+        every = [share for group in shares.values() for share in group]
+        row['pairs'] = np.isfinite(errors).sum()
+        row['environments'] = np.isfinite(every).sum()
+        row['mean'] = of_known(np.mean, along.values())
+        row['p90'] = of_known(lambda known: np.quantile(known, 0.9), every)
+        row['max'] = of_known(max, every)
+        row['worst'] = of_known(max, along.values())
+        row |= along | tau
+        row['psi'] = of_known(np.mean, tau.values())
+        everywhere = sign_errors(values, self.gaps, *self.everyone)
+        row['tau'] = 1 - 2 * of_known(np.mean, everywhere)
+        return row
 
     def chance(self):
-        """The 2.5 % and 97.5 % quantiles of `mean` over random measures on the same pairs."""
+        """{statistic: its 2.5 % and 97.5 % quantiles over random measures} of mean, psi and tau."""
         draws = np.random.default_rng(0).standard_normal((RANDOM_MEASURES, len(self.gaps)))
-        return np.quantile([self.rank(values)['mean'] for values in draws], (0.025, 0.975))
+        rows = [self.rank(values) for values in draws]
+        band = {}
+        for name in ('mean', 'psi', 'tau'):
+            band[name] = np.quantile([row[name] for row in rows], (0.025, 0.975))
+        return band
 
 
-def mean(values):
-    """The mean of what is not nan; nan of nothing."""
-    values = np.array(values)
-    values = values[~np.isnan(values)]
-    return values.mean() if len(values) else math.nan
+def rank_networks(folder):
+    """(rows, pairs) of a sweep: a row of ranking.csv per measure, the least mean first; its Pairs.
 
+    Networks that did not reach `target_loss` are left out and named. A knob along which no two
+    networks can be compared is named.
 
-# ------------------------------------------------------------------------------------------------------------
-# Table and picture
-# ------------------------------------------------------------------------------------------------------------
-
-
-def draw(folder):
-    """Writes ranking.csv, ranking.png and ranking.pdf of a sweep of 2 knobs or more over 20 networks or more.
-
-    Networks that did not reach `target_loss` are left out and named; knobs in which no two networks alone
-    differ are named.
-
-    Returns:
-        The paths written; none where the folder holds no such sweep.
     Raises:
-        ImportError: matplotlib is not installed.
+        BadInput: the sweep has too few finished networks or knobs.
     """
-    if not Path(folder, 'summary.csv').exists():
-        return []
-    everyone = read_networks(folder)
-    networks = [network for network in everyone if reached(*network)]
+    last = {settings.name: (settings, row) for settings, row in read_rows(folder)}
+    networks = []
+    for settings, row in last.values():
+        if not is_finished(settings, [row]):
+            continue
+        if reached(settings, row):
+            networks.append((settings, row))
+        else:
+            print(f'{settings.name} did not reach target_loss and is left out')
     knobs = varied(networks)
     if len(networks) < LEAST_NETWORKS or len(knobs) < LEAST_KNOBS:
-        return []
-    if missed := [settings.name for settings, row in everyone if not reached(settings, row)]:
-        print(
-            f'{folder}: {len(missed)} networks did not reach target_loss and are left out: {", ".join(missed)}'
-        )
+        needed = f'a ranking needs {LEAST_NETWORKS} that vary in {LEAST_KNOBS} knobs'
+        found = f'{len(networks)} finished networks that vary in {len(knobs)} knobs'
+        raise BadInput(f'{folder}: has {found}; {needed}')
     gaps = np.array([gap(*network) for network in networks])
     values = {knob: [getattr(settings, knob) for settings, _ in networks] for knob in knobs}
     pairs = Pairs(values, gaps, min(row['test_size'] for _, row in networks))
-    for place, knob in enumerate(knobs):
-        if not (pairs.knob == place).any():
-            print(
-                f'{folder}: no two networks differ in {knob} alone, so that nothing is ranked along it'
-            )
-    table = {
-        name: {'networks': len(gaps)} | pairs.rank(measure)
-        for name, measure in measures_of(networks).items()
-    }
-    table = dict(
-        sorted(table.items(), key=lambda entry: (math.isnan(entry[1]['mean']), entry[1]['mean']))
+    for number, knob in enumerate(knobs):
+        if number not in pairs.knob:
+            print(f'no two networks differ in {knob} alone: nothing is ranked along it')
+    rows = []
+    for name, measure in measures_of(networks).items():
+        rows.append({'measure': name, 'networks': len(gaps)} | pairs.rank(measure))
+    rows.sort(key=lambda row: (math.isnan(row['mean']), row['mean']))
+    return rows, pairs
+
+
+# ------------------------------------------------------------------------------------------------
+# Table and picture
+# ------------------------------------------------------------------------------------------------
+
+
+def show(rows, pairs, band):
+    """Prints each measure's statistics beside those of 95 % of random measures."""
+    sure = (pairs.weights > 0).sum()
+    print(f'{len(pairs.gaps)} networks, {len(pairs.i):,} pairs that differ in one knob,')
+    print(f"{sure:,} of them by more than the test set's noise\n")
+    columns = ['mean', 'psi', 'tau', *(f'error_{knob}' for knob in pairs.knobs)]
+    cells = []
+    for row in rows:
+        cells.append((row['measure'], *(f'{row[column]:.3f}' for column in columns)))
+    ranges = [f'{low:.3f} to {high:.3f}' for low, high in band.values()]
+    cells.append(('95 % of random measures', *ranges, *([''] * len(pairs.knobs))))
+    print_table(('measure', *columns), cells)
+    by_mean = [row['measure'] for row in rows if row['mean'] < band['mean'][0]]
+    by_psi = [row['measure'] for row in rows if row['psi'] > band['psi'][1]]
+    print(
+        f'\nBetter than the range of random measures by the mean: {", ".join(by_mean) or "none"};'
     )
-    files = {
-        Path(folder, 'ranking.csv'): csv_file(
-            [{'measure': name} | row for name, row in table.items()]
-        )
-    }
-    image = picture(table, knobs, pairs.chance())
-    for suffix, options in (('png', {'dpi': 130}), ('pdf', {'metadata': {'CreationDate': None}})):
-        buffer = io.BytesIO()
-        image.savefig(buffer, format=suffix, **options)
-        files[Path(folder, f'ranking.{suffix}')] = buffer.getbuffer()
-    for path, content in files.items():
-        write_file(path, content)
-    return list(files)
+    print(f'by psi: {", ".join(by_psi) or "none"}.')
+    # The knobs are the independent evidence, however many pairs there are.
+    count = len(pairs.knobs)
+    print(f'By chance a measure is right along all {count} knobs with probability 1/{2**count}.')
 
 
-def picture(table, knobs, chance):
-    """The sign errors of each measure: over all knobs, beside chance; and along each knob, blue where right."""
-    import matplotlib.figure
+def picture(rows, knobs, band):
+    """The sign errors of each measure, over all knobs (left) and along each knob (right)."""
+    y, width = range(len(rows)), 0.62 * len(knobs)
+    height = 0.27 * len(rows) + 1.5
 
-    rows, names = list(table.values()), list(table)
-    places = np.arange(len(rows))
-    size = (5.5 + 0.62 * len(knobs), 0.27 * len(rows) + 1.5)
-    figure = matplotlib.figure.Figure(figsize=size, layout='constrained')
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 0.62 * len(knobs)))
-    left.axvspan(*chance, color='0.9', zorder=0, label='95 % of random measures')
+    def column(name):
+        return [row[name] for row in rows]
+
+    figure = new_figure(5.5 + width, height)
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, width))
+    left.axvspan(*band, color='0.9', zorder=0, label='95 % of random measures')
     left.axvline(0.5, color='0.6', linewidth=0.8, zorder=1)
-    left.hlines(
-        places,
-        0,
-        [row['p90'] for row in rows],
-        color='#88BBDD',
-        linewidth=4,
-        label='90 % of environments',
-    )
-    left.plot(
-        [row['mean'] for row in rows],
-        places,
-        'o',
-        color='black',
-        markersize=4,
-        label='mean over knobs',
-    )
-    left.plot(
-        [row['worst'] for row in rows],
-        places,
-        'x',
-        color='#BB0022',
-        markersize=5,
-        label='worst knob',
-    )
-    name_measures(left, names)
+    left.hlines(y, 0, column('p90'), color='#88BBDD', linewidth=4, label='90 % of environments')
+    left.plot(column('mean'), y, 'o', color='black', markersize=4, label='mean over knobs')
+    left.plot(column('worst'), y, 'x', color='#BB0022', markersize=5, label='worst knob')
+    name_measures(left, column('measure'))
     left.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5), xlabel='weighted sign error')
     left.set_title(f'{rows[0]["networks"]} networks, {rows[0]["pairs"]} pairs', fontsize='medium')
-    left.legend(
-        loc='upper center',
-        bbox_to_anchor=(0.5, -0.35 / size[1] * 2),
-        fontsize='small',
-        frameon=False,
-        ncols=2,
-    )
-    map_errors(right, np.array([[row[f'error_{knob}'] for knob in knobs] for row in rows]))
-    right.set_xticks(
-        range(len(knobs)),
-        labels=knobs,
-        rotation=40,
-        ha='left',
-        rotation_mode='anchor',
-        fontsize='small',
-    )
+    below = {'loc': 'upper center', 'bbox_to_anchor': (0.5, -0.35 / height * 2)}
+    left.legend(**below, fontsize='small', frameon=False, ncols=2)
+    map_errors(right, np.array([column(f'error_{knob}') for knob in knobs]).T)
+    slanted = {'rotation': 40, 'ha': 'left', 'rotation_mode': 'anchor'}
+    right.set_xticks(range(len(knobs)), labels=knobs, **slanted, fontsize='small')
     return figure
 
 
 def name_measures(panel, names):
-    """Writes the measures at the left, a row each: bounds in bold, controls grey."""
+    """Writes the measures at the left, one per row: bounds in bold, controls in grey."""
     panel.set_yticks(range(len(names)), labels=names, fontsize='small')
     for tick, name in zip(panel.get_yticklabels(), names):
-        tick.set(
-            color='0.5' if name in CONTROLS else 'black',
-            weight='bold' if name.endswith('_bound') else 'normal',
-        )
+        if name in CONTROLS:
+            tick.set_color('0.5')
+        if name.endswith('_bound'):
+            tick.set_weight('bold')
 
 
 def map_errors(panel, errors):
-    """Sign errors (measures, columns) as colours, blue where right, and as numbers; what is nan stays white."""
+    """Sign errors (measures, columns) as numbers and colours, blue if right; nan is white."""
     panel.imshow(errors, cmap='RdBu_r', vmin=0, vmax=1, aspect='auto')
-    for (place, column), error in np.ndenumerate(errors):
-        if error == error:
+    style = {'ha': 'center', 'va': 'center', 'fontsize': 'x-small'}
+    for (row, column), error in np.ndenumerate(errors):
+        if not math.isnan(error):
             color = 'white' if abs(error - 0.5) > 0.35 else 'black'
-            panel.text(
-                column,
-                place,
-                f'{error:.2f}',
-                ha='center',
-                va='center',
-                fontsize='x-small',
-                color=color,
-            )
+            panel.text(column, row, f'{error:.2f}', color=color, **style)
     panel.xaxis.tick_top()
     panel.tick_params(left=False, top=False)
+
+
+def main(arguments=None):
+    parser = study_parser('ranking', __doc__, 'ranking.csv, ranking.png and ranking.pdf')
+    parser.add_argument('folder', type=Path, help='results folder of a finished sweep')
+    options = parser.parse_args(arguments)
+    rows, pairs = rank_networks(options.folder)
+    band = pairs.chance()
+    show(rows, pairs, band)
+    if options.out:
+        figure = picture(rows, pairs.knobs, band['mean'])
+        save(figure, options.out / 'ranking.png')
+        write_table(options.out / 'ranking.csv', list(rows[0]), rows)
+        # Without its date a picture of equal numbers is an equal file.
+        figure.savefig(options.out / 'ranking.pdf', metadata={'CreationDate': None})
+
+
+if __name__ == '__main__':
+    sys.exit(run_program(main))

@@ -1,6 +1,8 @@
-"""How many training images reach a test error, at each density: launches of conf/samples.py (docs/sparse.md).
+"""How many training images reach a test error, at each density (docs/sparse.md).
 
-python docs/samples.py results/7 results/8 ...   prints a table and draws docs/samples.png, in seconds
+    python -m studies.samples results/7 results/8 ... [--out DIR]
+
+prints a table of launches of conf/samples.py, one per number of training images.
 """
 
 import sys
@@ -8,58 +10,57 @@ from pathlib import Path
 
 import numpy as np
 
-from conf import ROOT
-from records import folder_settings, read_metrics
-from summary import last_rows
+from conf import load_launch, run_program
+from figures import last_rows
+from records import read_metrics
+from studies.report import new_figure, plot_range, print_table, read_finished, save, study_parser
 
-PICTURE = ROOT / 'docs' / 'samples.png'
 ERROR = 0.08
 
 
 def read(folders):
-    """{number of images: (runs, rounds) test errors at the ends of the rounds}, and the rounds' densities."""
+    """{number of images: (runs, rounds) test errors after each round}, and their densities."""
     errors = {}
     for folder in folders:
-        for run in folder_settings(folder)[1]:
-            rows = last_rows(read_metrics(folder / run.name / 'metrics.csv'))
+        for run in load_launch(folder)[1]:
+            rows = last_rows(read_finished(folder, run))
             errors.setdefault(run.train_samples, []).append([row['test_error'] for row in rows])
             densities = [row['density'] for row in rows]
     return {samples: np.array(errors[samples]) for samples in sorted(errors)}, densities
 
 
-def main(folders):
-    import matplotlib.figure
-
-    errors, densities = read(folders)
-    print(
-        '| density |',
-        *(f'{samples} images |' for samples in errors),
-        f'images for an error of {ERROR} |',
-    )
-    print('|', ' --- |' * (len(errors) + 2), sep='')
-    figure = matplotlib.figure.Figure(figsize=(6, 4), layout='constrained')
+def draw(errors, densities):
+    figure = new_figure(6, 4)
     panel = figure.subplots()
     for number, density in enumerate(densities):
         rounds = [runs[:, number] for runs in errors.values()]
-        means, low, high = ([f(runs) for runs in rounds] for f in (np.mean, np.min, np.max))
-        reached = [samples for samples, mean in zip(errors, means) if mean <= ERROR]
-        cells = [
-            *(f'{mean:.3f}' for mean in means),
-            str(reached[0]) if reached else f'more than {max(errors)}',
-        ]
-        print(f'| {density:.3g} |', ' | '.join(cells), '|')
-        panel.plot(
-            list(errors), means, marker='o', color=f'C{number}', label=f'density {density:.3g}'
-        )
-        panel.fill_between(list(errors), low, high, color=f'C{number}', alpha=0.2)
+        style = {'color': f'C{number}', 'label': f'density {density:.3g}'}
+        plot_range(panel, list(errors), rounds, **style)
     panel.axhline(ERROR, color='black', linewidth=0.8)
     panel.set(xscale='log', xlabel='training images', ylabel='test error', ylim=0)
     panel.set_xticks([], minor=True)
     panel.set_xticks(list(errors), labels=[str(samples) for samples in errors])
     panel.grid(alpha=0.3)
     panel.legend(frameon=False)
-    figure.savefig(PICTURE, dpi=130)
+    return figure
+
+
+def main(arguments=None):
+    parser = study_parser('samples', __doc__, 'samples.png')
+    parser.add_argument('folders', nargs='+', type=Path, help='results folders of conf/samples.py')
+    options = parser.parse_args(arguments)
+    errors, densities = read(options.folders)
+    rows = []
+    for number, density in enumerate(densities):
+        means = {samples: runs[:, number].mean() for samples, runs in errors.items()}
+        reached = [str(samples) for samples, mean in means.items() if mean <= ERROR]
+        reached.append(f'more than {max(errors)}')
+        rows.append((f'{density:.3g}', *(f'{mean:.3f}' for mean in means.values()), reached[0]))
+    images = [f'{samples} images' for samples in errors]
+    print_table(('density', *images, f'images for an error of {ERROR}'), rows)
+    if options.out:
+        save(draw(errors, densities), options.out / 'samples.png')
 
 
 if __name__ == '__main__':
-    main([Path(folder) for folder in sys.argv[1:]])
+    sys.exit(run_program(main))

@@ -1,38 +1,43 @@
-"""How many neurons the exact multi-task lasso needs: solutions on random problems against the width bounds (docs/compress.md).
+"""How many neurons the exact multi-task lasso needs: random problems against the width bounds.
 
-    python docs/width_theorem.py                           draws docs/width_theorem.png, in a minute
-    python docs/width_theorem.py --figure 3                draws docs/width_theorem_3.png, in minutes; or 4
-    python docs/width_theorem.py --N 4 --D 3 --K 9 --rY 2  other problems: into the current directory, my_width_theorem.png
-
-They are Figures 5, 3 and 4 of Shenouda et al. (arXiv 2305.16534).
+python -m studies.width_theorem                           Figure 5 of Shenouda et al., a minute
+python -m studies.width_theorem --figure 3                Figure 3 (arXiv 2305.16534), or 4; minutes
+python -m studies.width_theorem --N 4 --D 3 --K 9 --rY 2  other problems
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 
-from conf import ROOT
+from conf import Parser, run_program
+
+FIGURES = {
+    3: [{'K': 500, 'N': N, 'D': 10} for N in (10, 20, 30, 40)],
+    4: [{'K': 200, 'N': 20, 'D': r, 'rX': r} for r in (2, 5, 10, 20)],
+}
 
 
 def exact_lasso(features, targets, steps=20_000, tolerance=1e-12):
-    """Solves min sum_k ||v_k|| subject to V Phi = Psi, by its dual form: v_k = t_k Lambda phi_k with t >= 0.
+    """Solves min sum_k ||v_k|| subject to V Phi = Psi, by its dual form v_k = t_k Lambda phi_k.
 
-    Iterates t_k <- t_k ||Lambda phi_k|| with Lambda = Psi (sum_k t_k phi_k phi_k')^-1, which is iteratively reweighted least
-    squares: every iterate is feasible, and the objective never rises.
+    Iteratively reweighted least squares: t_k <- t_k ||Lambda phi_k|| for t >= 0, with
+    Lambda = Psi (sum_k t_k phi_k phi_k')^-1. Every iterate is feasible, the objective never rises.
 
     Args:
-        features: (K, N) Phi, a row per neuron, whose row space holds that of the targets.
+        features: (K, N) Phi, a row per neuron; its row space contains that of the targets.
         targets: (D, N) Psi.
         tolerance: of the duality gap, relative to the objective.
     Returns:
-        t (K,) and Lambda (D, N), and the relative gap.
+        t (K,), Lambda (D, N) and the relative gap.
     """
     t = np.ones(len(features))
     for _ in range(steps):
         dual = targets @ np.linalg.pinv((features.T * t) @ features, rcond=1e-11, hermitian=True)
         norms = np.linalg.norm(dual @ features.T, axis=0)
         t = t * norms
+        # Lambda / max_k ||Lambda phi_k|| is dual feasible: its value bounds the sum of t_k.
         gap = 1 - (dual * targets).sum() / norms.max() / t.sum()
         if gap < tolerance:
             break
@@ -41,10 +46,11 @@ def exact_lasso(features, targets, steps=20_000, tolerance=1e-12):
 
 
 def vertex(t, dual, features, tolerance=1e-7):
-    """Another solution, with as few neurons as a basic feasible solution of the same linear equations has.
+    """Another solution t with few neurons, a basic feasible one of the same linear equations.
 
-    Every t >= 0 on the active set with Lambda (sum_k t_k phi_k phi_k') = Psi is a solution. As long as the matrices
-    Lambda phi_k phi_k' of the neurons in use are dependent, t moves along a dependency until one of them is 0.
+    Every t >= 0 on the active set with Lambda (sum_k t_k phi_k phi_k') = Psi is a solution. While
+    the matrices Lambda phi_k phi_k' of the neurons in use are linearly dependent, t moves along a
+    dependency until one of its entries is 0.
     """
     t = np.where(t > tolerance * t.max(), t, 0)
     while True:
@@ -53,128 +59,125 @@ def vertex(t, dual, features, tolerance=1e-7):
         matrices = np.einsum('kd,kn->dnk', out, features[used]).reshape(-1, len(used))
         sizes = np.linalg.norm(matrices, axis=0)
         _, sigma, rows = np.linalg.svd(matrices / sizes)
-        if len(used) <= len(sigma) and sigma[-1] > 1e-7 * sigma[0]:
+        if len(used) <= len(sigma) and sigma[-1] > 1e-7 * sigma[0]:  # independent
             return t
         move = rows[-1] / sizes
-        if (
-            move * np.linalg.norm(out, axis=1)
-        ).sum() < 0:  # 0 but for rounding; the objective must not rise
+        # The objective changes by this sum, 0 but for rounding; it must not rise.
+        if (move * np.linalg.norm(out, axis=1)).sum() < 0:
             move = -move
-        shares = np.where(move > 0, t[used] / np.where(move > 0, move, 1), np.inf)
-        t[used] = np.maximum(t[used] - shares.min() * move, 0)
-        t[used[shares.argmin()]] = 0
+        lengths = np.where(move > 0, t[used] / np.where(move > 0, move, 1), np.inf)
+        t[used] = np.maximum(t[used] - lengths.min() * move, 0)
+        t[used[lengths.argmin()]] = 0
 
 
 def width_bound(r, q):
-    """Neurons that suffice, of features of rank r and targets of rank q <= r: r q - q (q - 1) / 2."""
+    """Neurons that suffice for features of rank r and targets of rank q <= r: docs/compress.md."""
     return r * q - q * (q - 1) // 2
 
 
 def draw_problem(rng, K, N, D, rX=0, rY=0):
-    """Gaussian features (K, N) and targets (D, N), or, where a rank is given, products of Gaussian matrices.
+    """Gaussian features Phi (K, N) and targets (D, N).
 
-    Targets then are V Phi with a Gaussian V (D, K), of rank rY if that is given, so that V is a solution.
+    With a rank, features of rank rX are a product of Gaussian matrices, and targets V Phi with a
+    Gaussian V (D, K), of rank rY if that is given, so that V is a solution.
     """
     normal = rng.standard_normal
     features = normal((K, rX)) @ normal((rX, N)) if rX else normal((K, N))
     if rX or rY:
-        return features, (normal((D, rY)) @ normal((rY, K)) if rY else normal((D, K))) @ features
+        V = normal((D, rY)) @ normal((rY, K)) if rY else normal((D, K))
+        return features, V @ features
     return features, normal((D, N))
 
 
-FIGURES = {
-    3: [{'K': 500, 'N': N, 'D': 10} for N in (10, 20, 30, 40)],
-    4: [{'K': 200, 'N': 20, 'D': r, 'rX': r} for r in (2, 5, 10, 20)],
-}
+def count_neurons(problem, draws):
+    """The numbers of neurons that the solutions of `draws` random problems use."""
+    rng, counts = np.random.default_rng(0), []
+    for _ in range(draws):
+        features, targets = draw_problem(rng, **problem)
+        t, dual, _ = exact_lasso(features, targets)
+        counts.append(np.count_nonzero(vertex(t, dual, features)))
+    return counts
 
 
-def main(problems, draws, path):
-    """Draws how many neurons are used in so many random problems, a panel per problem."""
+def title(problem):
+    return ', '.join(f'{name} = {value}' for name, value in problem.items() if value)
+
+
+def draw(problems, counts, path):
+    """Draws a histogram of the counts of each problem, with the width bounds."""
     import matplotlib.figure
 
     figure = matplotlib.figure.Figure(figsize=(13, 3.2), layout='constrained')
     panels = figure.subplots(1, len(problems), sharey=True, squeeze=False)[0]
-    for panel, problem in zip(panels, problems):
-        rng, counts = np.random.default_rng(0), []
-        for _ in range(draws):
-            features, targets = draw_problem(rng, **problem)
-            t, dual, _ = exact_lasso(features, targets)
-            counts.append(np.count_nonzero(vertex(t, dual, features)))
-        words = ', '.join(f'{name} = {value}' for name, value in problem.items() if value)
-        least, median, most = min(counts), np.median(counts), max(counts)
-        print(f'{words}: {least} to {most} neurons, median {median:g}', flush=True)
+    for panel, problem, numbers in zip(panels, problems, counts):
         r = problem.get('rX') or min(problem['K'], problem['N'])
         q = problem.get('rY') or min(problem['D'], r)
-        width = max(1, r * q // 50)  # of a bar, so that it can be seen
-        panel.hist(
-            counts, np.arange(least, most + width + 1, width) - 0.5, rwidth=0.8, color='#0072B2'
-        )
+        bar = max(1, r * q // 50)  # wide enough to be seen
+        edges = np.arange(min(numbers), max(numbers) + bar + 1, bar) - 0.5
+        panel.hist(numbers, edges, rwidth=0.8, color='#0072B2')
         bounds = [
             (r, ':', 'r, rank of the features'),
             (width_bound(r, q), '-', 'r q - q (q - 1) / 2'),
             (r * q, '--', 'r q, q rank of the targets'),
-            (problem['N'] * problem['D'] + 1, '-.', 'N D + 1'),
         ]
-        for bound, style, label in bounds[:3] if problem.get('rX') else bounds:
+        if not problem.get('rX'):
+            bounds.append((problem['N'] * problem['D'] + 1, '-.', 'N D + 1'))
+        for bound, style, label in bounds:
             panel.axvline(bound, color='black', linestyle=style, linewidth=1, label=label)
-        panel.set(title=words, xlabel='neurons in use')
+        panel.set(title=title(problem), xlabel='neurons in use')
         panel.title.set_size(9)
         panel.xaxis.get_major_locator().set_params(integer=True)
-    figure.axes[0].set_ylabel(f'problems of {draws}')
-    figure.legend(
-        *figure.axes[0].get_legend_handles_labels(), loc='outside right center', frameon=False
-    )
+    panels[0].set_ylabel(f'problems of {len(counts[0])}')
+    lines = panels[0].get_legend_handles_labels()
+    figure.legend(*lines, loc='outside right center', frameon=False)
     figure.savefig(path, dpi=110)
 
 
-def arguments(words=None):
-    """What the command line asks for, as the arguments of `main`."""
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument(
-        '--K',
-        type=int,
-        nargs='+',
-        default=[7, 8, 9, 10, 11],
-        help='neurons, a panel each (7 8 9 10 11)',
-    )
-    parser.add_argument('--N', type=int, default=3, help='samples (3)')
-    parser.add_argument('--D', type=int, default=2, help='outputs (2)')
-    parser.add_argument('--rX', type=int, default=0, help='rank of the features (0: full)')
-    parser.add_argument('--rY', type=int, default=0, help='rank of the targets (0: full)')
-    parser.add_argument('--draws', type=int, help='problems in a panel (100, or 10 with --figure)')
-    parser.add_argument(
-        '--figure',
-        type=int,
-        choices=FIGURES,
-        help='its problems, in place of --K, --N, --D, --rX, --rY',
-    )
-    given = parser.parse_args(words)
-    shipped = parser.parse_args([] if given.figure is None else ['--figure', str(given.figure)])
-    folder, prefix = (ROOT / 'docs', '') if given == shipped else (Path(), 'my_')
-    draws = given.draws if given.draws is not None else 10 if given.figure else 100
+def parse_arguments(argv=None):
+    """The command line as (problems, draws, path of the picture or None)."""
+    parser = Parser('python -m studies.width_theorem', __doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    K = [7, 8, 9, 10, 11]
+    add('--K', type=int, nargs='+', default=K, help='neurons, a panel each (7 8 9 10 11)')
+    add('--N', type=int, default=3, help='samples (3)')
+    add('--D', type=int, default=2, help='outputs (2)')
+    add('--rX', type=int, default=0, help='rank of the features (0: full)')
+    add('--rY', type=int, default=0, help='rank of the targets (0: full)')
+    add('--draws', type=int, help='problems in a panel (100, or 10 with --figure)')
+    add('--figure', type=int, choices=FIGURES, help='the problems of a figure of the paper')
+    add('--out', type=Path, metavar='FILE', help='draw a picture, as docs/width_theorem.png')
+    options = parser.parse_args(argv)
+    draws = options.draws
+    if draws is None:
+        draws = 10 if options.figure else 100
     if draws < 1:
         parser.error(f'--draws {draws}: must be at least 1')
-    if given.figure:
-        return FIGURES[given.figure], draws, folder / f'{prefix}width_theorem_{given.figure}.png'
-    for K in given.K:
-        rank = given.rX or min(K, given.N)
-        if min(K, given.N, given.D) < 1 or not 0 <= given.rX <= min(K, given.N):
-            parser.error(
-                '--K, --N and --D must be positive, and --rX between 0 and the least of K and N'
-            )
-        if K < given.N and not (given.rX or given.rY):
-            parser.error(
-                f'--K {K}: fewer neurons than the {given.N} samples fit no Gaussian targets; give a rank, --rX or --rY'
-            )
-        if not 0 <= given.rY <= min(given.D, rank):
-            parser.error(
-                f'--rY must lie between 0 and {min(given.D, rank)}, which D and the features allow'
-            )
-    problems = [
-        {'K': K, 'N': given.N, 'D': given.D, 'rX': given.rX, 'rY': given.rY} for K in given.K
-    ]
-    return problems, draws, folder / f'{prefix}width_theorem.png'
+    if options.figure:
+        return FIGURES[options.figure], draws, options.out
+    N, D, rX, rY = options.N, options.D, options.rX, options.rY
+    for K in options.K:
+        r = rX or min(K, N)
+        if not (1 <= r <= min(K, N) and 0 <= rY <= min(D, r)):
+            ranks = 'rX must be at most K and N, rY at most D and the rank of the features'
+            parser.error(f'--K {K} --N {N} --D {D} --rX {rX} --rY {rY}: {ranks}')
+        if K < N and not (rX or rY):
+            reason = f'fewer neurons than the {N} samples fit no Gaussian targets'
+            parser.error(f'--K {K}: {reason}; give a rank, --rX or --rY')
+    return [{'K': K, 'N': N, 'D': D, 'rX': rX, 'rY': rY} for K in options.K], draws, options.out
+
+
+def main(argv=None):
+    problems, draws, path = parse_arguments(argv)
+    counts = []
+    for problem in problems:
+        numbers = count_neurons(problem, draws)
+        counts.append(numbers)
+        spread = f'{min(numbers)} to {max(numbers)} neurons, median {np.median(numbers):g}'
+        print(f'{title(problem)}: {spread}', flush=True)
+    if path:
+        draw(problems, counts, path)
 
 
 if __name__ == '__main__':
-    main(*arguments())
+    sys.exit(run_program(main))

@@ -27,7 +27,8 @@ from torch.nn.utils import parametrize  # noqa: E402
 import train  # noqa: E402
 from conf import load_settings  # noqa: E402
 from device import choose_device, graphed, keep_freed_memory  # noqa: E402
-from evaluation import LOSSES, losses_and_margins  # noqa: E402
+from evaluation import LOSSES, initial_network, losses_and_margins  # noqa: E402
+from measures.norms import measure_data  # noqa: E402
 from measures.trace import images_per_pass, trace_layers  # noqa: E402
 from models import get_network  # noqa: E402
 from utils import evaluate_bounds  # noqa: E402
@@ -50,10 +51,15 @@ def random_dataset(device, samples=60000, test_samples=10000, shape=(1, 28, 28),
     return dataset
 
 
-def new_run(settings, dataset, device):
-    """A training as the program makes it, before its first step."""
-    with tempfile.TemporaryDirectory() as folder:
-        return train.Run(settings, dataset, Path(folder), device)
+def new_run(settings, dataset):
+    """A training as the program makes it, before its first step, as a namespace."""
+    net = initial_network(settings, dataset).train()
+    optimizer = train.make_optimizer(net, settings)
+    step, batch_loss = train.make_step(net, optimizer, settings, dataset)
+    data = measure_data(net, dataset.train_images, skip_uncovered=True)
+    steps = math.ceil(len(dataset.train_labels) / settings.batch_size)
+    parts = {'net': net, 'optimizer': optimizer, 'step': step, 'batch_loss': batch_loss}
+    return SimpleNamespace(**parts, data=data, settings=settings, steps=steps)
 
 
 def synchronize(device):
@@ -128,14 +134,13 @@ def measure(settings, dataset, device, repeats):
     if device.type == 'cuda':
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    run = new_run(settings, dataset, device)
+    run = new_run(settings, dataset)
     bare, step = bare_step(settings, dataset, device)
     batches = torch.randperm(len(dataset.train_images)).to(device).split(settings.batch_size)
     batches = itertools.cycle(batch for batch in batches if len(batch) == settings.batch_size)
     run.net.train()
     run.optimizer.param_groups[0]['lr'].fill_(settings.lr)
-    fixed, own = next(batches), train.step_of(run)
-    own = graphed(own, settings.batch_size, device) if device.type == 'cuda' else own
+    fixed, own = next(batches), run.step
     step_s, bare_s = alternate([lambda: own(next(batches)), lambda: step(fixed)], device, repeats)
 
     run.net.eval()
@@ -206,11 +211,10 @@ def start_up():
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
-import launch
-def first_step(indices):
+def first_step(batch):
     raise SystemExit
-train.step_of = lambda run: first_step
-launch.main(train.train, {['--settings', str(ROOT / 'conf' / 'digits.py'), '--results-path']!r} + [sys.argv[1]])
+train.make_step = lambda *arguments: (first_step, None)
+train.main({['--settings', str(ROOT / 'conf' / 'digits.py'), '--results-path']!r} + [sys.argv[1]])
 raise AssertionError('no step was taken')
 """
     with tempfile.TemporaryDirectory() as folder:

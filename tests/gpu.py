@@ -6,6 +6,7 @@ that take longest. Images are random, of MNIST's size and number. Without a GPU 
 any device and any size.
 """
 
+import math
 import sys
 
 import torch
@@ -19,11 +20,11 @@ from benchmark import (
     seconds,
     synchronize,
 )
+from tqdm import tqdm
 
-import sparsify
 import train
 from conf import load_settings
-from device import choose_device, graphed
+from device import choose_device
 from evaluation import evaluate
 from measures.pac_bayes import certify
 
@@ -35,23 +36,33 @@ def settings_of(**flags):
     return load_settings(flags=flags)[1][0]
 
 
-def losses(settings, dataset, device, graph):
-    """The loss of each step of a training: the program's epochs, with evaluations and whatever changes masks between."""
-    run, values = new_run(settings, dataset, device), []
-    step = train.step_of(run)
-    step = graphed(step, settings.batch_size, device) if graph else step
+def losses(settings, dataset, graph):
+    """The loss before each step of a training with evaluations between its epochs."""
+    run, values = new_run(settings, dataset), []
 
-    def noted(indices):
-        run.loss_sum.zero_()
-        step(indices)
-        values.append(run.loss_sum.item())
+    def plain(batch):
+        run.optimizer.zero_grad()
+        run.batch_loss(batch).backward()
+        run.optimizer.step()
 
+    def noted(batch):
+        values.append(run.batch_loss(batch).item())
+        (run.step if graph else plain)(batch)
+
+    state = {'train_loss': math.inf, 'train_seconds': 0.0}
     for epoch in range(1, settings.epochs + 1):
-        run.state |= {'epoch': epoch, 'step': 0}
-        for number, indices in run.batches(epoch):
-            noted(indices)
-            if sparsify.regrow_due(settings, number, settings.epochs * run.steps):
-                run.regrow(number, indices)
+        state['step'] = 0
+        train.train_epoch(
+            run.net,
+            run.optimizer,
+            noted,
+            run.batch_loss,
+            settings,
+            dataset,
+            epoch,
+            state,
+            tqdm(disable=True),
+        )
         evaluate(run.net, settings, dataset, run.data, 0, epoch)
     return torch.tensor(values, dtype=torch.float64)
 
@@ -77,9 +88,7 @@ def compare(precision, device, width=32):
         'augment': 'crop',
     }
     settings, dataset = settings_of(**flags), random_dataset(device, 5 * 32 + 16, 64)
-    graph, plain, again = (
-        losses(settings, dataset, device, graph) for graph in (True, False, False)
-    )
+    graph, plain, again = (losses(settings, dataset, graph) for graph in (True, False, False))
     return tuple(((other - plain).abs() / plain).max().item() for other in (graph, again))
 
 
@@ -95,9 +104,9 @@ def certificate(run, dataset, device):
 
 def longest_kernels(settings, dataset, device, steps=30, count=12):
     """Lines on the kernels of a plain training step: share of its time, calls, name."""
-    run, cuda = new_run(settings, dataset, device), device.type == 'cuda'
+    run, cuda = new_run(settings, dataset), device.type == 'cuda'
     run.net.train()
-    step = train.step_of(run)
+    step = run.step
     indices = torch.arange(settings.batch_size, device=device)
     for _ in range(3):
         step(indices)

@@ -8,15 +8,15 @@ that the released code would plot for this network. It evaluates the bounds as i
 
 import copy
 import sys
+from types import SimpleNamespace
 
 import conftest  # noqa: F401, for the path to the project
 import numpy as np
 import torch
 
-from launch import get_dataset
 from measures.norms import measure_data, measure_network
 from measures.trace import trace_layers, weight_layers
-from records import load_network
+from records import load_data, load_network
 from utils import golowich_bound, graf_bound, our_bound, sedghi_bound
 
 
@@ -29,7 +29,7 @@ def changed(table, **values):
 def main(path):
     net, settings = load_network(path)
     raw, standardized = (
-        get_dataset(settings.dataset_name, settings.data_dir, normalize)
+        load_data(SimpleNamespace(**(vars(settings) | {'normalize': normalize})))
         for normalize in (False, True)
     )
     for layer in weight_layers(net).values():

@@ -18,7 +18,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 import datasets
 from conf import BadInput
-from datasets import VARIANTS, crops, fingerprint, load_dataset, read_idx
+from datasets import VARIANTS, crops, fingerprint, load_dataset
 
 RANDOM = np.random.default_rng(0)
 CHANNELS_LAST = torch.channels_last
@@ -145,9 +145,7 @@ def test_digits(digits):
 
 def test_mnist(mnist):
     assert mnist.train_labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
-    path = Path(os.environ['DATA_DIR'], 'MNIST', 'raw', 'train-images-idx3-ubyte.gz')
-    content = idx(read_idx(path, (28, 28)))
-    assert hashlib.md5(content).hexdigest() == '6bbc9ace898e44ae57da46a324031adb'
+    assert fingerprint(mnist) == '42eabe6e4327bedf361123a41106af51'
 
 
 def test_normalize(tmp_path):
@@ -208,10 +206,6 @@ def test_wrong_labels_are_nested_uniform_and_of_their_own_seed(digits):
     assert steps[0] == 0 and ((steps[1:] - 1437 / 9).abs() < 4 * (1437 / 9) ** 0.5).all()
     other = draw(label_noise=0.5, data_seed=1).train_labels
     assert not torch.equal(other, labels[0.5])
-    # No shuffle of a training, drawn from (seed, epoch), puts the wrong labels first.
-    for epoch in range(1, 4):
-        first = np.random.default_rng((0, epoch)).permutation(1437)[: few.sum()]
-        assert few[first].float().mean() < 0.4
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,14 @@
 
 import copy
 import math
-import runpy
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, settings_of, train_small
+from conftest import settings_of, train_small
 from torch import nn
 
-from conf import BadInput, load_settings, settings_text
+from conf import BadInput
 from measures import representations
 from measures.representations import (
     comparative_estimate,
@@ -18,9 +17,9 @@ from measures.representations import (
     measure_probes,
     measure_representations,
 )
+from measures.tails import binomial_inverse
 from models import get_network
 from records import read_layers
-from studies.coded.message import binomial_inverse
 
 COLUMNS = ('train_ncc_error', 'test_ncc_error', 'train_cdnv', 'test_cdnv')
 
@@ -506,49 +505,3 @@ def test_comparative_estimate_refuses(changed):
     given = {'depths': [[1]], 'noisy_depths': [[2]], 'noise': 0.1, 'alpha': 0.1}
     with pytest.raises(BadInput):
         comparative_estimate(**(given | changed))
-
-
-def test_comparative_script(tmp_path, capsys):
-    """On a made-up sweep: S1 takes 2 layers of 3; S1 and S2 take 3 in the first draw, none reaches eps in the second."""
-    sweep, runs = load_settings(ROOT / 'conf' / 'comparative.py', {'data_seed': [0, 1], 'depth': 3})
-    (tmp_path / 'global_settings.py').write_text(settings_text(sweep, []))
-    for run in runs:
-        errors = (
-            [0.02, 0.01, 0.0]
-            if run.train_samples == 600
-            else [0.2, 0.1, 0.01 if run.data_seed == 0 else 0.03]
-        )
-        (tmp_path / run.name).mkdir()
-        rows = [
-            f'{epoch},0,{layer},{error}'
-            for epoch in (0, 200)
-            for layer, error in enumerate([0.5, *errors, ''])
-        ]
-        (tmp_path / run.name / 'layers.csv').write_text(
-            '\n'.join(['epoch,round,layer,train_ncc_error', *rows, ''])
-        )
-        columns = (
-            'epoch,train_error,test_error,generalization_gap\n0,0.9,0.9,0\n200,0.004,0.08,0.076\n'
-        )
-        (tmp_path / run.name / 'metrics.csv').write_text(columns)
-    main = runpy.run_module('studies.comparative')['main']
-    main(tmp_path, eps=0.01, alpha=0.1)
-    lines = [line.split(':', 1)[1].strip() for line in capsys.readouterr().out.splitlines()[:-1]]
-    assert lines == [
-        '2 draws of (S1, S2), 2 networks each',
-        '2 2',
-        '3 inf',
-        '1',
-        '0.000, 95 % limit 0.776',
-        '0.110, with the limit 0.886',
-        '0.080',
-        '0.004 on S1, 0.004 on both',
-    ]
-    (tmp_path / run.name / 'layers.csv').write_text(
-        'epoch,round,layer,train_ncc_error\n0,0,1,0.5\n'
-    )
-    with pytest.raises(BadInput, match='finish it with --resume'):
-        main(tmp_path, eps=0.01, alpha=0.1)
-    (tmp_path / 'global_settings.py').write_text(settings_text(sweep | {'width': [100, 200]}, []))
-    with pytest.raises(BadInput, match='also varies width'):
-        main(tmp_path, eps=0.01, alpha=0.1)

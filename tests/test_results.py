@@ -16,12 +16,12 @@ from conftest import ROOT, succeeds
 from conf import load_launch
 from datasets import DATASETS
 from measures.norms import measure_network
-from measures.pac_bayes import kl_inverse
 from measures.paths import path_norm
 from measures.representations import effective_depth
+from measures.tails import kl_inverse
 from records import load_network, read_layers, read_metrics
 from studies import certificate_parts, evaluate
-from studies.compress.__main__ import load
+from studies.compress import load
 
 pytestmark = pytest.mark.pages
 
@@ -511,7 +511,7 @@ def test_the_parts_of_a_certificate_make_it_up(tmp_path, mnist, capsys, monkeypa
     path = tmp_path / '1' / 'global_settings.py'
     path.write_text(path.read_text().replace('width = [8, 16, 32]', 'width = 8'))
     monkeypatch.setattr(certificate_parts, 'CHANGES', {})
-    certificate_parts.main([tmp_path / '1'])
+    certificate_parts.main([str(tmp_path / '1')])
     (line,) = capsys.readouterr().out.splitlines()
     name, *cells = (cell.strip() for cell in line.split('|')[1:-1])
     A, error, hidden, classifier, _, _, gamma, *_ = (

@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, settings_of, train_small
+from conftest import settings_of
 from torch import nn
 
 import sparsify
-from conf import BadInput, load_settings
+from conf import BadInput
 from measures.masks import density, hidden_readers, weight_layers, weight_mask
 from models import get_network
 from models.weight_norm import add_masks, free_weight, set_mask
-from studies import channels, lottery_theory, samples, topology
 
 MASKS = ('random', 'erk', 'snip', 'synflow')
 RIGL = {'density': 0.3, 'initial_mask': 'erk', 'regrow': 'gradient'}
@@ -127,12 +126,6 @@ def test_masked_weights_stay_exactly_zero(digits, initial_mask):
         for tensor in (layer.weight, free_weight(layer), training.momenta[name]):
             assert not tensor[~mask].any()
             assert tensor[mask].count_nonzero() > mask.sum() / 2
-
-
-def test_a_masked_layer_can_be_assigned_a_weight(digits):
-    layer = Training(digits, density=0.2, initial_mask='erk').layers['2']
-    layer.weight = torch.full_like(layer.weight, 3.0)
-    torch.testing.assert_close(layer.weight, 3.0 * weight_mask(layer))
 
 
 def test_an_initial_mask_keeps_g_and_pruning_does_not(digits):
@@ -314,8 +307,6 @@ def test_rewinding(digits):
     training = Training(digits, prune_rounds=2, prune_fraction=0.4, bias=True).step(10)
     saved, weights = training.state(), training.weights
     addresses = training.step(40).addresses()
-    sparsify.rewind(training.net, training.optimizer, saved)  # nothing was pruned: the same network
-    assert equal(saved, training.state())
     for round_ in (1, 2):
         masks = training.step(30).prune(round_)
         sparsify.rewind(training.net, training.optimizer, saved)
@@ -333,16 +324,14 @@ def test_rewinding(digits):
 def test_a_layer_of_which_only_zeros_are_kept(digits):
     """Weights that feed nothing decay to 0; where random pruning keeps only such ones, W is 0."""
     training = Training(digits, prune_rounds=1).step(5)
-    saved, layer = training.state(), training.layers['2']
-    kept = torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(0)) < 0.1
+    layer = training.layers['2']
+    kept = torch.arange(layer.weight.numel()).view(layer.weight.shape) % 9 == 0
     with torch.no_grad():
         free_weight(layer)[kept] = 0
     set_mask(layer, kept)
     assert not layer.weight.any() and not training.net(training.images[:5]).any()
     training.step(3)
     assert all(value.isfinite().all() for value in training.state().values())
-    sparsify.rewind(training.net, training.optimizer, saved)
-    assert layer.weight.ne(0).sum() == kept.sum() and layer.weight.isfinite().all()
 
 
 @pytest.mark.long
@@ -403,9 +392,7 @@ def test_regrowth_keeps_counts_and_starts_at_zero(digits, flags):
 def test_growth_follows_the_dense_gradient(digits):
     training = Training(digits, **RIGL | {'density': 0.2}).step(30)
     layers, masks = training.layers, training.masks
-    convolutions = [nn.Conv2d(channels, 8, 2, bias=False) for channels in (1, 8, 8)]
-    hidden = [module for convolution in convolutions for module in (convolution, nn.ReLU())]
-    dense = nn.Sequential(*hidden, nn.Flatten(), nn.Linear(200, 10, bias=False))
+    dense = Training(digits, normalization='none').net
     dense.load_state_dict({f'{name}.weight': weight for name, weight in training.weights.items()})
     images, targets = training.batch()
     F.mse_loss(dense(images), targets).backward()
@@ -578,78 +565,3 @@ def test_settings_that_contradict_each_other(flags, text):
 )
 def test_settings_that_go_together(flags):
     sparsify.check(settings_of(**flags))
-
-
-# --- the experiments of docs/sparse.md ---
-
-
-@pytest.mark.parametrize('name, networks', (('channels', 24), ('samples', 3)))
-def test_experiments_have_sound_settings(name, networks):
-    runs = load_settings(ROOT / 'conf' / f'{name}.py')[1]
-    assert len(runs) == networks
-    for settings in runs:
-        sparsify.check(settings)
-
-
-def test_channels_left_are_read_from_a_sweep(tmp_path):
-    regrow = '--density 0.3 --initial-mask erk --regrow random gradient --regrow-every 3'
-    flags = (
-        f'{regrow} --channel-sparsity 0.5 --train-samples 320 --epochs 2 --layers-every 2 --width 8'
-    )
-    train_small(tmp_path / 'run', *flags.split())
-    found = channels.read(tmp_path / 'run')
-    assert set(found) == {('random', 0.5), ('gradient', 0.5)}
-    for ((error, share, left, _),) in found.values():
-        assert set(left) == {0, 2} and len(left[2]) == 3
-        assert 0 < error <= 1 and 0 < share < 0.31 and 6 <= left[2].sum() <= 12
-
-
-def test_samples_are_read_from_several_sweeps(tmp_path):
-    for count in ('64', '96'):
-        flags = f'--train-samples {count} --epochs 1 --prune-rounds 2 --prune-fraction 0.5 --data-seed 0 1'
-        train_small(tmp_path / count, *flags.split())
-    errors, densities = samples.read([tmp_path / '96', tmp_path / '64'])
-    assert list(errors) == [64, 96] and errors[64].shape == (2, 3)
-    assert densities == pytest.approx([1, 0.5, 0.25], rel=1e-3)
-
-
-def test_a_sparse_student_needs_a_quarter_more_samples_than_weights():
-    for r in (4, 8):
-        tried = [round(ratio * lottery_theory.K * r) for ratio in (0.8, 1.1, 1.4, 1.7)]
-        shares = [lottery_theory.recovered(r, samples, 0.5) for samples in tried]
-        assert shares[0] < 0.2 and shares[-1] > 0.8
-        assert 1 < lottery_theory.half(tried, shares) / (lottery_theory.K * r) < 2
-
-
-def test_a_student_keeps_the_mask_of_its_teacher():
-    teacher, student, mask, inputs = lottery_theory.draw_problem(
-        3, 7, 0.5, torch.Generator().manual_seed(1)
-    )
-    assert (mask.sum(1) == 3).all() and inputs.shape == (20, 7, 50)
-    assert teacher.ne(0).equal(mask) and student.ne(0).equal(mask)
-    assert torch.allclose(teacher.norm(dim=1), torch.ones(20, 5, dtype=torch.double))
-    ratios = (student - teacher).norm(dim=(1, 2)) / teacher.norm(dim=(1, 2))
-    assert torch.allclose(ratios, torch.full((20,), 0.5, dtype=torch.double))
-
-
-def test_coordinates_and_correlations_of_topology():
-    net = nn.Sequential(
-        nn.Flatten(), nn.Linear(8, 5, bias=False), nn.ReLU(), nn.Linear(5, 4, bias=False)
-    )
-    with torch.no_grad():
-        net[1].weight.copy_(
-            torch.block_diag(2 * torch.ones(3, 5), torch.ones(2, 3))
-        )  # K_{3,2}: undefined
-        net[3].weight.fill_(1.0)
-    gaps = math.sqrt(4) + math.sqrt(2), math.sqrt(4) + math.sqrt(3)  # of K_{5,3} and K_{5,4}
-    found = topology.coordinates(net)
-    assert found[1] == pytest.approx(np.mean(gaps))  # imdb
-    assert found[2] == pytest.approx(np.mean([2 * math.sqrt(15) - math.sqrt(6), math.sqrt(20)]))
-    assert found[3] == pytest.approx(np.mean([2 * math.sqrt(15), math.sqrt(20)]))
-    assert topology.spearman(
-        np.array([1.0, 5.0, 3.0]), np.array([10.0, 12.0, 11.0])
-    ) == pytest.approx(1)
-    assert topology.spearman(
-        np.array([1.0, 1.0, 2.0]), np.array([3.0, 3.0, -1.0])
-    ) == pytest.approx(-1)
-    assert math.isnan(topology.spearman(np.ones(3), np.arange(3)))

@@ -1,6 +1,7 @@
-"""How a short message of few errors is found: straight-through rounding, then annealing of integers (docs/coded.md).
+"""How a short message of few errors is found: straight-through rounding, then annealing.
 
-Nothing that a message proves rests on this file. It computes in float32, and `studies.coded.message.prove` counts anew.
+Nothing that a message proves rests on this file. It computes in float32, and
+`studies.coded.message.prove` counts again.
 """
 
 import math
@@ -10,130 +11,116 @@ import numpy as np
 import torch
 
 from conf import BadInput
-from measures.pac_bayes import CHOICES, kl_inverse, live_channels
+from measures.pac_bayes import live_channels
+from measures.tails import kl_inverse
 from measures.trace import trace_layers
 from studies.coded.message import (
+    DESIGN_BYTES,
     DIRECT,
     DRAWN,
     EXACT,
     LEVELS,
     URN,
     Code,
-    _features,
     encode,
     largest_score,
+    low_frequencies,
     pixels,
     write,
 )
 
-FREQUENCIES, MOST_FEATURES, GAIN = (
-    5,
-    256,
-    2,
-)  # of a head: at most so many along an axis, at most so many a class
-UNITS = 10  # hidden units that the classifier starts with
-SIZE = 2.0  # root mean square of the integers, zeros aside, that trained kernels are rounded to
-EPOCHS, BATCH, RATE, PRICE = (
-    120,
-    500,
-    0.02,
-    3.5,
-)  # of the fit of the classifier; nats cost PRICE times what they weigh
-FULL = 0.65  # share of zeros that the fit's prices assume at least, or all integers of a tensor end as ones
-HEAT, COLD, COST = (
-    1.5,
-    0.3,
-    1.2,
-)  # of the annealing's start, in errors; its share at the end; what a nat costs at heat 1
-VISIT, JUMPS = 8, 0.5  # steps in a sweep for each integer; share of them that go to 0, or from it
-REACH = 2.5  # samples are near if so many steps could change an error
-KERNELS_EVERY, TRIES, HARD = (
-    16,
-    10,
-    4000,
-)  # sweeps between moves of kernels, how many are tried, on so many images
+# Of a new classifier.
+FREQUENCIES, MOST_FEATURES = 5, 256  # at most, along an axis and for each class
+GAIN, UNITS = 2, 10
+SIZE = 2.0  # root mean square of the nonzero integers that trained kernels are rounded to
+# Of the fit of the classifier.
+EPOCHS, BATCH, RATE = 120, 500, 0.02
+PRICE = 3.5  # nats cost 3.5 times what they weigh in the bound
+FULL = 0.65  # least share of zeros assumed in prices; with less, all integers end as ones
+# Of the annealing.
+HEAT, COLD = 1.5, 0.3  # temperature at the start, in errors, and its share at the end
+COST = 1.2  # what a nat costs at temperature 1
+VISIT, JUMPS = 8, 0.5  # steps in a sweep for each integer; the share of them to 0 or from it
+REACH = 2.5  # a sample counts as near a limit if 2.5 steps could bring it there
+KERNELS_EVERY, TRIES, HARD = 16, 10, 4000  # sweeps between moves of kernels; moves; images
 
 PARTS = 'hidden', 'head', 'direct'  # of a classifier
 
-_MAGNITUDES = np.arange(LEVELS[-1])
-_LEVEL = np.searchsorted(LEVELS, _MAGNITUDES, side='right') - 1
-_EXTRA = np.log(np.diff(LEVELS)) + math.log(2) * (
-    np.arange(len(URN)) > 0
-)  # nats of the sign and of the place in a level
+# The level of each magnitude, and the nats of the sign and of the position in a level.
+_LEVEL = np.searchsorted(LEVELS, np.arange(LEVELS[-1]), side='right') - 1
+_EXTRA = np.log(np.diff(LEVELS)) + math.log(2) * (np.arange(len(URN)) > 0)
 
 
-def rounded(net, input_shape, classes):
-    """The code whose kernels are those of a trained network, rounded coarsely, less dead channels; its classifier is zero.
+def initial_code(net, input_shape, classes):
+    """The code of a trained network's kernels, rounded coarsely, with a classifier of zeros.
+
+    Dead channels are left out.
 
     Raises:
-        BadInput: `trace_layers` does not take the network, or its layers are none that a message can have.
+        BadInput: `trace_layers` does not take the network, or a message cannot have its layers.
     """
     layers = trace_layers(net, input_shape)
+    geometry = []
     for layer in layers[:-1]:
-        how = layer.geometry
-        pairs = layer.kernel.shape[2:], how.get('stride', ()), how.get('padding', ())
-        square = all(len(set(pair)) == 1 for pair in pairs)
-        if not square or how['dilation'] != (1, 1):
-            raise BadInput(
-                f'{layer.name}: a message has convolutions of square kernels alone, without dilation'
-            )
-    live = live_channels([layer.kernel for layer in layers])
-    if not all(kernel.any() for kernel in live):
-        raise BadInput(f'{type(net).__name__}: the network is zero')
-    kernels = [
-        (kernel * (SIZE / kernel[kernel != 0].square().mean().sqrt())).round().long()
-        for kernel in live[:-1]
-    ]
-    geometry = [
-        (layer.geometry['stride'][0], layer.geometry['padding'][0]) for layer in layers[:-1]
-    ]
-    code = unfitted(kernels, geometry, input_shape[0], classes)
-    encode(code)
+        stride, padding = layer.geometry.get('stride', ()), layer.geometry.get('padding', ())
+        square = all(len(set(pair)) == 1 for pair in (layer.kernel.shape[2:], stride, padding))
+        if square and layer.geometry['dilation'] == (1, 1):
+            geometry.append((stride[0], padding[0]))
+        else:
+            needs = 'a message has only convolutions with square kernels and without dilation'
+            raise BadInput(f'{layer.name}: {needs}')
+    kernels = []
+    for kernel in live_channels([layer.kernel for layer in layers]):
+        if not kernel.any():
+            raise BadInput(f'{type(net).__name__}: the network is zero')
+        scale = SIZE / kernel[kernel != 0].square().mean().sqrt()
+        kernels.append((kernel * scale).round().long())
+    code = unfitted(kernels[:-1], geometry, input_shape[0], classes)
+    encode(code)  # refuses what has no message
     return code
 
 
 def unfitted(kernels, geometry, channels, classes, q=None):
-    """The code of these kernels with a classifier of zeros, which a search fits first; q is chosen by its size if not given."""
-    channels = len(kernels[-1]) if kernels else channels
-    q = q or max(
-        q for q in range(1, FREQUENCIES + 1) if q == 1 or channels * q * q <= MOST_FEATURES
-    )
-    hidden, head, direct = ((UNITS, channels, q, q), (classes, UNITS), (classes, channels, q, q))
-    return Code(
-        kernels,
-        geometry,
-        GAIN,
-        *(torch.zeros(shape, dtype=torch.int64) for shape in (hidden, head, direct)),
-    )
+    """The code of these kernels with a classifier of zeros, which a search fits first.
+
+    Args:
+        q: number of frequencies; None: as many as MOST_FEATURES allows.
+    """
+    if kernels:
+        channels = len(kernels[-1])
+    if q is None:
+        allowed = [q for q in range(2, FREQUENCIES + 1) if channels * q * q <= MOST_FEATURES]
+        q = max(allowed, default=1)
+    hidden = torch.zeros(UNITS, channels, q, q, dtype=torch.int64)
+    direct = torch.zeros(classes, channels, q, q, dtype=torch.int64)
+    head = torch.zeros(classes, UNITS, dtype=torch.int64)
+    return Code(kernels, geometry, GAIN, hidden, head, direct)
+
+
+# --------------------------------------------------------------------------------------------------
+# What integers cost in a message
+# --------------------------------------------------------------------------------------------------
 
 
 def _counts(tensor):
-    """How often each level is in a tensor of integers, on top of what its urn starts with; in draws."""
+    """The urn after all integers of a tensor were drawn, in units of DRAWN."""
     counts = np.array(URN) / DRAWN
     np.add.at(counts, _LEVEL[np.abs(np.asarray(tensor).ravel())], 1)
     return counts
 
 
 def nats(tensor):
-    """What the symbols of a tensor of integers cost in a message, from the counts of its levels alone."""
-    first, counts = torch.tensor(URN) / DRAWN, torch.from_numpy(_counts(tensor))
-    drawn = (
-        (torch.lgamma(counts) - torch.lgamma(first.double())).sum()
-        - torch.lgamma(counts.sum())
-        + torch.lgamma(first.sum())
-    )
-    return float((counts - first) @ torch.from_numpy(_EXTRA) - drawn)
+    """What the symbols of a tensor of integers cost, from the counts of its levels alone."""
+    first, counts = torch.tensor(URN).double() / DRAWN, torch.from_numpy(_counts(tensor))
+    levels = (torch.lgamma(counts) - torch.lgamma(first)).sum()
+    total = torch.lgamma(counts.sum()) - torch.lgamma(first.sum())
+    return float((counts - first) @ torch.from_numpy(_EXTRA) - (levels - total))
 
 
 def _cost(code):
     """Nats of all symbols of a code; its message is at most two bytes longer."""
     costs = []
-
-    def coder(counts, symbol):
-        costs.append(math.log(sum(counts) / counts[symbol]))
-        return symbol
-
-    write(coder, code)
+    write(lambda counts, symbol: costs.append(math.log(sum(counts) / counts[symbol])), code)
     return math.fsum(costs)
 
 
@@ -142,7 +129,7 @@ def _whole(tensor):
 
 
 def _prices(tensor):
-    """(L,) nats of an integer of each magnitude, from the levels of a tensor as it is."""
+    """Nats of an integer of each magnitude (128,), from the levels of a tensor as it is."""
     counts = _counts(_whole(tensor).long())
     counts[0] = max(counts[0], FULL / (1 - FULL) * counts[1:].sum())
     return torch.from_numpy((_EXTRA - np.log(counts / counts.sum()))[_LEVEL]).float()
@@ -155,36 +142,39 @@ def _price(tensor, prices):
     return torch.lerp(prices[below], prices[below + 1], magnitude - below).sum()
 
 
-def _fit(features, labels, classes, units, generator):
-    """Classifier (hidden, head, direct) of integers: expected error and nats, descended by Adam through the rounding.
+# --------------------------------------------------------------------------------------------------
+# The first classifier
+# --------------------------------------------------------------------------------------------------
 
-    Cross-entropy is added at the start, where an expected error hardly has a gradient.
+
+def _fit(features, labels, classes, units, generator):
+    """A classifier (hidden, head, direct) of integers, by Adam through the rounding.
+
+    The loss is the expected error and the price of the nats. Cross-entropy is added at the
+    start, where an expected error hardly has a gradient.
 
     Args:
         features: (m, D), of mean square 1.
     """
     m, size = features.shape
-    hidden, head = (
-        torch.randn(units, size, generator=generator) / 2,
-        0.7 * torch.randn(classes, units, generator=generator),
-    )
+    hidden = torch.randn(units, size, generator=generator) / 2
+    head = 0.7 * torch.randn(classes, units, generator=generator)
     parts = [part.requires_grad_() for part in (hidden, head, torch.zeros(classes, size))]
     sharpness = torch.tensor(math.log(0.15), requires_grad=True)  # of the softmax; it is not sent
     optimizer = torch.optim.Adam([*parts, sharpness], betas=(0.9, 0.99))
-    steps = [
-        batch
-        for _ in range(EPOCHS)
-        for batch in torch.randperm(m, generator=generator).split(BATCH)
-    ]
-    for step, batch in enumerate(steps):
-        done = step / len(steps)
+    batches = []
+    for _ in range(EPOCHS):
+        batches += torch.randperm(m, generator=generator).split(BATCH)
+    for step, batch in enumerate(batches):
+        done = step / len(batches)
         optimizer.param_groups[0]['lr'] = RATE * (1 + math.cos(math.pi * done)) / 2
         if step % 50 == 0:
             prices = [_prices(part) for part in parts]
-        hidden, head, direct = (
-            part + (_whole(part) - part.detach()) * (done > 0.1) for part in parts
-        )
-        outputs = features[batch] @ direct.T + (features[batch] @ hidden.T).relu() @ head.T / DIRECT
+        hidden, head, direct = parts
+        if done > 0.1:  # rounded in the forward pass, the gradient passed straight through
+            hidden, head, direct = (part + (_whole(part) - part.detach()) for part in parts)
+        inputs = features[batch]
+        outputs = inputs @ direct.T + (inputs @ hidden.T).relu() @ head.T / DIRECT
         likelihood = (outputs * sharpness.exp()).log_softmax(1).gather(1, labels[batch, None])
         loss = (1 - likelihood.exp()).mean() - max(0, 1 - done / 0.3) * likelihood.mean()
         cost = sum(_price(part, price) for part, price in zip(parts, prices)) / m
@@ -194,14 +184,18 @@ def _fit(features, labels, classes, units, generator):
     return [_whole(part).long().numpy() for part in parts]
 
 
-def _features_of(code, kernels, images):
-    """(D, n) float32 array, what the classifier of a code sees of n images through these kernels."""
-    q = code.direct.shape[2]
-    parts = [
-        _features(kernels, code.geometry, q, code.gain, pixels(part)).flatten(1)
-        for part in images.split(250)
-    ]
-    return torch.cat(parts).T.contiguous().numpy()
+# --------------------------------------------------------------------------------------------------
+# Scores, errors, and where they turn
+# --------------------------------------------------------------------------------------------------
+
+
+def _features(code, kernels, images):
+    """What a code's classifier sees of n images through these kernels, (D, n) float32."""
+    q, found = code.direct.shape[2], []
+    for part in images.split(250):
+        maps = low_frequencies(kernels, code.geometry, q, code.gain, pixels(part))
+        found.append(maps.flatten(1))
+    return torch.cat(found).T.contiguous().numpy()
 
 
 def _sums(integers, inputs):
@@ -209,14 +203,14 @@ def _sums(integers, inputs):
 
 
 def _scores(parts, features):
-    """(C, n) of features (D, n), over DIRECT; and (H, n) the hidden units, over DIRECT."""
+    """Scores (C, n) and hidden units (H, n) of features (D, n), both over DIRECT."""
     hidden, head, direct = parts
     units = np.maximum(_sums(hidden, features), 0) / DIRECT
     return _sums(head, units) + _sums(direct, features), units
 
 
 def _errors(scores, labels):
-    """How many labels (m,) have not the largest score alone, in scores (C, m); and (m,) by how much each leads the others."""
+    """The number of labels (m,) without the strictly largest of the scores (C, m); margins (m,)."""
     columns, others = np.arange(len(labels)), scores.copy()
     others[labels, columns] = -np.inf
     margins = scores[labels, columns] - others.max(0)
@@ -224,7 +218,10 @@ def _errors(scores, labels):
 
 
 def _limits_of_class(row, scores, labels):
-    """(low, high), (m,) each: where a class's score must lie between for a sample to be right; inf, -inf if it is lost."""
+    """(low, high), (m,) each: a sample is right where the class's score lies between them.
+
+    They are inf and -inf where it is wrong at any score.
+    """
     columns, own, others = np.arange(len(labels)), labels == row, scores.copy()
     label = scores[labels, columns]
     others[labels, columns] = others[row] = -np.inf
@@ -236,74 +233,79 @@ def _limits_of_class(row, scores, labels):
 
 
 def _limits_of_unit(weights, rest, labels):
-    """The same for a hidden unit before its ReLU, from its weights (C,) and the scores without it (C, m).
+    """The same for a hidden unit before its ReLU; `rest` (C, m) are the scores without it.
 
-    Each other class overtakes the label at one value of the unit, so the right values are an interval.
+    Each other class overtakes the label at one value of the unit, so an interval is right.
     """
     columns = np.arange(len(labels))
     lead, slope = rest[labels, columns] - rest, weights[:, None] - weights[labels]
     lead[labels, columns] = 1
     with np.errstate(divide='ignore', invalid='ignore'):
         where = lead / slope
-    low, high = (
-        np.where(slope < 0, where, -np.inf).max(0),
-        np.where(slope > 0, where, np.inf).min(0),
-    )
+    low = np.where(slope < 0, where, -np.inf).max(0)
+    high = np.where(slope > 0, where, np.inf).min(0)
     lost = ((slope == 0) & (lead <= 0)).any(0) | (high <= np.maximum(low, 0))
     low[low < 0] = -np.inf  # the unit may be off
     low[lost], high[lost] = np.inf, -np.inf
     return low, high
 
 
-def _visit(integers, sizes, value, limits, inputs, counts, price, heat, rng):
-    """Anneals the integers of value = integers @ inputs, in place: single steps, if they cost no more than heat allows.
+# --------------------------------------------------------------------------------------------------
+# Annealing
+# --------------------------------------------------------------------------------------------------
 
-    A step goes up or down by one, or from 0 to one of the `sizes` and back, past sizes that are rare and so cost much. It
-    can change an error only where the value is near one of its limits; the rest of the sample is left out. A sample near
-    both counts twice, and rightly: it cannot be beyond both.
+
+def _visit(integers, sizes, value, limits, inputs, counts, price, heat, rng):
+    """Anneals the integers of value = integers @ inputs, in place.
+
+    A step goes up or down by one, or from 0 to one of the `sizes` and back, past magnitudes that
+    are rare and so cost much. It can change an error only where the value is near one of its
+    limits, so the rest of the sample is left out. A sample near both counts twice, which is right:
+    it cannot be beyond both.
     """
     (low, high), reach = limits, REACH * np.abs(inputs).max(0)
-    below, above = (
-        np.flatnonzero(np.abs(value - low) < reach),
-        np.flatnonzero(np.abs(high - value) < reach),
-    )
+    below = np.flatnonzero(np.abs(value - low) < reach)
+    above = np.flatnonzero(np.abs(high - value) < reach)
     gap = np.concatenate([(value - low)[below], (high - value)[above]])
     effect = np.concatenate([inputs[:, below], -inputs[:, above]], axis=1)
     errors, steps = np.count_nonzero(gap <= 0), VISIT * len(integers)
-    drawn = (
-        rng.integers(len(integers), size=steps),
-        rng.choice((-1, 1), size=steps),
-        rng.random(steps) < JUMPS,
-    )
-    drawn = *drawn, rng.choice(sizes, size=steps), heat * rng.exponential(size=steps)
-    for place, sign, jump, size, allowed in zip(*(column.tolist() for column in drawn)):
-        old = int(integers[place])
-        new = (0 if old else sign * size) if jump else old + sign
+    # All that is random, drawn at once: which integer, which way, whether a jump and to what, and
+    # by how much a step may be worse.
+    indices = rng.integers(len(integers), size=steps).tolist()
+    signs = rng.choice((-1, 1), size=steps).tolist()
+    jumps = (rng.random(steps) < JUMPS).tolist()
+    sizes = rng.choice(sizes, size=steps).tolist()
+    allowed = (heat * rng.exponential(size=steps)).tolist()
+    for step, index in enumerate(indices):
+        old = int(integers[index])
+        if not jumps[step]:
+            new = old + signs[step]
+        elif old:
+            new = 0
+        else:
+            new = signs[step] * sizes[step]
         if abs(new) == LEVELS[-1]:
             continue
         here, there, cost = _LEVEL[abs(old)], _LEVEL[abs(new)], 0.0
         if here != there:
-            cost = price * (
-                _EXTRA[there] - _EXTRA[here] + math.log((counts[here] - 1) / counts[there])
-            )
-        moved = gap + (new - old) * effect[place]
+            ratio = (counts[here] - 1) / counts[there]
+            cost = price * (_EXTRA[there] - _EXTRA[here] + math.log(ratio))
+        moved = gap + (new - old) * effect[index]
         found = np.count_nonzero(moved <= 0)
-        if found - errors + cost <= allowed:
-            gap, errors, integers[place] = moved, found, new
+        if found - errors + cost <= allowed[step]:
+            gap, errors, integers[index] = moved, found, new
             counts[here] -= 1
             counts[there] += 1
 
 
 def _sweep(parts, features, scores, labels, price, heat, rng):
-    """Visits each hidden unit and each class once, in place; scores (C, m) are those of the parts before."""
+    """Visits each hidden unit and each class once, in place; scores (C, m) are those before."""
     hidden, head, direct = parts
     counts = [_counts(part) for part in parts]
     sizes = [np.abs(part[part != 0]) if part.any() else [1] for part in parts]
     for unit in rng.permutation(len(hidden)):
-        weights, value = (
-            head[:, unit, None].astype(np.float32) / DIRECT,
-            _sums(hidden[unit], features),
-        )
+        weights = head[:, unit, None].astype(np.float32) / DIRECT
+        value = _sums(hidden[unit], features)
         scores -= weights * np.maximum(value, 0)
         limits = _limits_of_unit(weights[:, 0], scores, labels)
         _visit(hidden[unit], sizes[0], value, limits, features, counts[0], price, heat, rng)
@@ -313,28 +315,19 @@ def _sweep(parts, features, scores, labels, price, heat, rng):
         limits = _limits_of_class(row, scores, labels)
         for number, part, inputs in ((2, direct, features), (1, head, units)):
             if len(inputs):
-                before = part[row].copy()
-                _visit(
-                    part[row],
-                    sizes[number],
-                    scores[row],
-                    limits,
-                    inputs,
-                    counts[number],
-                    price,
-                    heat,
-                    rng,
-                )
-                scores[row] += _sums(part[row] - before, inputs)
+                integers, value = part[row], scores[row]
+                before, costs = integers.copy(), (counts[number], price, heat)
+                _visit(integers, sizes[number], value, limits, inputs, *costs, rng)
+                scores[row] += _sums(integers - before, inputs)
 
 
 def _move_kernels(code, parts, images, labels, margins, price, heat, rng):
-    """Kernels with some integers moved by one, as far as the images nearest to an error tell that it pays."""
+    """Kernels with some integers moved by one, as the images nearest to an error suggest."""
     near = np.sort(np.argsort(np.abs(margins), kind='stable')[:HARD])
     images, labels, kernels = images[torch.from_numpy(near)], labels[near], list(code.kernels)
 
     def worth(kernels):
-        errors, _ = _errors(_scores(parts, _features_of(code, kernels, images))[0], labels)
+        errors, _ = _errors(_scores(parts, _features(code, kernels, images))[0], labels)
         return errors + price * sum(map(nats, kernels))
 
     value = worth(kernels)
@@ -344,35 +337,40 @@ def _move_kernels(code, parts, images, labels, margins, price, heat, rng):
         moved.view(-1)[rng.integers(moved.numel())] += int(rng.choice((-1, 1)))
         if moved.abs().max() < LEVELS[-1]:
             tried = [*kernels[:layer], moved, *kernels[layer + 1 :]]
-            if (found := worth(tried)) - value <= heat * rng.exponential():
+            found = worth(tried)
+            if found - value <= heat * rng.exponential():
                 kernels, value = tried, found
     return kernels
 
 
 @torch.no_grad()
 def search(code, images, labels, delta=0.001, seconds=120.0, sweeps=None, seed=0, hold=False):
-    """Yields (share done, bound, code): the best code so far, each time a sweep over its integers is done, for so long.
+    """Yields (share done, bound, best code so far) after each sweep over the integers.
 
-    Simulated annealing of errors + price * nats. At the end a nat is worth what it is worth in the bound. In the heat
-    it costs more, so that the number of nonzero integers does not grow by their mere number of places.
+    Simulated annealing of errors + price * nats. At the end a nat costs what it is worth in the
+    bound. While it is hot it costs more, since otherwise the number of nonzero integers grows:
+    there are more networks with many of them.
 
     Args:
         code: where it starts; a classifier of zeros is fitted first.
-        images, labels: the sample, (m, C, H, W) with pixels between 0 and 1, and (m,) int64.
-        seconds, sweeps: how long it takes, in CPU seconds; with a number of sweeps the same numbers come out each time.
+        images, labels: the sample, (m, C, H, W) with pixels from 0 to 1, and (m,).
+        seconds, sweeps: how long it takes, in CPU seconds, or in sweeps, which repeat exactly.
         seed: of all that is random.
         hold: the kernels stay as they are.
     """
     start, m, rng = time.process_time(), len(images), np.random.default_rng(seed)
     empty = code._replace(**{name: torch.zeros_like(getattr(code, name)) for name in PARTS})
     fixed = _cost(empty) - sum(map(nats, [*code.kernels, *empty[-len(PARTS) :]]))
+    fixed += DESIGN_BYTES * math.log(256) - math.log(delta)
+    labels = labels.long()
     targets = labels.numpy()
 
     def bound(errors, total):
-        return kl_inverse(min(1, max(0, errors) / m), (total + math.log(CHOICES / delta)) / m)
+        """By Chernoff's bound, which is 0.0001 above the exact one."""
+        return kl_inverse(min(1, max(0, errors) / m), total / m)
 
     def prepared(kernels):
-        features = _features_of(code, kernels, images)
+        features = _features(code, kernels, images)
         scale = math.sqrt(np.square(features).mean(dtype=float))
         if not scale:
             raise BadInput('the rounded network is zero: its features are')
@@ -381,39 +379,31 @@ def search(code, images, labels, delta=0.001, seconds=120.0, sweeps=None, seed=0
     kernels, features = code.kernels, prepared(code.kernels)
     parts = [getattr(code, name).flatten(1).numpy().copy() for name in PARTS]
     if not any(part.any() for part in parts):
+        inputs, generator = torch.from_numpy(features.T.copy()), torch.Generator().manual_seed(seed)
         with torch.enable_grad():
-            generator = torch.Generator().manual_seed(seed)
-            parts = _fit(
-                torch.from_numpy(features.T.copy()),
-                labels,
-                len(code.direct),
-                len(code.hidden),
-                generator,
-            )
-    best, sweep, share = (1.0, code), 0, 0.0
+            parts = _fit(inputs, labels, len(code.direct), len(code.hidden), generator)
+    least, best, sweep, share = 1.0, code, 0, 0.0
     while True:
-        live = parts[0].any(1) & parts[1].any(0)
+        live = parts[0].any(1) & parts[1].any(0)  # hidden units that read something and are read
         parts[0], parts[1] = parts[0][live], parts[1][:, live]
         scores, _ = _scores(parts, features)
         errors, margins = _errors(scores, targets)
         total = fixed + sum(map(nats, [*parts, *kernels]))
         now = bound(errors, total)
-        if now < best[0]:
+        if now < least:
             hidden, head, direct = (torch.from_numpy(part.copy()) for part in parts)
-            shape = code.direct.shape[1:]
-            found = Code(
-                list(kernels),
-                code.geometry,
-                code.gain,
-                hidden.view(-1, *shape),
-                head,
-                direct.view(-1, *shape),
-            )
-            best = (now, found) if largest_score(found, images.shape[1:]) < EXACT else best
-        yield share, *best
+            hidden, direct = (part.view(-1, *code.direct.shape[1:]) for part in (hidden, direct))
+            found = Code(list(kernels), code.geometry, code.gain, hidden, head, direct)
+            # What counts are the bytes of the message, which round the nats up.
+            length = (len(encode(found)) + DESIGN_BYTES) * math.log(256) - math.log(delta)
+            proven = bound(errors, length)
+            if proven < least and largest_score(found, images.shape[1:]) < EXACT:
+                least, best = proven, found
+        yield share, least, best
         if share >= 1:
             return
         heat = HEAT * COLD**share
+        # What a nat is worth in errors, by the slopes of the bound.
         slope = (bound(errors, total + 9) - now) / max(1e-12, bound(errors + 9, total) - now)
         price = max(slope, COST * heat)
         if kernels and not hold and sweep % KERNELS_EVERY == KERNELS_EVERY - 1:
@@ -421,11 +411,12 @@ def search(code, images, labels, delta=0.001, seconds=120.0, sweeps=None, seed=0
             tried = prepared(moved)
             tried_scores, _ = _scores(parts, tried)
             found, _ = _errors(tried_scores, targets)
-            if (
-                found - errors + price * (sum(map(nats, moved)) - sum(map(nats, kernels)))
-                <= heat * rng.exponential()
-            ):
+            cost = price * (sum(map(nats, moved)) - sum(map(nats, kernels)))
+            if found - errors + cost <= heat * rng.exponential():
                 kernels, features, scores = moved, tried, tried_scores
         _sweep(parts, features, scores, targets, price, heat, rng)
         sweep += 1
-        share = sweep / sweeps if sweeps else (time.process_time() - start) / seconds
+        if sweeps:
+            share = sweep / sweeps
+        else:
+            share = (time.process_time() - start) / seconds

@@ -1,347 +1,240 @@
-"""Make trained networks narrower, into a results folder of their own.
+"""Makes trained networks narrower, into a results folder of their own.
 
-python compress.py results/7                           without the dead channels: the same function
-python compress.py results/7 --lam 1e-4 1e-3 1e-2      by the multi-task lasso, once per lam
-python compress.py results/7 --layer 7 --lam 1e-3      one linear layer of any network; --layer 4 --layer 7: two
+python -m studies.compress results/7                          without the dead channels
+python -m studies.compress results/7 --lam 1e-4 1e-3 1e-2     by the multi-task lasso, once per lam
+python -m studies.compress results/7 --layer 7 --lam 1e-3     one linear layer of any network
 """
-
-import signal
-import sys
-
-if __name__ == '__main__':
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # while torch is imported, Ctrl-C ends the program without a traceback
 
 import argparse
 import math
+import sys
 import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
-import launch
 import torch
-from torch import nn
-from tqdm import tqdm
 
-from conf import BEFORE, ROOT, BadInput, Parser, settings_text
-from datasets import DATASETS, fingerprint
-from device import choose_precision, guarded, keep_freed_memory
+import train
+from conf import ROOT, BadInput, Parser, load_launch, run_program, settings_text
+from datasets import fingerprint
+from device import choose_device, choose_precision, keep_freed_memory
 from evaluation import evaluate
-from measures.masks import drop_dead
 from measures.norms import measure_data
 from measures.pac_bayes import COLUMNS as CERTIFICATES
-from measures.trace import (
-    Layer,
-    folded,
-    folded_layers,
-    plain_copy,
-    sequential,
-    trace_layers,
-    weight_layers,
-)
-from models import get_network
+from measures.trace import folded, folded_layers, plain_copy, trace_layers, weight_layers
 from records import (
-    csv_line,
-    folder_settings,
-    load_checkpoint,
+    launch_header,
+    load_data,
     load_network,
     load_weights,
     new_results_folder,
-    save_checkpoint,
-    seen_from_here,
     write_file,
     write_table,
 )
-from studies.compress.linear import compress_layer, linear_layer, set_tensors
-from studies.compress.narrow import balance, compress
+from studies.compress import balance, compress, compress_layer, drop_dead, save
+from studies.compress.linear import linear_layer
 from utils import BOUNDS
 
-COLUMNS = (
-    'round, epoch, lam, layer, channels, weights, bytes, speed_up, residual, gap, train_loss, test_loss, train_error, '
-    f'test_error, rho, prod_ratio, norm_ratio, path_norm, {", ".join([*BOUNDS, *CERTIFICATES])}, test_set_bound, test_size'
-).split(', ')
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
-# ----------------------------------------------------------------------------------------------------------------------
+_FIRST = (
+    'round epoch lam layer channels weights bytes speed_up residual gap train_loss test_loss '
+    'train_error test_error rho prod_ratio norm_ratio path_norm'
+)
+COLUMNS = [*_FIRST.split(), *BOUNDS, *CERTIFICATES, 'test_set_bound', 'test_size']
 
 
-def save(path, net, input_shape, settings=None):
-    """Saves a narrower network.
+def parse_arguments(argv=None):
+    """The command line as a namespace of source, lam, layer, refit and run."""
+    parser = Parser('python -m studies.compress', __doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add('source', type=Path, metavar='DIR', help='results folder of the trained networks')
+    about = 'penalties between 0 and 1, as shares of the smallest one that removes all channels'
+    add('--lam', type=float, nargs='+', default=[], metavar='X', help=about)
+    about = 'fit only this linear layer, named as in net.named_modules(); repeat it for several'
+    add('--layer', metavar='NAME', action='append', default=[], help=about)
+    about = 'fit the kept channels again with a small ridge penalty, or keep the shrunk weights'
+    add('--refit', choices=('ridge', 'none'), default='ridge', help=f'{about} (default: ridge)')
+    add('--run', type=int, metavar='K', help='only the K-th network of the folder, counted from 1')
+    options = parser.parse_args(argv)
+    options.lam = sorted(set(options.lam))
+    for lam in options.lam:
+        if not 0 < lam < 1:
+            parser.error(f'--lam {lam:g}: must be between 0 and 1')
+    if options.layer and not options.lam:
+        parser.error(f'--layer {options.layer[0]}: give a penalty with --lam')
+    if len(set(options.layer)) < len(options.layer):
+        parser.error(f'--layer {" ".join(options.layer)}: a layer is listed twice')
+    return options
 
-    Args:
-        settings: those by which `get_network` makes the network that it was narrowed from, any one; without them it must be
-            a chain, as `folded_layers` takes it.
-    """
-    saved = {'input_shape': list(input_shape)}
-    if settings:
-        state = {name: tensor.to('cpu') for name, tensor in plain_copy(net).state_dict().items()}
-        save_checkpoint(path, saved | {'settings': vars(settings), 'network': state})
-        return
-    layers, dtype = folded_layers(net), next(net.parameters()).dtype
-    saved['weights'] = [layer.weight.to('cpu', dtype) for layer in layers]
-    saved['biases'] = [
-        None if layer.bias is None else layer.bias.to('cpu', dtype) for layer in layers
-    ]
-    saved |= {
-        'rectified': [layer.rectified for layer in layers],
-        'geometry': [layer.geometry for layer in layers],
-    }
-    save_checkpoint(path, saved)
 
+def load_source(folder, options):
+    """A trained network that the options apply to, its settings and its (round, epoch).
 
-def load(path):
-    """The narrower network of a file, on the CPU: load('results/8/CONV-3-200/dead.pt').
-
-    It is an nn.Sequential, or, where linear layers alone were fitted, a network of the class that it was made from.
+    Round and epoch are nan in the middle of an epoch.
 
     Raises:
-        BadInput: there is no such file, or it holds no narrower network, or one of a family that models has not.
+        BadInput: settings or data are not those of the training, or the network is not covered.
     """
-    path = Path(path)
-    if not path.exists():
-        raise BadInput(f'{path}: no such file')
-    saved = load_checkpoint(path, 'cpu')
-    try:
-        shape, make = saved['input_shape'], _of_family if 'network' in saved else _chain
-        net = make(saved)
-        net(torch.zeros(1, *shape, dtype=next(net.parameters()).dtype))
-    except BadInput:
-        raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError):
-        raise BadInput(f'{path}: does not hold a narrower network') from None
-    return net
-
-
-def _chain(saved):
-    weights, geometry = saved['weights'], saved['geometry']
-    biases = saved.get('biases', [None] * len(weights))  # older files are of bias-free chains
-    rectified = saved.get('rectified', [True] * (len(weights) - 1) + [False])
-    geometry = [
-        how if weight.ndim == 4 else {} for how, weight in zip(geometry, weights, strict=True)
-    ]
-    return sequential(
-        Layer(*layer) for layer in zip(weights, biases, rectified, geometry, strict=True)
-    )
-
-
-def _of_family(saved):
-    """The network of the settings, in evaluation mode, its layers of the sizes of the saved tensors."""
-    settings, state = SimpleNamespace(**BEFORE | saved['settings']), saved['network']
-    net = plain_copy(get_network(settings, *DATASETS[settings.dataset_name][1:3])).eval()
-    for name, module in net.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)):
-            fields = ('weight', 'bias', 'running_mean', 'running_var')
-            set_tensors(
-                module,
-                **{
-                    field: tensor
-                    for field in fields
-                    if (tensor := state.get(f'{name}.{field}')) is not None
-                },
-            )
-    net.load_state_dict(state)
-    return net
-
-
-def load_source(folder):
-    """A trained network, its settings, the (round, epoch) of its weights, and what there is to say of it, as lines.
-
-    Round and epoch are nan in the middle of an epoch. Raises BadInput where the folder's settings or the data are not those
-    of the training.
-    """
-    with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter('always')
-        net, settings = load_network(folder)
-    path = next(path for name in ('model.pt', 'weights.pt') if (path := folder / name).exists())
-    _, dataset = launch.get_inputs(settings)
-    place = load_weights(net, path, settings, fingerprint(dataset)) or (math.nan, math.nan)
-    return net, settings, place, [str(note.message) for note in notes]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The command
-# ----------------------------------------------------------------------------------------------------------------------
+    net, settings = load_network(folder)
+    dataset = load_data(settings)
+    files = [folder / name for name in ('model.pt', 'weights.pt')]
+    path = next(path for path in files if path.exists())
+    position = load_weights(net, path, settings, fingerprint(dataset))
+    for name in options.layer:
+        linear_layer(net, name)
+    if options.lam and not options.layer:
+        trace_layers(net, dataset.input_shape)
+    elif not options.lam:
+        folded_layers(net)
+    return net, settings, position or (math.nan, math.nan)
 
 
 def narrower(net, images, lam, options):
-    """The network of a row, and the reports of its fits: a chain of plain layers, or, of single layers, one like net.
+    """The network of a row, and the reports of its fits; lam is 0 for the source.
 
-    lam is 0 for the whole network, and None for the one without its dead channels.
+    Without --lam and --layer, lam is None for the network without its dead channels.
     """
     if lam is None:
         return drop_dead(net), []
     if options.layer:
-        net, reports = (
-            compress_layer(net, images, options.layer, lam, options.refit) if lam else (net, {})
-        )
-        return plain_copy(net), [reports[name] for name in options.layer if lam]
+        if lam == 0:
+            return plain_copy(net), []
+        net, reports = compress_layer(net, images, options.layer, lam, options.refit)
+        return plain_copy(net), [reports[name] for name in options.layer]
     if not options.lam:
         return folded(net), []
-    return (
-        compress(net, images, lam, options.refit)
-        if lam
-        else (balance(net, tuple(images.shape[1:])), [])
-    )
+    if lam == 0:
+        return balance(net, tuple(images.shape[1:])), []
+    return compress(net, images, lam, options.refit)
 
 
 @torch.no_grad()
 def speed_up(net, other, images, repeats=20):
-    """How many times faster `other` is than `net`: the ratio of the shortest forward passes of these images, taken in turn.
+    """How many times faster `other` is than `net`: the ratio of their shortest forward passes.
 
-    On a CPU it is the processor time of one thread, which other programs change least.
+    The passes alternate. On a CPU the processor time of one thread is measured, since other
+    programs change it least.
     """
-    clock, threads = (
-        time.perf_counter if images.is_cuda else time.process_time,
-        torch.get_num_threads(),
-    )
+    clock = time.perf_counter if images.is_cuda else time.process_time
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    seconds = [], []
-    for network, times in [(net, seconds[0]), (other, seconds[1])] * repeats:
-        start = clock()
-        network(images).cpu()
-        times.append(clock() - start)
+    seconds = {net: [], other: []}
+    for _ in range(repeats):
+        for network, times in seconds.items():
+            start = clock()
+            network(images).cpu()
+            times.append(clock() - start)
     torch.set_num_threads(threads)
-    return min(seconds[0]) / min(seconds[1])
-
-
-def compress_run(net, settings, place, options, folder):
-    """Makes one trained network narrower into `folder`: weights, and a row of compress.csv each; row 0 is the source.
-
-    The widths of a narrower network are chosen by the training data, so each bound holds at delta over the number of choices
-    there are; the test set has nothing to pay for. Returns the errors of the lams at which a layer died.
-    """
-    device, dataset = launch.get_inputs(settings)
-    choose_precision('float32', device)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    net, images = net.to(device), dataset.train_images
-    whole, _ = narrower(net, images, 0, options)
-    data, delta = (
-        measure_data(whole, images, skip_uncovered=True),
-        settings.delta / math.prod(widths(whole)),
-    )
-    lines, errors = [], []
-    unmeasured = SimpleNamespace(
-        **vars(settings) | {'measures_every': 0}
-    )  # no distance from a start of other widths
-    lams = [0, *(options.lam or [None])]
-    with tqdm(
-        total=len(lams), desc=settings.name, miniters=0, disable=not sys.stdout.isatty()
-    ) as bar:
-        for lam in lams:
-            try:
-                narrow, reports = narrower(net, images, lam, options)
-            except BadInput as error:
-                errors.append(f'{settings.name}: {error}')
-                continue
-            path = folder / ('dead.pt' if lam is None else f'lam-{lam}.pt')
-            folder.mkdir(exist_ok=True)
-            save(path, narrow, dataset.input_shape, settings if options.layer else None)
-            row = evaluate(narrow, unmeasured, dataset, data, *place, delta)
-            row |= {'lam': math.nan if lam is None else lam, 'layer': '|'.join(options.layer)}
-            row |= {'channels': '|'.join(map(str, widths(narrow))), 'bytes': path.stat().st_size}
-            row |= {'weights': sum(weight.numel() for weight in narrow.parameters())}
-            row |= {
-                'speed_up': speed_up(whole, narrow, dataset.test_images[:32]) if lam != 0 else 1.0
-            }
-            row |= {'residual': '|'.join(f'{report["residual"]:.3g}' for report in reports)}
-            row |= {'gap': max((report['gap'] for report in reports), default=0.0)}
-            lines.append(csv_line(row, COLUMNS))
-            write_table(folder / 'compress.csv', COLUMNS, lines)
-            bar.update()
-            what = 'without dead channels' if lam is None else f'lam {lam:g}'
-            size = f'{row["channels"]} channels, {row["weights"]} weights, {row["bytes"]} bytes'
-            found = f'{row["speed_up"]:.1f} times as fast, train {row["train_error"]:.4f} test {row["test_error"]:.4f}'
-            bar.write(f'{settings.name} {what}: {size}, {found}')
-    return errors
+    return min(seconds[net]) / min(seconds[other])
 
 
 def widths(net):
-    """The channels of each hidden layer."""
+    """The number of channels of each hidden layer."""
     return [len(layer.weight) for layer in [*weight_layers(net).values()][:-1]]
 
 
-def parse_arguments(argv):
-    """The command line as a namespace of source, lam, layer, refit and run. Raises BadInput."""
-    parser = Parser('compress.py', __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add('source', type=Path, metavar='DIR', help='results folder of the trained networks')
-    lam_help = 'penalties, as shares of the one from which on nothing is left; between 0 and 1'
-    add('--lam', type=float, nargs='+', default=[], metavar='X', help=lam_help)
-    layer_help = (
-        'fit this linear layer alone, as net.named_modules() calls it; repeat it for several'
-    )
-    add('--layer', metavar='NAME', action='append', default=[], help=layer_help)
-    refit_help = 'fit the kept channels once more with a small ridge penalty (default), or keep the shrunk weights'
-    add('--refit', choices=('none', 'ridge'), default='ridge', help=refit_help)
-    add('--run', type=int, metavar='K', help='only the K-th network of the folder, counted from 1')
-    options = parser.parse_args(argv)
-    options.lam = sorted(set(options.lam))
-    if bad := [lam for lam in options.lam if not 0 < lam < 1]:
-        raise BadInput(f'--lam {bad[0]:g}: must be a share of lam_max, between 0 and 1')
-    if options.layer and not options.lam:
-        raise BadInput(f'--layer {options.layer[0]}: is fitted with a penalty; give one with --lam')
-    if twice := [
-        name for number, name in enumerate(options.layer) if name in options.layer[:number]
-    ]:
-        raise BadInput(f'--layer {twice[0]}: is listed twice')
-    return options
+def compress_run(net, settings, position, options, folder):
+    """Makes one trained network narrower: the weights and a row of compress.csv for each lam.
+
+    Row 0 is the source. The training data choose the widths of a narrower network, so that each
+    bound is taken at delta divided by the number of possible widths; that of the test set is not.
+
+    Returns:
+        The errors of the lams at which a layer lost all its channels.
+    """
+    dataset = load_data(settings)
+    images = dataset.train_images
+    choose_precision('float32', images.device)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    net = net.to(images.device)
+    source, _ = narrower(net, images, 0, options)
+    data = measure_data(source, images, skip_uncovered=True)
+    delta = settings.delta / math.prod(widths(source))
+    # The distance from the initial weights does not exist for other widths.
+    unmeasured = SimpleNamespace(**vars(settings) | {'measures_every': 0})
+    rows, errors = [], []
+    folder.mkdir(exist_ok=True)
+    for lam in [0, *(options.lam or [None])]:
+        try:
+            narrow, reports = narrower(net, images, lam, options)
+        except BadInput as error:
+            errors.append(f'{settings.name}: {error}')
+            continue
+        path = folder / ('dead.pt' if lam is None else f'lam-{lam}.pt')
+        save(path, narrow, dataset.input_shape, settings if options.layer else None)
+        row = evaluate(narrow, unmeasured, dataset, data, *position, delta)
+        row['lam'] = math.nan if lam is None else lam
+        row['layer'] = '|'.join(options.layer)
+        row['channels'] = '|'.join(map(str, widths(narrow)))
+        row['weights'] = sum(weight.numel() for weight in narrow.parameters())
+        row['bytes'] = path.stat().st_size
+        row['speed_up'] = 1.0
+        if lam != 0:
+            row['speed_up'] = speed_up(source, narrow, dataset.test_images[:32])
+        row['residual'] = '|'.join(f'{report["residual"]:.3g}' for report in reports)
+        row['gap'] = max((report['gap'] for report in reports), default=0.0)
+        rows.append({column: row[column] for column in COLUMNS if column in row})
+        write_table(folder / 'compress.csv', COLUMNS, rows)
+        print(f'{settings.name} {describe(row)}', flush=True)
+    return errors
 
 
-def run(options):
-    """Does what the command line says. Returns the exit status."""
-    if not (options.source / 'global_settings.py').is_file():
-        raise BadInput(f'{options.source}: not a results folder, it has no global_settings.py')
-    if not str(options.source).isprintable():  # it is written into a settings file
-        raise BadInput(f'{str(options.source)!r}: must be a printable text; rename the folder')
-    sweep, runs = folder_settings(options.source)
-    if options.run is not None and not 1 <= options.run <= len(runs):
-        raise BadInput(f'--run {options.run}: the folder has the networks 1 to {len(runs)}')
-    sources, notes = [], []
-    for settings in runs if options.run is None else [runs[options.run - 1]]:
-        net, settings, place, said = load_source(options.source / settings.name)
-        device, dataset = launch.get_inputs(settings)
-        for name in options.layer:
-            linear_layer(net, name)
-        if not options.layer:
-            trace_layers(net, dataset.input_shape) if options.lam else folded_layers(net)
-        notes += said
-        sources.append((net, settings, place))
+def describe(row):
+    """A row of compress.csv in words."""
+    name = f'lam {row["lam"]:g}'
+    if row['lam'] == 0:
+        name = 'source'
+    elif math.isnan(row['lam']):
+        name = 'without dead channels'
+    size = f'{row["channels"]} channels, {row["weights"]} weights, {row["bytes"]} bytes'
+    errors = f'train error {row["train_error"]:.4f}, test error {row["test_error"]:.4f}'
+    return f'{name}: {size}, {row["speed_up"]:.1f} times as fast, {errors}'
+
+
+def command_line(options):
+    """The command that repeats these options; repr escapes what is not printable in a path."""
+    words = [f'python -m studies.compress {str(options.source)!r}']
+    words += [f'--layer {name}' for name in options.layer]
+    if options.lam:
+        words.append(f'--lam {" ".join(map(str, options.lam))} --refit {options.refit}')
+    if options.run is not None:
+        words.append(f'--run {options.run}')
+    return ' '.join(words)
+
+
+def main(argv=None):
+    """Runs the command line. Raises BadInput."""
+    options = parse_arguments(argv)
+    sweep, runs = load_launch(options.source)
+    if options.run is not None:
+        if not 1 <= options.run <= len(runs):
+            raise BadInput(f'--run {options.run}: the folder has the networks 1 to {len(runs)}')
+        runs = [runs[options.run - 1]]
+    # Everything is checked before anything is written.
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        sources = [load_source(options.source / settings.name, options) for settings in runs]
+    notes = [str(warning.message) for warning in caught]
     for note in notes:
         print(note, flush=True)
 
-    folder = new_results_folder(seen_from_here(ROOT / sweep['results_dir']))
-    what = f'python compress.py {options.source}'
-    what += ''.join(f' --layer {name}' for name in options.layer)
-    what += f' --lam {" ".join(map(str, options.lam))} --refit {options.refit}' * bool(options.lam)
-    what += f' --run {options.run}' * (options.run is not None)
-    header = [
-        f'Networks made narrower by {what}; the settings are those that they were trained with.'
-    ]
-    header += launch.launch_header(device, notes)
+    folder = new_results_folder(ROOT / sweep['results_dir'])
+    made = f'Networks made narrower by {command_line(options)}'
+    header = [f'{made}; the settings are those that they were trained with.']
+    header += launch_header(choose_device(sweep['device']), notes)
     write_file(folder / 'global_settings.py', settings_text(sweep, header).encode())
     keep_freed_memory()
     errors = []
-    for net, settings, place in sources:
+    for net, settings, position in sources:
         print(f'{folder / settings.name}: from {options.source / settings.name}', flush=True)
-        errors += compress_run(net, settings, place, options, folder / settings.name)
-    launch.draw(folder)
+        errors += compress_run(net, settings, position, options, folder / settings.name)
+    train.draw_figures(folder)
     if errors:
         raise BadInput('; '.join(errors))
     return 0
 
 
-def main(argv=None):
-    """Runs the command line. Returns 0, 1 where the results cannot be written, 2 for bad input, 128 + signal where stopped."""
-    return guarded(
-        'compress.py',
-        lambda: run(parse_arguments(argv)),
-        lambda: '; the rows that are done are kept',
-    )
-
-
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -1,79 +1,102 @@
-"""The multi-task lasso (a group lasso whose groups are neurons or channels), by Gram matrices alone, and its refit.
+"""The multi-task lasso, a group lasso whose groups are neurons or channels, and its ridge refit.
 
-A problem is a namespace of gram, the function V -> V G with G = Phi Phi' / N; cross, B = Psi Phi' / N (D, K, taps); and energy,
-||Psi||^2 / N: V (D, K, taps) is to map the features Phi (K taps, N) to the targets Psi (D, N), and group k is V[:, k].
+V (D, K, taps) is fitted so that V Phi is near Psi, for features Phi (K taps, N) and targets
+Psi (D, N); group k is V[:, k]. The solvers read Gram matrices only, so N may be large.
 """
 
 import math
-from types import SimpleNamespace
+from collections import namedtuple
 
 import torch
 
+# What the least-squares error depends on: `gram`, the function V -> V Phi Phi' / N on tensors
+# (., K, taps); `cross`, Psi Phi' / N (D, K, taps); `energy`, ||Psi||^2 / N.
+Problem = namedtuple('Problem', 'gram cross energy')
+
 
 def group_lasso(problem, lam, start, tolerance=1e-4, steps=20_000):
-    """The multi-task lasso, by accelerated proximal gradient steps (FISTA) with restarts, to a certified duality gap.
+    """The multi-task lasso, solved to a certified duality gap.
 
-        min_V  1/2 (energy - 2 <V, B> + <V, V G>)  +  lam lam_max sum_k ||V_k||_F
-
-    The residual, times an alpha that brings each channel's correlation ||(B - V G)_k|| below the penalty, is dual feasible.
+        min_V  1/(2N) ||V Phi - Psi||_F^2  +  lam lam_max sum_k ||V_k||_F
 
     Args:
-        problem: as above.
-        lam: share of lam_max = max_k ||B_k||_F, from which on V = 0 is the solution.
-        start: (D, K, taps) where to begin.
-        tolerance: of the gap, relative to the objective.
-        steps: at most so many, a multiple of 10.
+        problem: a Problem.
+        lam: share of lam_max = max_k ||cross_k||_F, the smallest penalty with solution V = 0.
+        start: (D, K, taps), the first iterate.
+        tolerance: of the duality gap, relative to the objective.
+        steps: maximal number of steps, a multiple of 10.
     Returns:
-        V, exactly 0 at the channels that are dropped, and a dict of penalty (lam lam_max), gap (relative) and steps.
+        V, exactly 0 at the channels that are dropped, and a dict of penalty (lam lam_max), gap
+        (relative to the objective) and steps.
     """
     penalty = lam * norms(problem.cross).max().item()
-    vector = torch.ones_like(start[:1])
-    for _ in range(
-        50
-    ):  # power iteration; of ReLU features the largest eigenvector has no negative entry either
-        vector = problem.gram(vector / vector.norm())
-    largest = 1.02 * vector.norm().item()
     if not penalty:
         return torch.zeros_like(start), {'penalty': 0.0, 'gap': 0.0, 'steps': 0}
-
+    largest = 1.02 * _largest_eigenvalue(problem, start)
     V = ahead = start
     VG = ahead_G = problem.gram(V)
     momentum = 1.0
+    # FISTA (Beck and Teboulle 2009) with adaptive restarts (O'Donoghue and Candes 2015). `ahead` is
+    # the extrapolated point; V G is linear in V, so a step takes one product with the Gram matrix.
     for step in range(steps + 1):
         if step % 10 == 0:
-            residual, fit = (
-                squared_residual(problem, V, VG),
-                problem.energy - (V * problem.cross).sum().item(),
-            )
-            objective = residual / 2 + penalty * norms(V).sum().item()
-            alpha = penalty / max(penalty, norms(problem.cross - VG).max().item())
-            gap = (objective - alpha * fit + alpha**2 / 2 * residual) / objective
+            gap = _relative_gap(problem, V, VG, penalty)
             if gap <= tolerance or step == steps:
                 break
+        # A gradient step of length 1 / largest, then the proximal map, which shrinks each group.
         new = ahead - (ahead_G - problem.cross) / largest
         sizes = norms(new)
-        new = new * ((sizes - penalty / largest).clamp(min=0) / sizes.clamp(min=1e-300))[:, None]
+        shrunk = (sizes - penalty / largest).clamp(min=0) / sizes.clamp(min=1e-300)
+        new = new * shrunk[:, None]
         new_G = problem.gram(new)
+        # If the curvature along it exceeds `largest`, the step was too long: repeat it. (The power
+        # iteration misses the largest eigenvalue if its start is orthogonal to the eigenvector.)
         move = new - ahead
-        curvature = ((new_G - ahead_G) * move).sum().item() / max(
-            move.square().sum().item(), 1e-300
-        )
-        if (
-            curvature > largest
-        ):  # the power iteration missed the largest eigenvalue: this step was too long
+        square = move.square().sum().item()
+        curvature = ((new_G - ahead_G) * move).sum().item() / max(square, 1e-300)
+        if curvature > largest:
             largest = 1.02 * curvature
             continue
-        if ((ahead - new) * (new - V)).sum() > 0:  # the momentum points uphill
+        if ((ahead - new) * (new - V)).sum() > 0:  # the momentum points uphill: restart it
             momentum = 1.0
         following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
         weight = (momentum - 1) / following
-        ahead, ahead_G = new + weight * (new - V), new_G + weight * (new_G - VG)
+        ahead = new + weight * (new - V)
+        ahead_G = new_G + weight * (new_G - VG)
         V, VG, momentum = new, new_G, following
     return V, {'penalty': penalty, 'gap': gap, 'steps': step}
 
 
+def _largest_eigenvalue(problem, start):
+    """The largest eigenvalue of the Gram matrix, approached from below by power iteration.
+
+    It starts at ones: of ReLU features the largest eigenvector has no negative entry either.
+    """
+    vector = torch.ones_like(start[:1])
+    for _ in range(50):
+        vector = problem.gram(vector / vector.norm())
+    return vector.norm().item()
+
+
+def _relative_gap(problem, V, VG, penalty):
+    """The duality gap of V, relative to the objective.
+
+    The dual point is the residual times the largest alpha <= 1 that brings the correlation
+    ||(cross - V G)_k|| of every channel below the penalty.
+    """
+    residual = squared_residual(problem, V, VG)
+    objective = residual / 2 + penalty * norms(V).sum().item()
+    alpha = penalty / max(penalty, norms(problem.cross - VG).max().item())
+    fit = problem.energy - (V * problem.cross).sum().item()
+    return (objective - alpha * fit + alpha**2 / 2 * residual) / objective
+
+
 def ridge(problem, decay, V, tolerance=1e-8, steps=5_000):
-    """Solves V (G + diag(decay)) = B on the channels of finite decay, by conjugate gradients for each output, from V."""
+    """Solves V (Phi Phi' / N + diag(decay)) = cross on the channels of finite decay, others are 0.
+
+    Conjugate gradients from V, for all outputs at once with a step length for each, until the
+    residual is below `tolerance`, relative to `cross`; decay is (K,).
+    """
     kept = decay.isfinite()[:, None]
     decay = torch.where(kept, decay[:, None], 0)
 
@@ -87,24 +110,24 @@ def ridge(problem, decay, V, tolerance=1e-8, steps=5_000):
     residual = target - system(V)
     direction, square = residual, dot(residual, residual)
     for step in range(steps):
-        if step % 10 == 0:
-            if square.sum() <= tolerance**2 * target.square().sum():
-                break
+        if step % 10 == 0 and square.sum() <= tolerance**2 * target.square().sum():
+            break
         image = system(direction)
         size = square / dot(direction, image).clamp(min=1e-300)
-        V, residual = V + size * direction, residual - size * image
+        V = V + size * direction
+        residual = residual - size * image
         square, before = dot(residual, residual), square
         direction = residual + square / before.clamp(min=1e-300) * direction
     return V
 
 
 def scaled(problem, scale):
-    """The problem in U = V / scale."""
-    return SimpleNamespace(
-        gram=lambda U: problem.gram(U * scale) * scale,
-        cross=problem.cross * scale,
-        energy=problem.energy,
-    )
+    """The problem in U = V / scale, for a scale (K, 1) of each channel."""
+
+    def gram(U):
+        return problem.gram(U * scale) * scale
+
+    return Problem(gram, problem.cross * scale, problem.energy)
 
 
 def norms(V):
