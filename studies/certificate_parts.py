@@ -5,18 +5,18 @@ OMP_NUM_THREADS=1 python -m studies.certificate_parts results/mnist-width result
     with one part of the prior changed at a time (docs/certificate.md). It takes minutes.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
 
 import torch
 
-from conf import BadInput, Parser, load_launch, run_program
+from conf import BadInput, load_launch, run_program
 from device import keep_freed_memory
 from evaluation import no_certificate, rounded_up
 from measures.pac_bayes import COLUMNS, PRIOR, certificates
 from records import load_data, load_network
+from studies.report import study_parser
 
 ZERO, ONE = torch.zeros(1).double(), torch.ones(1).double()
 CHANGES = {
@@ -55,8 +55,7 @@ def show_parts(net, settings):
 
 
 def main(argv=None):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser('studies.certificate_parts', __doc__, formatter_class=form)
+    parser = study_parser('certificate_parts', __doc__)
     parser.add_argument('folders', type=Path, nargs='+', help='results folders with weights')
     keep_freed_memory()
     networks = []

@@ -8,7 +8,6 @@ which leaves the function as it is, and trains the rest. The full width is certi
 channels are put back as zeros (docs/certificate.md).
 """
 
-import argparse
 import sys
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from conf import Parser, load_settings, run_program
+from conf import load_settings, run_program
 from device import keep_freed_memory
 from evaluation import rounded_up
 from measures.norms import classification_margins, margin_error
@@ -29,6 +28,7 @@ from models.layers import hidden_layer
 from models.weight_norm import Mask, set_mask
 from records import load_data
 from sparsify import best_masks
+from studies.report import study_parser
 
 # Weights kept of the second and of the third convolution, None for all; each epoch's learning rate.
 STAGES = [
@@ -104,8 +104,7 @@ def train_epoch(net, optimizer, settings, dataset, epoch):
 
 
 def main(argv=None):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser('studies.paper_width', __doc__, formatter_class=form)
+    parser = study_parser('paper_width', __doc__)
     parser.add_argument('width', type=int, nargs='?', default=200)
     width = parser.parse_args(argv).width
     keep_freed_memory()

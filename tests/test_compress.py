@@ -794,7 +794,7 @@ def test_digits_within_one_image_at_three_quarters_of_the_weights(digits, traine
 def test_command_makes_a_folder_of_its_own(trained, narrowed, digits):
     folder, rows = narrowed
     first = (folder / 'global_settings.py').read_text().splitlines()[0]
-    assert 'python -m studies.compress' in first and '--lam 0.01 0.1 --refit none' in first
+    assert 'python -m studies.compress' in first and '--lam 1e-2 0.1 --refit none' in first
     assert [float(row['lam']) for row in rows] == [0, 0.01, 0.1] and rows[0]['channels'] == '8|8'
     for row in rows:
         path = folder / 'CONV-2-8' / f'lam-{row["lam"]}.pt'

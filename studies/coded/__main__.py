@@ -10,7 +10,6 @@ python -m studies.coded results/7/CONV-3-200 --message results/7/CONV-3-16/coded
 docs/coded.md has the theorem.
 """
 
-import argparse
 import hashlib
 import sys
 from pathlib import Path
@@ -19,13 +18,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from conf import BadInput, Parser, load_launch, load_settings, run_program
+from conf import BadInput, load_launch, load_settings, run_program
 from datasets import DATASETS
 from evaluation import no_certificate, rounded_up
 from records import load_data, load_network, lock, write_file
 from studies.coded.disagreement import certify_by_disagreement
 from studies.coded.message import count_errors, decode, encode, pixels, prove
 from studies.coded.search import initial_code, search
+from studies.report import study_parser
 
 PUBLISHED = {
     'MNIST': 'edc0d1098aa497be14ace79ddd5171e5a3dcf9c4d196c015389203eb3ba1f59b'
@@ -159,8 +159,7 @@ def positive(kind):
 
 
 def main(argv=None):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser('studies.coded', __doc__, formatter_class=form)
+    parser = study_parser('coded', __doc__)
     add = parser.add_argument
     add(
         'network',

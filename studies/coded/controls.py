@@ -9,15 +9,13 @@ A control is the same search, for that many CPU seconds, on hidden layers that n
 random labels.
 """
 
-import argparse
-import csv
 import math
 import sys
 from pathlib import Path
 
 import torch
 
-from conf import ROOT, Parser, load_settings, run_program
+from conf import ROOT, load_settings, run_program
 from evaluation import rounded_up
 from measures.pac_bayes import COLUMNS as CERTIFICATES
 from measures.tails import exact_binomial_inverse
@@ -25,6 +23,7 @@ from records import load_data, read_metrics, write_table
 from studies.coded.__main__ import compare
 from studies.coded.message import count_errors, encode, prove, share
 from studies.coded.search import search, unfitted
+from studies.report import read_csv, study_parser
 
 RESULTS = ROOT / 'results'
 NETWORKS = 'mnist-width', 'mnist-depth', 'sparse-certificate', 'released'
@@ -99,10 +98,9 @@ def rows_drawn(folder):
         test_error = metrics['test_error'][-1] if letter == 'A' else math.nan
         rows.append((f'{letter} of pruned CONV-3-16', metrics[column][-1], test_error))
     for name in ('messages', 'controls'):
-        with open(folder / f'{name}.csv', newline='') as file:
-            for row in csv.DictReader(file):
-                name = f'{row["name"]}, {row["bytes"]} bytes'
-                rows.append((name, float(row['bound']), float(row['test_error'])))
+        for row in read_csv(folder / f'{name}.csv'):
+            label = f'{row["name"]}, {row["bytes"]} bytes'
+            rows.append((label, float(row['bound']), float(row['test_error'])))
     return rows
 
 
@@ -119,7 +117,7 @@ def draw(folder):
     axes.barh(names, bounds, color=colors, label='proven error')
     axes.plot(tests, names, 'k|', markersize=14, label='test error')
     for name, bound in zip(names, bounds, strict=True):
-        end = min(bound, 0.27), name
+        end = min(bound, 0.26), name
         text = f'{rounded_up(bound):.4f}'
         axes.annotate(text, end, (3, 0), textcoords='offset points', va='center')
     axes.set_xlim(0, 0.3)
@@ -130,8 +128,7 @@ def draw(folder):
 
 
 def main(argv=None):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser('studies.coded.controls', __doc__, formatter_class=form)
+    parser = study_parser('coded.controls', __doc__)
     add = parser.add_argument
     add('folder', type=Path, help='folder of the messages, tables and the picture')
     add('--prove', action='store_true', help='prove the messages again, into messages.csv')

@@ -193,17 +193,6 @@ def describe(row):
     return f'{name}: {size}, {row["speed_up"]:.1f} times as fast, {errors}'
 
 
-def command_line(options):
-    """The command that repeats these options; repr escapes what is not printable in a path."""
-    words = [f'python -m studies.compress {str(options.source)!r}']
-    words += [f'--layer {name}' for name in options.layer]
-    if options.lam:
-        words.append(f'--lam {" ".join(map(str, options.lam))} --refit {options.refit}')
-    if options.run is not None:
-        words.append(f'--run {options.run}')
-    return ' '.join(words)
-
-
 def main(argv=None):
     """Runs the command line. Raises BadInput."""
     options = parse_arguments(argv)
@@ -221,7 +210,9 @@ def main(argv=None):
         print(note, flush=True)
 
     folder = new_results_folder(ROOT / sweep['results_dir'])
-    made = f'Networks made narrower by {command_line(options)}'
+    # A path may contain any character, but the header is a comment of one line.
+    words = ' '.join(sys.argv[1:] if argv is None else argv).encode('unicode_escape').decode()
+    made = f'Networks made narrower by python -m studies.compress {words}'
     header = [f'{made}; the settings are those that they were trained with.']
     header += launch_header(choose_device(sweep['device']), notes)
     write_file(folder / 'global_settings.py', settings_text(sweep, header).encode())
