@@ -501,6 +501,14 @@ def test_the_page_of_certificates_quotes_the_shipped_ones():
         assert row['A'] == written(ends_of_rounds(*network)[-1]['pac_bayes_error'], 'up')
 
 
+def test_the_page_of_certificates_quotes_what_each_part_buys():
+    rows = rows_of_csv('results', 'certificate', 'changes.csv')
+    whole, *changed = [float(row['A']) for row in rows]
+    (table,) = tables('docs/certificate.md', "classifier's prior at zero, τ = 0")
+    assert list(table[0].values()) == [written(A, 'up') for A in changed]
+    quotes('docs/certificate.md', f'A of the dense CONV-3-8, {written(whole, "up")}')
+
+
 def test_the_page_of_certificates_quotes_the_disagreement():
     rows = {row['name']: row for row in rows_of_csv('results', 'coded', 'disagreement.csv')}
     (table,) = tables('docs/certificate.md', 'shipped network')
