@@ -61,7 +61,7 @@ def train_until(process, folder, since, rows):
     while process.poll() is None:
         if has_begun(folder, since) and count_rows(folder) >= rows:
             return
-        time.sleep(0.002)
+        time.sleep(0.01)
 
 
 def check_run(kind, folder, kills, chance):
