@@ -5,7 +5,6 @@ import time
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils import parametrize
 
 import sparsify
 from conf import KNOBS, BadInput
@@ -17,7 +16,7 @@ from measures.pac_bayes import certify
 from measures.representations import measure_probes, measure_representations
 from measures.steps import traced_once
 from measures.tails import test_set_bound
-from measures.trace import ieee_float32, images_per_pass, not_counted, not_covered
+from measures.trace import not_counted, not_covered, outputs
 from models import get_network
 from utils import BOUNDS, evaluate_bounds
 
@@ -168,25 +167,17 @@ def initial_network(settings, dataset):
 
 
 def losses_and_margins(net, images, labels, loss):
-    """The mean loss and the margins (m,) of a network on a whole set."""
-    batch = images_per_pass(net, images)
-    with parametrize.cached():
-        # The outputs are filled in place: small tensors that stay, allocated between large ones
-        # that are freed, would fragment the heap.
-        outputs = net(images[:1]).double().repeat(len(images), 1)
-        for rows, part in zip(outputs.split(batch), images.split(batch)):
-            rows.copy_(net(part))
-    targets = F.one_hot(labels, outputs.shape[1]).double()
-    return loss(outputs, targets).item(), classification_margins(outputs, labels)
+    """The mean loss and the margins (m,) of a network on a whole set, in IEEE float32."""
+    scores = outputs(net, images)
+    targets = F.one_hot(labels, scores.shape[1]).double()
+    return loss(scores, targets).item(), classification_margins(scores, labels)
 
 
 @torch.no_grad()
 def training_loss(net, settings, dataset):
-    """The mean loss on the training set; leaves the network in evaluation mode."""
-    net.eval()
+    """The mean loss on the training set."""
     loss = LOSSES[settings.loss]
-    with ieee_float32():
-        return losses_and_margins(net, dataset.train_images, dataset.train_labels, loss)[0]
+    return losses_and_margins(net, dataset.train_images, dataset.train_labels, loss)[0]
 
 
 @torch.no_grad()
@@ -206,13 +197,11 @@ def evaluate(net, settings, dataset, data, round_, epoch, delta=None):
     delta = settings.delta if delta is None else delta
     start, loss = time.perf_counter(), LOSSES[settings.loss]
     net.eval()
-    with ieee_float32():
-        train_loss, margins = losses_and_margins(
-            net, dataset.train_images, dataset.train_labels, loss
-        )
-        test_loss, test_margins = losses_and_margins(
-            net, dataset.test_images, dataset.test_labels, loss
-        )
+    train_set = dataset.train_images, dataset.train_labels
+    train_loss, margins = losses_and_margins(net, *train_set, loss)
+    test_loss, test_margins = losses_and_margins(
+        net, dataset.test_images, dataset.test_labels, loss
+    )
     require_finite(*net.state_dict().values(), margins)
     train_error, test_error = margin_error(margins, 0), margin_error(test_margins, 0)
     row = {

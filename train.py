@@ -187,7 +187,6 @@ def train_epoch(net, optimizer, step, batch_loss, settings, dataset, epoch, stat
         eighth = state['step'] % math.ceil(steps / 8) == 0
         if settings.target_loss and (state['step'] == steps or (near and eighth)):
             state['train_loss'] = training_loss(net, settings, dataset)
-            net.train()
     state['train_seconds'] += time.perf_counter() - start
 
 

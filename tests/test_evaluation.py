@@ -11,7 +11,6 @@ from conftest import ROOT, settings_of, train_small
 
 import evaluation
 from evaluation import power_of_2, report, rounded_up, schedule, stopped_early
-from measures.norms import measure_data
 from models import get_network
 from utils import BOUNDS
 
@@ -64,26 +63,19 @@ def test_a_line_of_the_log_fits_a_page(tmp_path):
     assert len(lines) == 4 and all(len(line) <= 120 and 'corrected 2^' in line for line in lines)
 
 
-def test_errors_are_those_of_ieee_float32(monkeypatch, digits):
+def test_errors_are_those_of_ieee_float32(digits):
     """Whatever products training takes: a bound is about the network whose error is beside it."""
-    seen, losses_and_margins = set(), evaluation.losses_and_margins
-
-    def noted(*arguments):
-        seen.add(torch.backends.cuda.matmul.fp32_precision)
-        return losses_and_margins(*arguments)
-
-    monkeypatch.setattr(evaluation, 'losses_and_margins', noted)
+    seen, switch = set(), torch.backends.cuda.matmul
     settings = settings_of(dataset_name='digits', width=4)
     net = get_network(settings, (1, 8, 8), 10)
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = 'tf32'
+    net[0].register_forward_hook(lambda *call: seen.add(switch.fp32_precision))
+    before = switch.fp32_precision
+    switch.fp32_precision = 'tf32'
     try:
         evaluation.training_loss(net, settings, digits)
-        assert seen == {'ieee'}
-        evaluation.evaluate(net, settings, digits, measure_data(net, digits.train_images), 0, 0)
+        assert seen == {'ieee'} and switch.fp32_precision == 'tf32'
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-    assert seen == {'ieee'}
+        switch.fp32_precision = before
 
 
 @pytest.mark.parametrize('name', ['epoch', 'my bound', 'width', 'lam', 3])
