@@ -270,10 +270,9 @@ def main(arguments=None):
     print('| bound | network | estimate | proven | one sign | Monte Carlo | verdict |')
     print('| --- ' * 7 + '|')
     for depth in args.depth:
-        nets = {
-            name: network_of(layers[:depth], dataset.input_shape, classes)
-            for name, layers in kernels.items()
-        }
+        nets = {}
+        for name, layers in kernels.items():
+            nets[name] = network_of(layers[:depth], dataset.input_shape, classes)
         rows, others = falsify(args.bounds or BOUNDS, nets, images, classes, args.constant)
         for row in rows:
             table.append({'dataset': args.dataset, 'samples': len(images), 'depth': depth} | row)
