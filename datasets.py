@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from conf import ROOT, BadInput
+from conf import ROOT, BadInput, closest
 
 PADDING = 4  # pixels of zeros on each side of an image that `crops` cuts from
 SHIFTS = 2 * PADDING + 1  # positions of a crop along either axis
@@ -286,6 +286,9 @@ def load_dataset(
         BadInput: a file is missing and cannot be downloaded, or is damaged; the data are not as
             DATASETS declares; or there are fewer samples than asked for.
     """
+    if name not in DATASETS:
+        hint = closest(name, DATASETS)
+        raise BadInput(f'dataset_name = {name!r}: must be one of {", ".join(DATASETS)}{hint}')
     reader, shape, classes, largest = DATASETS[name]
     parts = list(reader(data_dir))
     if [type(array) for part in parts for array in part] != 4 * [np.ndarray]:

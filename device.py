@@ -74,7 +74,8 @@ def describe_machine(device):
     else:
         model = re.search(r'model name\s*: (.*)', _cpu_info())
         processor = f'{model[1] if model else "CPU"}, {torch.backends.cpu.get_cpu_capability()}'
-    return {'processor': processor, 'threads': torch.get_num_threads(), 'torch': str(torch.__version__)}
+    version = str(torch.__version__)
+    return {'processor': processor, 'threads': torch.get_num_threads(), 'torch': version}
 
 
 def graphed(step, batch_size, device):
@@ -82,9 +83,9 @@ def graphed(step, batch_size, device):
 
     The first three steps are plain ones, which set up kernels, workspaces and momentum; so is
     a last, smaller batch. Plain steps run on the stream of the capture, since gradients are
-    accumulated on the stream that they came from. What changes from step to step (indices, learning rate, masks)
-    lies in tensors that the graph reads, so that it is captured once. If the capture fails, every
-    step is a plain one.
+    accumulated on the stream that they came from. What changes from step to step (indices,
+    learning rate, masks) lies in tensors that the graph reads, so that it is captured once. If the
+    capture fails, every step is a plain one.
     """
     indices = torch.zeros(batch_size, dtype=torch.int64, device=device)
     stream = torch.cuda.Stream()

@@ -17,7 +17,7 @@ from measures.pac_bayes import certify
 from measures.representations import measure_probes, measure_representations
 from measures.steps import traced_once
 from measures.tails import test_set_bound
-from measures.trace import ieee_float32, images_per_pass, not_covered
+from measures.trace import ieee_float32, images_per_pass, not_counted, not_covered
 from models import get_network
 from utils import BOUNDS, evaluate_bounds
 
@@ -84,7 +84,7 @@ def schedule(settings):
 
 
 def due(epoch, every, last=None):
-    """Whether what is done every `every` epochs, and after the last one, is due now; 0: never."""
+    """True at multiples of `every` and at `last`; never if `every` is 0."""
     return every > 0 and (epoch % every == 0 or epoch == last)
 
 
@@ -94,7 +94,7 @@ def at_target(settings, train_loss):
 
 
 def last_epoch(settings, epoch, train_loss):
-    """The last epoch of a training, as far as this epoch with this training loss tells."""
+    """This epoch if its training loss met target_loss, else settings.epochs."""
     return epoch if at_target(settings, train_loss) else settings.epochs
 
 
@@ -126,7 +126,7 @@ def is_finished(settings, rows):
 
 
 def no_certificate(settings):
-    """Why the training samples are not i.i.d. and at least 10, as certificates need; None if so.
+    """Why no certificate is possible (samples not i.i.d., or fewer than 10); None if it is.
 
     Augmentation is no reason: a certificate holds for any training on the sample, and the error
     that it bounds is measured on the sample as it is.
@@ -218,7 +218,6 @@ def evaluate(net, settings, dataset, data, round_, epoch, delta=None):
     row = {
         'epoch': epoch,
         'round': round_,
-        'density': density(net),
         'masked_density': masked_density(net),
         'lr': learning_rate(settings, max(epoch, 1)),
         'train_loss': train_loss,
@@ -232,6 +231,8 @@ def evaluate(net, settings, dataset, data, round_, epoch, delta=None):
         'test_set_bound': test_set_bound(test_error, len(test_margins), settings.delta),
     }
     row |= evaluate_bounds(net, data, margins, delta, settings.gamma, skip_uncovered=True)
+    if not not_counted(net):
+        row['density'] = density(net)
     last = last_epoch(settings, epoch, train_loss)
     if certifies(settings, round_, epoch, last) and not not_covered(net, dataset.input_shape):
         row |= certify(net, dataset.train_images, dataset.train_labels, delta)
@@ -264,7 +265,8 @@ def evaluate_layers(net, dataset, round_, epoch, probes=False):
         for row, values in zip(rows, measure_probes(net, *sets)):
             row |= values
     # A residual block is one layer with several weights, whose masks have no row of their own.
-    if not any(getattr(module, 'is_layer', False) for module in net):
+    blocks = any(getattr(module, 'is_layer', False) for module in net)
+    if not blocks and not not_counted(net):
         masks = list(measure_masks(net).values())[1 - len(rows) :]  # a stem has no row either
         for row, values in zip(rows[1:], masks):
             row |= values

@@ -30,8 +30,9 @@ from models import get_network
 
 CHECKPOINT_FORMAT = 2  # 1 had the log as text; only its weights are read now
 
-# Knobs that may differ when a run is resumed, since its numbers do not depend on them; of these,
-# epochs only upward, and not with rounds or regrowth, whose schedules read it.
+# Knobs that may differ when a run is resumed: its numbers do not depend on them, but for the last
+# digits, on device and threads. epochs may only grow, and not with rounds or regrowth, whose
+# schedules read it.
 FREE = 'epochs', 'device', 'data_dir', 'results_dir', 'snapshot_every', 'jobs', 'threads'
 
 
@@ -79,6 +80,8 @@ def lock(folder, seconds=5):
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for stale in Path(folder).rglob('*.tmp'):  # of a process killed as it wrote
+                    stale.unlink(missing_ok=True)
                 break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
@@ -91,8 +94,6 @@ def lock(folder, seconds=5):
                     f'{folder}: no file locks here; start no second process on it', file=sys.stderr
                 )
                 break
-        for stale in Path(folder).glob('*.tmp'):  # left by a process that was killed as it wrote
-            stale.unlink(missing_ok=True)
         yield
     finally:
         os.close(file)
@@ -149,7 +150,7 @@ def launch_header(device, notes):
     return [
         f'date: {datetime.datetime.now().astimezone().isoformat(timespec="seconds")}',
         f'versions: Python {platform.python_version()}, torch {torch.__version__}',
-        f'device: {device}, {machine["processor"]}, {machine["threads"]} threads',
+        f'device: {device}, {machine["processor"]}',
         f'commit: {commit}',
         *notes,
     ]

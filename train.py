@@ -7,8 +7,8 @@ python train.py --results-path results/7 --resume     continue after an interrup
 python train.py --results-path results/7 --plot       draw the figures
 python train.py --results-path results/7 --status     show which networks are finished
 
-A run is a list of rows and one checkpoint, which is written before each evaluation and after each
-row; a signal sets a flag that is read after each training step.
+A run is a list of rows and one checkpoint, which is written after each epoch and before each
+evaluation. SIGINT and SIGTERM set a flag, which is read before each training step.
 """
 
 import datetime
@@ -70,19 +70,19 @@ TORCH_THREADS = torch.get_num_threads()
 PARENT = 'SPARSE_NETWORKS_PARENT'  # in the environment of a process of --jobs: who started it
 
 stop = None  # the signal that asked this program to stop
-busy = False  # True while weights change or files are written: then a signal waits
+defer_signals = False  # True while weights change or files are written: then a signal waits
 resume_hint = ''  # how to continue a run that was stopped
 
 
 def request_stop(number, frame):
-    """Handles SIGINT and SIGTERM: stops after the training step under way, or else at once.
+    """Handles a signal: stops after the training step under way, or at once in an evaluation.
 
-    Outside of training steps nothing can be lost, since the checkpoint was written before.
+    Nothing is lost then, since `train` writes the checkpoint before each evaluation.
     """
     global stop
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C kills
     stop = stop or number
-    if not busy:
+    if not defer_signals:
         if PARENT not in os.environ:  # else the parent says it
             os.write(2, stopped_message().encode())  # not print, which is not safe in a handler
         os._exit(128 + number)
@@ -93,7 +93,7 @@ def stopped_message():
 
 
 def stop_requested():
-    """Whether a signal came, or the process ended that started this one."""
+    """Whether a signal came, or the process died that launched this one."""
     return stop is not None or os.environ.get(PARENT, str(os.getppid())) != str(os.getppid())
 
 
@@ -220,8 +220,9 @@ def train(settings, dataset, folder):
         Diverged: the loss or a weight became NaN or infinite; the last good checkpoint is kept.
         BadInput: the checkpoint does not fit.
     """
-    global busy
-    device, path = dataset.train_images.device, Path(folder, 'model.pt')
+    global defer_signals
+    folder, device = Path(folder), dataset.train_images.device
+    path = folder / 'model.pt'
     origin = {'settings': vars(settings), 'data': fingerprint(dataset)}
     checkpoint = records.load_run(path, settings, origin['data'], device) if path.exists() else None
     threads = checkpoint['machine']['threads'] if checkpoint else TORCH_THREADS
@@ -252,9 +253,10 @@ def train(settings, dataset, folder):
         if settings.layers_every:
             records.write_table(folder / 'layers.csv', LAYER_COLUMNS, state['layers'])
 
-    folder = Path(folder)
     if checkpoint:
         write_tables()
+        if is_finished(settings, state['rows']):
+            return True
     data = measure_data(net, dataset.train_images, skip_uncovered=True)
     positions = [position for position in schedule(settings) if position > state['done']]
     steps = math.ceil(len(dataset.train_labels) / settings.batch_size)
@@ -265,7 +267,7 @@ def train(settings, dataset, folder):
     for round_, epoch in positions:
         if round_over(settings, state, round_):
             continue
-        busy = True
+        defer_signals = True
         if epoch > 0:
             train_epoch(net, optimizer, step, batch_loss, settings, dataset, epoch, state, bar)
         elif round_ > 0:
@@ -274,13 +276,13 @@ def train(settings, dataset, folder):
         row_due = due(epoch, settings.eval_every, last)
         layers_due = due(epoch, settings.layers_every, last)
         stopping = stop_requested()
-        if epoch > 0 and (stopping or row_due or layers_due):
+        if epoch > 0 and (row_due or layers_due or stopping):
             save(None)
-        if stopping:
-            return False
 
-        # From here to the end of the evaluation a kill or a signal loses no training.
-        busy = False
+        # In an evaluation nothing can be lost any more, and a signal ends the program at once.
+        defer_signals = not (row_due or layers_due)
+        if stopping or (stop_requested() and not defer_signals):
+            return False
         row, layers = None, []
         if row_due:
             if certifies(settings, round_, epoch, last):
@@ -289,8 +291,8 @@ def train(settings, dataset, folder):
         if layers_due:
             layers = evaluate_layers(net, dataset, round_, epoch, probes=epoch == last)
 
-        # The checkpoint is written last: whatever a kill leaves undone here is done again.
-        busy = True
+        # Whatever a kill leaves undone here is done again: a resume writes the tables first.
+        defer_signals = True
         if row:
             state['rows'].append(row | {'train_seconds': state['train_seconds']})
             state |= {'train_loss': row['train_loss'], 'train_seconds': 0.0}
@@ -303,8 +305,6 @@ def train(settings, dataset, folder):
             records.save_checkpoint(
                 folder / 'snapshots' / f'{round_}-{epoch}.pt', origin | snapshot
             )
-        if row or layers:
-            write_tables()
         state |= {'done': position, 'step': 0}
         if settings.prune_rounds and position == (0, settings.rewind_epoch):
             state['rewind_to'] = {name: value.clone() for name, value in net.state_dict().items()}
@@ -313,7 +313,9 @@ def train(settings, dataset, folder):
             state['train_loss'] = math.inf
             position = None  # the weights are no longer those of the row
         save(position)
-        busy = False
+        if row or layers:
+            write_tables()
+        defer_signals = False
         if stop_requested():
             return False
     bar.close()
@@ -331,7 +333,7 @@ def round_over(settings, state, round_):
 
 
 def say_resumed(settings, state, before, now):
-    """Says where a run continues, and what differs from the machine that its digits depend on."""
+    """Says where a run continues, and what has changed of the machine that affects its digits."""
     if is_finished(settings, state['rows']):
         say(f'{settings.name}: finished already')
         return
@@ -376,6 +378,8 @@ def check_run(settings, folder):
         elif any(path.glob('*.csv')):
             advice = f'to train it again: --settings {folder}/global_settings.py'
             raise BadInput(f'{path}: has results and no model.pt to resume; {advice}')
+    if settings.channel_sparsity or settings.prune_rounds:
+        initial_network(settings, dataset)  # refuses networks that these do not cover
     if reason := not_covered(net, dataset.input_shape):
         return [f'bounds that do not cover {settings.network} stay empty: {reason}']
     reason = no_certificate(settings)
@@ -384,6 +388,7 @@ def check_run(settings, folder):
 
 def train_here(runs, folder):
     """Trains networks one after the other. Returns the exit status."""
+    global defer_signals
     keep_freed_memory()
     status = 0
     for settings in runs:
@@ -399,7 +404,7 @@ def train_here(runs, folder):
                 advice = f'the last good checkpoint is kept; try an lr below {settings.lr:g}'
                 message = f'{settings.name}: the loss became NaN or infinite; {advice}'
                 print(f'train.py: error: {message}', file=sys.stderr)
-                status = 1
+                status, defer_signals = 1, False
     return status
 
 
@@ -407,14 +412,16 @@ def train_side_by_side(numbers, runs, folder, jobs):
     """Trains the networks with these numbers, `jobs` at a time, in processes of their own, each on
     a GPU of its own unless `device` names one. Returns the exit status.
     """
-    global busy
-    busy = True  # a signal sets the flag, and is passed on below
+    global defer_signals
+    defer_signals = True  # a signal sets the flag, and is passed on below
     gpus = os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',')
     if gpus == ['']:
         gpus = [str(index) for index in range(torch.cuda.device_count())] or ['']
     waiting, running, status = list(numbers), {}, 0  # running: {slot: (number, process)}
+    told = False
     while waiting or running:
-        if stop:
+        if stop and not told:
+            told = True
             waiting.clear()
             for _, process in running.values():
                 process.terminate()  # each writes its checkpoint and ends
@@ -431,14 +438,16 @@ def train_side_by_side(numbers, runs, folder, jobs):
             if process.poll() is None:
                 continue
             del running[slot]
-            if process.returncode and not stop:
-                status = 1
-            if process.returncode < 0 and not stop:  # as by the kernel when memory runs out
-                name = signal.Signals(-process.returncode).name
+            if process.returncode == 0 or stop:
+                continue
+            status = 1
+            if process.returncode < 0 or process.returncode > 128:
+                # Killed by the kernel as memory ran out, or stopped by somebody else.
+                name = signal.Signals(abs(process.returncode) % 128).name
                 message = f'{runs[number - 1].name}: its process was killed by {name}{resume_hint}'
                 print(f'train.py: error: {message}', file=sys.stderr)
         time.sleep(0.05)
-    busy = False
+    defer_signals = False
     return 128 + stop if stop else status
 
 
@@ -481,8 +490,8 @@ def check_options(options, flags):
 
 def main(argv=None):
     """Runs the command line. Returns 0, 1 if a network diverged, 128 + signal if it was stopped."""
-    global stop, busy, resume_hint
-    stop, busy, resume_hint = None, False, ''
+    global stop, defer_signals, resume_hint
+    stop, defer_signals, resume_hint = None, False, ''
     options, flags = parse_command_line(argv)
     check_options(options, flags)
     if options.plot:
@@ -491,8 +500,6 @@ def main(argv=None):
     if options.status:
         records.show_status(options.results_path)
         return 0
-    signal.signal(signal.SIGINT, request_stop)
-    signal.signal(signal.SIGTERM, request_stop)
     if options.resume:
         sweep, runs = records.resumed_settings(options.results_path, flags)
     else:
@@ -506,7 +513,7 @@ def main(argv=None):
     resumed = Path(options.results_path) if options.resume else None
     notes = dict.fromkeys(note for settings in chosen for note in check_run(settings, resumed))
     if not (options.resume or options.prepare):  # a task of Slurm has its own number of threads
-        share = max(1, TORCH_THREADS // min(sweep['jobs'], len(runs)))
+        share = max(1, TORCH_THREADS // min(sweep['jobs'], len(chosen)))
         sweep['threads'] = sweep['threads'] or share
         for settings in runs:
             settings.threads = sweep['threads']
@@ -520,6 +527,9 @@ def main(argv=None):
         resume_hint = f'; continue with: {command} --resume{only}'
         for note in notes:
             say(note)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+            signal.signal(number, request_stop)
     if sweep['jobs'] > 1 and len(chosen) > 1:
         status = train_side_by_side(numbers, runs, folder, min(sweep['jobs'], len(chosen)))
     else:

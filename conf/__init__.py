@@ -25,8 +25,8 @@ NOT_SWEPT = (
 )  # a list in one of these is no sweep
 
 # Every knob: its neutral value and what is allowed. The neutral value has the knob's type, and it
-# is the value of results folders that are older than the knob. Allowed are the values of an
-# interval, one of several texts, or, for None, anything of that type.
+# is the value of results folders that are older than the knob, whatever today's default is.
+# Allowed are the values of an interval, one of several texts, or, for None, anything of that type.
 KNOBS = {
     'dataset_name': ('MNIST', None),
     'data_dir': ('data', None),

@@ -11,7 +11,7 @@ data_dir = 'data'  # folder of the datasets; the environment variable DATA_DIR w
 normalize = False  # False: pixels in [0, 1]; True: standardized per channel
 train_samples = 0  # training-set size: a random subset drawn with data_seed; 0: all
 label_noise = 0.0  # share of the training labels replaced by another class
-clean_samples = 0  # the first training samples keep their labels; label_noise is of the others
+clean_samples = 0  # leading samples that keep their labels; label_noise applies to the rest
 data_seed = 0  # seed of the subset and of the wrong labels
 augment = 'none'  # crop: training images are randomly shifted by up to 4 pixels and mirrored
 
@@ -19,9 +19,9 @@ augment = 'none'  # crop: training images are randomly shifted by up to 4 pixels
 network = 'CONV'  # CONV (the paper's CONV-L-H), MLP, CONVBN or CONVRES
 depth = 3  # L, the number of hidden convolutions
 width = 200  # H, the number of channels of each of them
-kernel_size = 2  # of every convolution of CONV
-stride = 1  # of every convolution of CONV
-padding = 0  # of every convolution of CONV
+kernel_size = 2  # of every convolution, CONV only
+stride = 1  # of every convolution, CONV only
+padding = 0  # of every convolution, CONV only
 normalization = 'weight'  # weight, batch or none, in every layer but the classifier
 bias = False  # True: a bias in every layer, which most bounds do not cover
 
@@ -34,7 +34,7 @@ milestones = [60, 120, 160]  # epochs after which the learning rate is multiplie
 lr_decay = 0.1  # factor of each learning-rate decay
 momentum = 0.9  # of SGD
 weight_decay = 3e-3  # on every parameter, the scalars of weight normalization too
-target_loss = 0.0  # end a training, or each round, at this training loss; 0: never
+target_loss = 0.0  # stop a training, or each round, at this training loss; 0: never
 early_stop_epoch = 0  # from this epoch on, stop a run that does not learn; 0: never
 early_stop_accuracy = 0.5  # ... if the last three training accuracies are below this
 seed = 0  # of the initialization and of the shuffles
@@ -43,12 +43,12 @@ seed = 0  # of the initialization and of the shuffles
 density = 1.0  # share of nonzero weights from the start; below 1 needs an initial_mask
 initial_mask = 'none'  # how they are chosen: none, random, erk, snip or synflow
 prune_rounds = 0  # number of rounds after a training: prune, rewind, train again
-prune_score = 'magnitude'  # prune least magnitude, path (path-magnitude) or random score
+prune_score = 'magnitude'  # prune the lowest magnitude, path (magnitude) or random score
 prune_fraction = 0.2  # share of the remaining weights pruned in each round
 prune_layers = 'all'  # all, or conv: the classifier stays dense
 prune_allocation = 'global'  # one threshold for all layers, or layer: the same share of each
 rewind_epoch = 0  # epoch to rewind surviving weights to; -1: fine-tune
-rescale_neurons = False  # take scores on a copy with rescaled neurons: the same function
+rescale_neurons = False  # score a copy with rescaled neurons (the same function): a control
 regrow = 'none'  # dynamic sparsity: random (SET) or gradient (RigL) regrowth
 regrow_every = 100  # steps between updates of the masks
 regrow_fraction = 0.3  # share of a layer's weights dropped by the first update; cosine decay
@@ -63,7 +63,7 @@ jobs = 1  # networks of a sweep trained at the same time, each in its own proces
 
 # Bounds
 delta = 0.001  # the bounds hold with probability at least 1 - delta
-gamma = 1.0  # margin
+gamma = 1.0  # margin at which the bounds count training errors
 
 # Logging
 eval_every = 1  # epochs between evaluations; the last epoch is always evaluated

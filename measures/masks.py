@@ -257,8 +257,8 @@ def sharing(net, input_shape):
 def drop_dead(net):
     """The network without its dead channels: the same function in evaluation mode, up to rounding.
 
-    From the input on, a channel whose filter is zeros has one value everywhere, that of its bias
-    behind the ReLU. A reader without padding has this value in its own bias. With padding,
+    From the input on, a channel whose filter is zeros has one value everywhere: its bias after the
+    ReLU. A reader without padding has this value in its own bias. With padding,
     positions at the border read fewer of its taps, so that no bias is right: there the channel
     stays unless its value is 0. From the output on, channels go that nothing reads any more. One
     pass each way is enough: what the second one drops makes no filter zero. A layer keeps at least

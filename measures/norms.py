@@ -37,7 +37,7 @@ def operator_norm(weight, in_size, stride=1, padding=0, dilation=1, tolerance=1e
     fewer steps where the largest singular values lie close together, as those of a convolution do.
     It ends when the residual of the largest Ritz value is below `tolerance` times that value: some
     squared singular value then lies within that. That it is the largest one is a matter of the
-    start: there are two, random and fixed, so that the value depends on the weight alone, and a
+    start: there are two, random and fixed, so that the value depends only on the weight, and a
     further one wherever the iteration breaks down because the map annihilates what is left of a
     start. `dft_norm` is an upper bound.
 
@@ -184,7 +184,7 @@ def measure_network(net, input_shape, margins=None, skip_uncovered=False):
     Args:
         net: a network as `trace_layers` takes it.
         input_shape: (channels, height, width) of an image.
-        margins: (m,) classification margins of the training samples; only the certificates ask for
+        margins: (m,) classification margins of the training samples; only the certificates need
             them.
         skip_uncovered: leave out what is not covered, instead of refusing the network: a table
             without the measures of the layers, or even without those of the paths.
@@ -366,7 +366,7 @@ def classification_margins(outputs, labels):
     if labels.is_floating_point() or ((labels < 0) | (labels >= outputs.shape[1])).any():
         classes = outputs.shape[1]
         raise BadInput(
-            f'labels out of range: {classes} outputs want whole numbers from 0 to {classes - 1}'
+            f'labels out of range: {classes} outputs need integers from 0 to {classes - 1}'
         )
     outputs, labels = outputs.double(), labels.long()
     own = outputs.gather(1, labels[:, None])

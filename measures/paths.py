@@ -170,9 +170,7 @@ def path_norm(net, input_shape, q=1, r=None):
     """
     r = q if r is None else r
     if not 0 < q < math.inf or not r > 0:
-        raise BadInput(
-            f'q = {q}, r = {r}: a path-norm wants a positive, finite q, and r positive or None'
-        )
+        raise BadInput(f'q = {q}, r = {r}: q must be positive and finite, r positive or None')
     values, exponent = _power_sums(forward_steps(net), input_shape, q)
     if q == r == 1:
         return float(_number(values.sum().item(), exponent))

@@ -44,6 +44,12 @@ _MAPS = {
     nn.Upsample: ('mean', F.interpolate, 'size', 'scale_factor', 'mode', 'align_corners',
                   'recompute_scale_factor'),
 }  # fmt: skip
+# Options of these modules, with the values that are covered.
+_OPTIONS = {
+    'padding_mode': ('zeros',),
+    'mode': ('nearest', 'nearest-exact', 'bilinear'),
+    'return_indices': (False,),
+}
 _FUNCTIONS = {
     torch.max_pool2d: nn.MaxPool2d,
     F.max_pool2d: nn.MaxPool2d,
@@ -104,10 +110,11 @@ class Step(
 ):
     """A step of the forward pass.
 
-    `name` and `module` (None: a function) are those of the network; `op` says what the step does,
-    as a tuple that two networks of the same structure share; `inputs` are the indices of the steps
-    that it reads; `obstacle` is why it is not covered, or None. `forward_steps` adds weight and
-    bias, float64 copies with batch normalization folded in, and `norm`, the name of the batch norm.
+    `name` and `module` (None: a function) name its part of the network; `op` says what the step
+    does, as a tuple that two networks of the same structure share; `inputs` are the indices of the
+    steps that it reads; `obstacle` is why it is not covered, or None. `forward_steps` adds weight
+    and bias, float64 copies with batch normalization folded in, and `norm`, the name of the batch
+    norm.
     """
 
     @property
@@ -123,7 +130,7 @@ def refuse(net, obstacles, covered):
 
 
 def _listed(obstacles):
-    """Obstacles (what, reason) in one line, those of the same reason together."""
+    """Obstacles (what, reason) in one line, grouped by reason."""
     reasons = {}
     for what, reason in obstacles:
         reasons.setdefault(reason, {})[what] = None
@@ -163,8 +170,7 @@ class _Tracer(fx.Tracer):
 
 @contextlib.contextmanager
 def traced_once():
-    """In what it encloses or decorates, each network is traced once. Its weights may change in
-    there, its modules may not."""
+    """Traces each network once in what it encloses or decorates; modules must not change there."""
     token = _traced.set({})
     try:
         yield
@@ -271,8 +277,7 @@ def viewed_as(node):
 
 
 def _is_batch_by_rest(shape):
-    """Whether a traced shape is (number of samples, -1), or has a number, which can be no other, in
-    the place of -1."""
+    """Whether a traced shape is (number of samples, -1), or (number of samples, a number)."""
     if len(shape) != 2 or not isinstance(shape[1], int) or not isinstance(shape[0], fx.Node):
         return False
     size = shape[0]
@@ -285,8 +290,7 @@ def _is_batch_by_rest(shape):
 
 
 def flattens(node, module):
-    """The dimensions (first, last) that a traced node flattens, or None where it does something
-    else."""
+    """The dimensions (first, last) that a traced node flattens, or None if it is no flattening."""
     if isinstance(module, nn.Flatten):
         return module.start_dim, module.end_dim
     if node.op == 'call_module' or node.target not in FLATTENS:
@@ -388,7 +392,7 @@ def _fold(layer, norm):
 
 
 def _doubles(what, *tensors):
-    """Float64 copies of tensors, or of None; they must be finite, except on `meta`, of shapes only."""
+    """Float64 copies of tensors, or of None, which must be finite (`meta` has shapes only)."""
     copies = []
     for tensor in tensors:
         if tensor is not None:
@@ -456,20 +460,15 @@ def _ops(node, module, first):
         if options.pop('antialias', False):
             raise NotCovered(': antialias is not covered')
         module = _FUNCTIONS[node.target](*node.args[1:], **options)
-    for kind, (op, *names) in _LAYERS.items():
+    for kind, (op, *how) in (_LAYERS | _MAPS).items():
         if isinstance(module, kind):
-            mode = getattr(module, 'padding_mode', 'zeros')
-            if mode != 'zeros':
-                raise NotCovered(f": padding_mode = '{mode}' is not covered, only zeros")
-            return [(op, *(getattr(module, name) for name in names))]
-    for kind, (op, function, *names) in _MAPS.items():
-        if isinstance(module, kind):
-            mode = getattr(module, 'mode', 'nearest')
-            if mode not in ('nearest', 'nearest-exact', 'bilinear'):
-                raise NotCovered(f": mode = '{mode}' is not covered, only nearest and bilinear")
-            if getattr(module, 'return_indices', False):
-                raise NotCovered(': return_indices is not covered')
-            return [(op, function, *(getattr(module, name) for name in names))]
+            for option, covered in _OPTIONS.items():
+                value = getattr(module, option, covered[0])
+                if value not in covered:
+                    only = ', '.join(map(str, covered))
+                    raise NotCovered(f': {option} = {value!r} is not covered, only {only}')
+            how = [getattr(module, what) if isinstance(what, str) else what for what in how]
+            return [(op, *how)]
     if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
         if module.running_mean is None:
             raise NotCovered(_NO_STATISTICS)

@@ -143,7 +143,7 @@ def folded_layers(net):
 def _chain(net, steps, bias_free=False):
     """The layers of steps that are a chain; what keeps them from being one is refused by name.
 
-    With `bias_free` the steps are those of `walk`, without weights, and the chain has a ReLU
+    With `bias_free` the steps come from `walk`, without weights, and the chain has a ReLU
     between any two layers and a linear classifier at its end.
     """
     layers, flat, obstacles = [], False, []
@@ -265,13 +265,21 @@ def effective_weights(net):
 def require_counted(net):
     """Refuses a network with weights that `weight_layers` leaves out, or that modules share.
 
-    Left out are those of attention, embeddings and any other kind of module; all are named.
+    Left out are attention, embeddings and any other kind of module; all of them are named.
     """
     obstacles = shared_parameters(net)
     for name, module, parameter in _owned_parameters(net):
         if parameter.ndim > 1 and not isinstance(module, (*LAYER_TYPES, nn.LayerNorm)):
             obstacles.append((named(name, module), ' holds weights that are not counted'))
-    refuse(net, obstacles, 'counted are those of Conv2d, ConvTranspose2d and Linear modules')
+    refuse(net, obstacles, 'only Conv2d, ConvTranspose2d and Linear modules are counted')
+
+
+def not_counted(net):
+    """Why the weights of a network cannot be counted (see `require_counted`); None if they can."""
+    try:
+        require_counted(net)
+    except NotCovered as error:
+        return str(error)
 
 
 def shared_parameters(net):
@@ -296,7 +304,7 @@ def _owned_parameters(net):
 
 
 def plain_copy(net):
-    """A copy of a network with plain weights in place of parametrized ones, of the same values."""
+    """A copy of a network whose parametrized weights are plain ones with the same values."""
     net = copy.deepcopy(net)
     for module in [*net.modules()]:
         make_plain(module)
@@ -324,7 +332,7 @@ def make_plain(module):
 
 @contextlib.contextmanager
 def ieee_float32():
-    """Runs what it encloses in IEEE float32 on CUDA, not in TF32, whatever training asks for."""
+    """Runs what it encloses in IEEE float32 on CUDA, whatever precision the training has set."""
     switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = [switch.fp32_precision for switch in switches]
     try:

@@ -94,9 +94,9 @@ def errors_along(knobs, gaps, measures):
     mask, density = knobs['mask'][pairs.i], knobs['density'][pairs.i]
     for kind in (*COLORS, 'mask'):
         if kind == 'mask':
-            chosen = (pairs.knob == 0) & (density < 1)
+            chosen = (pairs.knob == 'mask') & (density < 1)
         else:
-            chosen = (pairs.knob == 1) & (mask == kind)
+            chosen = (pairs.knob == 'density') & (mask == kind)
         i, j, weights = pairs.i[chosen], pairs.j[chosen], pairs.weights[chosen]
         print(f'{kind}: {len(weights)} pairs, {(weights > 0).sum()} with weight')
         if weights.any():

@@ -10,21 +10,19 @@ xi_ir z(x_i), and a lower bound on its mean is one on R. Above `complexity` it r
 The norms, the proofs and what has been found: docs/bounds.md.
 """
 
-import argparse
-import copy
 import math
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
 
-from conf import BadInput, Parser, load_settings, run_program
+from conf import BadInput, load_settings, run_program
 from measures.norms import measure_data, measure_network, product
+from measures.trace import plain_copy
 from records import load_data, write_table
+from studies.report import study_parser
 from utils import BOUNDS
 
 # Norms nu of a network, from the table of `measure_network`.
@@ -50,17 +48,14 @@ OTHER_FORMS = {
 PROVEN = 'refuted (proven)'
 DRAWN = 'refuted (Monte Carlo, 3 standard errors)'
 OPEN = 'not refuted by these networks'
+CHUNK = 128  # images whose maps stay in a cache of the processor
 DRAWS = 20  # of all signs
 MOST_FEATURES = 1000  # up to which their matrix of second moments is computed
 
 
 def double_copy(net):
-    """A copy in float64 whose effective weights are its parameters."""
-    net = copy.deepcopy(net).double().requires_grad_(False)
-    for module in net.modules():
-        if parametrize.is_parametrized(module):
-            parametrize.remove_parametrizations(module, 'weight')
-    return net
+    """A copy in float64 whose parameters are the effective weights."""
+    return plain_copy(net).double().requires_grad_(False)
 
 
 def random_tables(net, data):
@@ -126,7 +121,7 @@ def kernels_for(images, depth, size=2):
     may depend on the images, as the estimates hold for all weights; on the signs they must not.
     """
     kernels = {'tap': [], 'box': [], 'leading': []}
-    maps = [part.double() for part in images.split(2048)]
+    maps = [part.double() for part in images.split(CHUNK)]
     for _ in range(depth):
         moments = 0.0
         for part in maps:
@@ -153,7 +148,7 @@ def lower_bounds(net, images, classes):
     table = measure_network(net, images.shape[1:])
     generator = torch.Generator().manual_seed(0)
     energy = gram = fourth = sums = 0.0
-    for part in images.split(2048):
+    for part in images.split(CHUNK):
         z = net[:-1](part.double())
         signs = torch.randint(0, 2, (DRAWS * classes, len(z)), generator=generator) * 2.0 - 1
         sums = sums + signs @ z.float()
@@ -259,13 +254,11 @@ def draw(rows, path):
 
 
 def main(arguments=None):
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = Parser('python -m studies.falsify', __doc__, formatter_class=layout)
+    parser = study_parser('falsify', __doc__, 'falsify.csv and falsify.png')
     parser.add_argument('bounds', nargs='*', metavar='BOUND', help='entry of BOUNDS; none: all')
     parser.add_argument('--dataset', default='MNIST', help='entry of DATASETS (MNIST)')
     parser.add_argument('--depth', type=int, nargs='+', default=[1, 2, 3], help='convolutions')
     parser.add_argument('--constant', type=float, default=4, help='c of a bound of your own (4)')
-    parser.add_argument('--out', type=Path, help='folder for falsify.csv and falsify.png')
     args = parser.parse_args(arguments)
     for name in args.bounds:
         if name not in BOUNDS:

@@ -21,8 +21,8 @@ from studies.report import new_figure, print_table, read_csv, save, study_parser
 
 SHIPPED = ROOT / 'results' / 'lottery_theory.csv'
 D, K, TRIALS = 50, 5, 20
-HEADER = 'measure', 'r', 'samples', 'distance', 'value'
 EVERY = 5, 10, 15, 20, 30, 40, 50  # r
+RATIOS = np.arange(1.0, 1.75, 0.1)  # samples over K r, of students half a norm away
 RECOVERED = 1e-3  # distance to the teacher, relative to its norm
 FAR = {1: '#009E73', 2: '#E69F00', 3: '#D55E00'}  # distances at the start, and their colours
 
@@ -91,94 +91,83 @@ def steps_per_factor(r, samples):
     return np.median(steps)
 
 
+def samples_tried(r):
+    return [round(ratio * K * r) for ratio in RATIOS]
+
+
 def sample_sizes(number):
     """{label: samples for each r}: a fixed number, and one that grows with r."""
-    return {f'N = {number:,}': [number] * len(EVERY), 'N = 10 K r': [10 * K * r for r in EVERY]}
+    growing = [10 * K * r for r in EVERY]
+    return {f'N = {number:,}': [number] * len(EVERY), 'N = 10 K r': growing}
 
 
 def measure_all():
-    """{(measure, r, samples, distance of the student at the start): value}."""
-    found = {}
-    for r in EVERY:
-        for ratio in np.arange(1.0, 1.75, 0.1):
-            n = round(ratio * K * r)
-            found['recovered', r, n, 0.5] = recovered(r, n, 0.5)
-        for n in (1000, 10 * K * r):
-            found['steps', r, n, 0.1] = round(steps_per_factor(r, n))
-        for n in (500, 10 * K * r):
-            for radius in FAR:
-                found['recovered', r, n, radius] = recovered(r, n, radius)
-    return found
+    """{measure: its values for each r}."""
+    table = {}
+    for ratio in RATIOS:
+        shares = [recovered(r, round(ratio * K * r), 0.5) for r in EVERY]
+        table[f'recovered with {ratio:.1f} K r samples'] = shares
+    for label, numbers in sample_sizes(1000).items():
+        steps = [steps_per_factor(r, n) for r, n in zip(EVERY, numbers)]
+        table[f'steps to fall by e, {label}'] = steps
+    for label, numbers in sample_sizes(500).items():
+        for radius in FAR:
+            shares = [recovered(r, n, radius) for r, n in zip(EVERY, numbers)]
+            table[f'recovered from {radius} norms away, {label}'] = shares
+    return table
 
 
 def read(path):
-    """{(measure, r, samples, distance): value} of a file that --measure wrote."""
-    found = {}
-    for row in read_csv(path):
-        r, samples, distance, value = (float(row[name]) for name in HEADER[1:])
-        found[row['measure'], r, samples, distance] = value
-    return found
+    """The file of `measure_all` as (table, shares).
+
+    `shares` (ratios, r) are those that recovered from half a norm away; `table` has the rest.
+    """
+    rows = {row.pop('measure'): row for row in read_csv(path)}
+    table = {name: [float(cell) for cell in row.values()] for name, row in rows.items()}
+    shares = [table.pop(f'recovered with {ratio:.1f} K r samples') for ratio in RATIOS]
+    return table, np.array(shares)
 
 
-def tried(found, r):
-    """The numbers of samples tried at a distance of 0.5, and the shares that recovered."""
-    samples, shares = [], []
-    for (_, size, number, distance), share in found.items():
-        if (size, distance) == (r, 0.5):
-            samples.append(number)
-            shares.append(share)
-    return samples, shares
-
-
-def curve(found, measure, numbers, distance):
-    """The values for each r, with its number of samples."""
-    return [found[measure, r, n, distance] for r, n in zip(EVERY, numbers)]
-
-
-def show(found, halves):
+def show(table, halves):
     """Prints the table, and how the number of samples that suffice for half grows with r."""
     slope, offset = np.polyfit(EVERY, halves, 1)
     power = np.polyfit(np.log(EVERY), np.log(halves), 1)[0]
     print(f'N50 = {slope:.2f} r {offset:+.1f}, as a power r^{power:.2f}\n')
+    needed = {
+        'N50, the samples with which half recover': halves,
+        'N50 / (K r)': [n50 / (K * r) for r, n50 in zip(EVERY, halves)],
+    }
     rows = []
-
-    def add(label, values, digits):
-        rows.append((label, *(f'{value:.{digits}f}' for value in values)))
-
-    add('N50, the samples with which half recover', halves, 0)
-    add('N50 / (K r)', [n50 / (K * r) for r, n50 in zip(EVERY, halves)], 2)
-    for label, numbers in sample_sizes(1000).items():
-        add(f'steps to fall by e, {label}', curve(found, 'steps', numbers, 0.1), 0)
-    for label, numbers in sample_sizes(500).items():
-        for radius in FAR:
-            values = curve(found, 'recovered', numbers, radius)
-            add(f'recovered from {radius} norms away, {label}', values, 2)
+    for name, values in (needed | table).items():
+        digits = 0 if name.startswith(('N50,', 'steps')) else 2
+        cells = [f'{value:.{digits}f}' for value in values]
+        rows.append((name, *cells))
     print_table(('r', *map(str, EVERY)), rows)
 
 
-def draw(found, halves):
+def draw(table, shares, halves):
     figure = new_figure(14, 4)
     needed, rate, far = figure.subplots(1, 3)
     colors = {'cmap': 'viridis', 'vmin': 0, 'vmax': 1}
-    for r in EVERY:
-        samples, shares = tried(found, r)
-        points = needed.scatter([r] * len(samples), samples, c=shares, s=60, **colors)
+    for r, column in zip(EVERY, shares.T):
+        points = needed.scatter([r] * len(RATIOS), samples_tried(r), c=column, s=60, **colors)
     style = {'color': '#BB0022', 'marker': '_', 'markersize': 12}
     needed.plot(EVERY, halves, **style, label='half of the students recover')
     needed.plot(EVERY, [K * r for r in EVERY], 'k:', label='K r, the number of unknowns')
     needed.set(title='samples needed', ylabel='samples N')
     figure.colorbar(points, ax=needed, label='share that recovers')
-
-    styles = ('-o', '#0072B2'), ('--s', '#D55E00')
-    for (label, numbers), (line, color) in zip(sample_sizes(1000).items(), styles):
-        rate.plot(EVERY, curve(found, 'steps', numbers, 0.1), line, color=color, label=label)
+    for name, values in table.items():
+        kind, _, size = name.rpartition(', ')
+        line, color = '-o', '#0072B2'
+        if size == 'N = 10 K r':
+            line, color = '--s', '#D55E00'
+        if kind.startswith('steps'):
+            rate.plot(EVERY, values, line, color=color, label=size)
+        else:
+            radius = int(kind.split()[2])
+            label = f'from {radius} times the norm, {size}'
+            far.plot(EVERY, values, line, color=FAR[radius], label=label)
     rate.set(title='rate, without momentum', ylabel='steps to fall by e', ylim=0)
-
-    for (label, numbers), line in zip(sample_sizes(500).items(), ('-o', '--s')):
-        for radius, color in FAR.items():
-            shares = curve(found, 'recovered', numbers, radius)
-            name = f'from {radius} times the norm, {label}'
-            far.plot(EVERY, shares, line, color=color, label=name)
     far.set(title='radius', ylabel='share that recovers')
     for panel in (needed, rate, far):
         panel.set_xlabel('inputs r of a neuron')
@@ -196,13 +185,15 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if options.measure:
         options.measure.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-        rows = [dict(zip(HEADER, (*place, value))) for place, value in measure_all().items()]
-        write_table(options.measure, HEADER, rows)
-    found = read(options.measure or SHIPPED)
-    halves = [half(*tried(found, r)) for r in EVERY]
-    show(found, halves)
+        rows = []
+        for name, values in measure_all().items():
+            rows.append({'measure': name} | dict(zip(EVERY, values)))
+        write_table(options.measure, list(rows[0]), rows)
+    table, shares = read(options.measure or SHIPPED)
+    halves = [half(samples_tried(r), column) for r, column in zip(EVERY, shares.T)]
+    show(table, halves)
     if options.out:
-        save(draw(found, halves), options.out / 'lottery_theory.png')
+        save(draw(table, shares, halves), options.out / 'lottery_theory.png')
 
 
 if __name__ == '__main__':

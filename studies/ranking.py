@@ -107,7 +107,8 @@ def gap(settings, row):
     """
     p = 0.0 if settings.clean_samples else settings.label_noise
     classes = DATASETS[settings.dataset_name][2]
-    return p + row['test_error'] * (1 - p * classes / (classes - 1)) - row['train_error']
+    test_error = p + row['test_error'] * (1 - p * classes / (classes - 1))
+    return test_error - row['train_error']
 
 
 def measures_of(networks):
@@ -187,22 +188,24 @@ class Pairs:
 
     def __init__(self, knobs, gaps, n):
         self.knobs, self.gaps = list(knobs), gaps
-        texts = [[repr(value) for value in values] for values in knobs.values()]
+        texts = {knob: [repr(value) for value in values] for knob, values in knobs.items()}
         self.everyone = np.triu_indices(len(gaps), 1)
-        pairs, self.environments = [], {}
+        pairs, names, self.environments = [], [], {}
         for i, j in zip(*self.everyone):
-            differ = [knob for knob, values in enumerate(texts) if values[i] != values[j]]
+            differ = [knob for knob, values in texts.items() if values[i] != values[j]]
             if len(differ) != 1:
                 continue
             knob = differ[0]
-            low, high = sorted((texts[knob][i], texts[knob][j]))
+            two = frozenset((texts[knob][i], texts[knob][j]))
             # The pair belongs to an environment for each knob in which its networks agree.
-            for other, values in enumerate(texts):
+            for other, values in texts.items():
                 if other != knob:
-                    key = knob, low, high, other, values[i]
+                    key = knob, two, other, values[i]
                     self.environments.setdefault(key, []).append(len(pairs))
-            pairs.append((i, j, knob))
-        self.i, self.j, self.knob = np.array(pairs, dtype=int).reshape(-1, 3).T
+            pairs.append((i, j))
+            names.append(knob)
+        self.i, self.j = np.array(pairs, dtype=int).reshape(-1, 2).T
+        self.knob = np.array(names, dtype=str)
         self.weights = pair_weights(gaps[self.i] - gaps[self.j], n)
 
     def rank(self, values):
@@ -211,11 +214,11 @@ class Pairs:
         shares = {knob: [] for knob in self.knobs}
         for (knob, *_), members in self.environments.items():
             share = weighted_mean(errors[members], self.weights[members])
-            shares[self.knobs[knob]].append(share)
+            shares[knob].append(share)
         row, along, tau = {}, {}, {}
-        for number, knob in enumerate(self.knobs):
+        for knob in self.knobs:
             along[f'error_{knob}'] = of_known(np.mean, shares[knob])
-            tau[f'tau_{knob}'] = 1 - 2 * of_known(np.mean, errors[self.knob == number])
+            tau[f'tau_{knob}'] = 1 - 2 * of_known(np.mean, errors[self.knob == knob])
         every = [share for group in shares.values() for share in group]
         row['pairs'] = np.isfinite(errors).sum()
         row['environments'] = np.isfinite(every).sum()
@@ -265,8 +268,8 @@ def rank_networks(folder):
     gaps = np.array([gap(*network) for network in networks])
     values = {knob: [getattr(settings, knob) for settings, _ in networks] for knob in knobs}
     pairs = Pairs(values, gaps, min(row['test_size'] for _, row in networks))
-    for number, knob in enumerate(knobs):
-        if number not in pairs.knob:
+    for knob in knobs:
+        if knob not in pairs.knob:
             print(f'no two networks differ in {knob} alone: nothing is ranked along it')
     rows = []
     for name, measure in measures_of(networks).items():
@@ -288,7 +291,8 @@ def show(rows, pairs, band):
     columns = ['mean', 'psi', 'tau', *(f'error_{knob}' for knob in pairs.knobs)]
     cells = []
     for row in rows:
-        cells.append((row['measure'], *(f'{row[column]:.3f}' for column in columns)))
+        numbers = [f'{row[column]:.3f}' for column in columns]
+        cells.append((row['measure'], *numbers))
     ranges = [f'{low:.3f} to {high:.3f}' for low, high in band.values()]
     cells.append(('95 % of random measures', *ranges, *([''] * len(pairs.knobs))))
     print_table(('measure', *columns), cells)

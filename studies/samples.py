@@ -12,7 +12,6 @@ import numpy as np
 
 from conf import load_launch, run_program
 from figures import last_rows
-from records import read_metrics
 from studies.report import new_figure, plot_range, print_table, read_finished, save, study_parser
 
 ERROR = 0.08

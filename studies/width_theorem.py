@@ -26,7 +26,7 @@ def exact_lasso(features, targets, steps=20_000, tolerance=1e-12):
     Lambda = Psi (sum_k t_k phi_k phi_k')^-1. Every iterate is feasible, the objective never rises.
 
     Args:
-        features: (K, N) Phi, a row per neuron; its row space contains that of the targets.
+        features: (K, N) Phi, a row per neuron; its row space contains the targets'.
         targets: (D, N) Psi.
         tolerance: of the duality gap, relative to the objective.
     Returns:

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 
 import numpy as np
 import pytest
@@ -81,7 +80,10 @@ def test_norms_are_those_of_the_dense_matrix(kernel, dilation, stride, padding):
     assert measured.T[-1] == pytest.approx(weight.norm().item(), rel=1e-12)
 
 
-@pytest.mark.parametrize('channels, size, seed', [(1, 28, 0), (16, 10, 1), (4, 20, 2)])
+@pytest.mark.parametrize(
+    'channels, size, seed',
+    [(1, 28, 0), (4, 15, 2), pytest.param(16, 10, 1, marks=pytest.mark.long)],
+)
 def test_operator_norm_is_exact_where_singular_values_crowd(channels, size, seed):
     torch.manual_seed(seed)
     weight = torch.randn(channels, channels, 2, 2, dtype=torch.float64)
@@ -366,21 +368,6 @@ def test_complexity_is_above_that_of_the_class_on_digits(digits, depth):
     assert (published < lower) == (depth == 1)
 
 
-def test_our_bound_is_monotone(tiny):
-    net, images = tiny
-    network, data = measure_network(net, (1, 3, 3)), measure_data(net, images)
-    values = []
-    for m in (100, 1000, 10000):
-        data.m, data.E_max, data.E_tot = m, 9 * m / 2, 15 * m / 2
-        values.append(utils.our_bound(network, data, 0.001, 1.0))
-    assert values == sorted(values, reverse=True) and len(set(values)) == 3
-    for layer in (net[0], net[3]):
-        before = utils.our_bound(measure_network(net, (1, 3, 3)), data, 0.001, 1.0)
-        with torch.no_grad():
-            layer.weight.mul_(1.1)
-        assert utils.our_bound(measure_network(net, (1, 3, 3)), data, 0.001, 1.0) > before
-
-
 # ------------------------------------------------------------------------------------------------
 # Users' own networks
 # ------------------------------------------------------------------------------------------------
@@ -418,9 +405,6 @@ def skip(self, x):
     return self.fc((x + self.conv(x)).relu().flatten(1))
 
 
-with warnings.catch_warnings():
-    warnings.simplefilter('ignore')  # jit is deprecated
-    JITTED = torch.jit.trace(Functional(), torch.zeros(1, 1, 8, 8))
 HOOKED, HOOKED_NETWORK, PATCHED, PATCHED_RELU = (
     nn.Sequential(conv(1, 2, 2), nn.ReLU()) for _ in range(4)
 )
@@ -473,11 +457,6 @@ REFUSED = {
         nn.DataParallel(Functional()),
         'DataParallel is a wrapper: pass the network in it, its .module',
     ),
-    'compiled': (
-        torch.compile(Functional(), backend='eager'),
-        'OptimizedModule is a compiled network: pass the one',
-    ),
-    'jit': (JITTED, 'is a jit module: pass the nn.Module'),
     'view of sizes': (Viewed(lambda x: x.view(-1, 64)), 'Viewed: view: not covered'),
     'view of channels': (Viewed(lambda x: x.reshape(x.size(1), -1)), 'Viewed'),
     'two outputs': (
@@ -493,6 +472,17 @@ REFUSED = {
 }
 for case in ('only padding', 'channels'):
     REFUSED[case][0].extend([nn.ReLU(), nn.Flatten(), linear(98, 10)])
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings('ignore')  # jit is deprecated
+def test_compiled_networks_are_refused():
+    compiled = torch.compile(Functional(), backend='eager')
+    with pytest.raises(NotCovered, match='OptimizedModule is a compiled network: pass the one'):
+        measure_network(compiled, (1, 8, 8))
+    traced = torch.jit.trace(Functional(), torch.zeros(1, 1, 8, 8))
+    with pytest.raises(NotCovered, match='is a jit module: pass the nn.Module'):
+        measure_network(traced, (1, 8, 8))
 
 
 @pytest.mark.parametrize('case', REFUSED)
@@ -559,9 +549,10 @@ def test_measuring_changes_nothing_and_does_not_depend_on_the_mode(name):
     assert all(module.training for module in net.modules())
     assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
     results.append(measuring(net.eval(), images, labels)[name]())
-    if isinstance(results[0], (float, dict)):
-        for result in results[1:]:
-            assert str(result) == str(results[0])
+    for index, result in enumerate(results):
+        if isinstance(result, nn.Module):
+            results[index] = outputs(result, images)
+    assert len({str(result) for result in results}) == 1
 
 
 @pytest.mark.parametrize(
@@ -983,7 +974,10 @@ def dense_row(net, shape, images, delta, gamma):
     }
 
 
-@pytest.mark.parametrize('seed', range(10))
+LONG = [pytest.param(seed, marks=pytest.mark.long) for seed in range(3, 10)]
+
+
+@pytest.mark.parametrize('seed', [0, 1, 2, *LONG])
 def test_every_bound_of_random_networks_from_dense_matrices(seed):
     generator = np.random.default_rng(seed)
     for _ in range(20):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, refused, settings_of, train_small
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import evaluation
 import models
@@ -67,7 +68,7 @@ def mlp(widths=(6, 5), seed=0):
 
 
 def difference(net, other, images=IMAGES):
-    """The norm of the difference of two networks' outputs, relative to those of `other`."""
+    """The norm of the difference of two networks' outputs, relative to `other`'s."""
     with torch.no_grad():
         return ((net(images) - other(images)).norm() / other(images).norm()).item()
 
@@ -351,7 +352,7 @@ LINEAR = {'10': (12, 9), '13': (20, 1), '16': (16, 1)}
 @pytest.mark.parametrize('name', LINEAR)
 @pytest.mark.parametrize('refit', ['none', 'ridge'])
 def test_a_layer_of_alexnet_is_fitted_and_its_channels_are_removed(name, refit):
-    """The function is that of the whole network with zeros in the columns of the others."""
+    """The whole network with zeros in the columns of the others is the same function."""
     net, (channels, taps) = alexnet().train(), LINEAR[name]
     small, report = compress_layer(net, PICTURES, name, 0.02, refit)
     assert net.training and small.training and report['removed']
@@ -407,21 +408,31 @@ def test_the_last_layer_of_a_chain_is_fitted_as_the_chain_is():
     assert difference(small, whole) < 1e-4
 
 
+def normalized(net):
+    """In training mode, in which each reading of a spectrally normalized weight changes it."""
+    for module in net:
+        if isinstance(module, nn.Linear):
+            spectral_norm(module)
+    return net.train()
+
+
 MAKERS = {
     'compress_layer': (alexnet, lambda net: compress_layer(net, PICTURES, '13', 0.03)[0]),
     'layers': (alexnet, lambda net: compress_layer(net, PICTURES, ['10', '16'], 0.03)[0]),
     'compress': (mlp, lambda net: compress(net, IMAGES, 0.1)[0]),
     'balance': (chain, lambda net: balance(net, SHAPE)),
-    'drop_dead': (lambda: BIASED, drop_dead),
+    'drop_dead': (lambda: copy.deepcopy(BIASED), drop_dead),
 }
 
 
 @torch.no_grad()
 @pytest.mark.parametrize('make, function', MAKERS.values(), ids=MAKERS)
-def test_what_is_made_shares_nothing_with_the_network_that_it_is_made_from(make, function):
-    net = make()
+def test_the_network_that_another_one_is_made_from_does_not_change(make, function):
+    net = normalized(make())
     before = copy.deepcopy(net.state_dict())
-    for tensor in function(net).state_dict().values():
+    made, twin = function(net), function(copy.deepcopy(net).eval())
+    for tensor, wanted in zip(made.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(tensor, wanted)
         tensor.add_(100)
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -524,11 +535,15 @@ def test_channels_before_a_view_of_a_fixed_size_are_groups_that_stay(between, in
 
 
 POSITIONS = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(294), nn.ReLU())
+GROUPS = nn.Sequential(nn.Conv2d(6, 6, 1, groups=2), nn.ReLU(), nn.Flatten())
+NORM = nn.BatchNorm2d(6)
 UNCUT = {
     'two readers': (lambda x: (x + F.relu(x)).flatten(1), 294, 'add'),
     'rows of no image': (lambda x: x.relu().view(-1, 49), 49, 'last: its input is not one row'),
     'other axes': (lambda x: F.relu(x).transpose(1, 2).flatten(1), 294, 'transpose'),
     'positions': (POSITIONS, 294, 'between.1 normalizes the positions'),
+    'groups': (GROUPS, 294, 'between.0 (Conv2d) is grouped'),
+    'twice': (nn.Sequential(NORM, nn.ReLU(), NORM, nn.Flatten()), 294, 'is used more than once'),
 }
 
 
@@ -794,7 +809,7 @@ def test_digits_within_one_image_at_three_quarters_of_the_weights(digits, traine
 def test_command_makes_a_folder_of_its_own(trained, narrowed, digits):
     folder, rows = narrowed
     first = (folder / 'global_settings.py').read_text().splitlines()[0]
-    assert 'python -m studies.compress' in first and '--lam 0.01 0.1 --refit none' in first
+    assert 'python -m studies.compress' in first and '--lam 1e-2 0.1 --refit none' in first
     assert [float(row['lam']) for row in rows] == [0, 0.01, 0.1] and rows[0]['channels'] == '8|8'
     for row in rows:
         path = folder / 'CONV-2-8' / f'lam-{row["lam"]}.pt'

@@ -11,6 +11,7 @@ from networks import Beside, Forward, Residual, conv, linear, randomized
 from torch import nn
 
 from conf import BadInput
+from evaluation import evaluate
 from measures.masks import (
     density,
     drop_dead,
@@ -22,7 +23,8 @@ from measures.masks import (
     topology,
     weight_mask,
 )
-from measures.trace import folded, folded_layers
+from measures.norms import measure_data
+from measures.trace import folded, folded_layers, not_counted
 from models import get_network
 from models.weight_norm import set_mask
 
@@ -181,8 +183,9 @@ def test_dead_channels_of_transposed_convolutions():
         lambda self, x: self.last(torch.stack([x, self.a(x)], 1).flatten(1)),
         lambda self, x: self.last(self.a(x).roll(1, 1).flatten(1)),
         lambda self, x: self.last(self.a(x).flatten(2)),
+        lambda self, x: self.last(self.a(x)),
     ],
-    ids=['cat', 'stack', 'roll', 'positions'],
+    ids=['cat', 'stack', 'roll', 'positions', 'columns'],
 )
 def test_where_channels_lose_their_order_none_is_called_dead(forward):
     net = Forward(forward, a=nn.Conv2d(2, 2, 1), last=nn.Linear(16, 3))
@@ -335,3 +338,16 @@ def test_conversions_copy_and_refuse_what_is_no_chain():
     ):
         with pytest.raises(BadInput, match=message):
             drop_dead(net)
+
+
+def test_a_network_whose_weights_are_not_counted_has_no_density(digits):
+    def forward(self, x):
+        return self.fc(x.flatten(1))
+
+    net = Forward(forward, fc=linear(64, 10), table=nn.Embedding(3, 2))
+    data = measure_data(net, digits.train_images)
+    row = evaluate(net, settings_of(certify_every=0), digits, data, 0, 0)
+    assert 'density' not in row and row['test_error'] > 0 and 'Embedding' in not_counted(net)
+    del net.table
+    assert evaluate(net, settings_of(certify_every=0), digits, data, 0, 0)['density'] == 1
+    assert not_counted(net) is None

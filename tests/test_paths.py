@@ -751,7 +751,7 @@ def test_a_layer_without_channels():
 
 @pytest.mark.parametrize('q', [0, -1, math.inf, math.nan])
 def test_orders_that_make_no_norm_are_refused(q):
-    with pytest.raises(BadInput, match='path-norm wants a positive'):
+    with pytest.raises(BadInput, match='q must be positive and finite'):
         path_norm(network('chain'), SHAPE, q)
 
 

@@ -206,7 +206,7 @@ QUOTED = [
     ('graf_params_bound', 'mean', '{} for `graf_params_bound`, the best'),
     ('our_bound', 'mean', '{} for `our_bound`, '),
     ('corrected_bound', 'mean', '{} for `corrected_bound` and'),
-    ('path_bound', 'mean', '{} for `path_bound`; random'),
+    ('path_bound', 'mean', '{} for `path_bound`; 95 %'),
     ('our_bound', 'error_train_samples', 'weighted sign error is {} for `our_bound`'),
     ('path_bound', 'error_train_samples', '{} for `path_bound`, '),
     ('corrected_bound', 'error_train_samples', '{} for `corrected_bound`, '),
@@ -234,6 +234,8 @@ def test_the_shipped_ranking_is_found_again_and_the_page_quotes_it(tmp_path):
     page = ' '.join((ROOT / 'docs' / 'ranking.md').read_text().split())
     for name, column, sentence in QUOTED:
         assert sentence.format(f'{shipped[name][column]:.2f}') in page
+    psi = [f'{shipped[name]["psi"]:.3f}' for name in ('graf_params_bound', 'sedghi_bound')]
+    assert 'is {} for `graf_params_bound` and {} for `sedghi_bound`'.format(*psi) in page
 
 
 def test_networks_above_the_target_are_left_out_and_named(tmp_path):

@@ -292,10 +292,18 @@ def test_the_lock_removes_stale_files(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ['.lock']
 
 
-def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
-    def no_locks(*arguments):
-        raise OSError(95, 'Operation not supported')
+def test_to_ask_for_the_status_deletes_nothing_of_a_process_that_writes(tmp_path, monkeypatch):
+    (tmp_path / 'model.pt.1.tmp').write_bytes(b'')
+    monkeypatch.setattr(records.fcntl, 'flock', no_locks)
+    assert not records.is_locked(tmp_path)
+    assert (tmp_path / 'model.pt.1.tmp').exists()
 
+
+def no_locks(*arguments):
+    raise OSError(95, 'Operation not supported')
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(records.fcntl, 'flock', no_locks)
     with lock(tmp_path):
         assert 'no file locks here; start no second process on it' in capsys.readouterr().err

@@ -501,6 +501,32 @@ def test_the_page_of_certificates_quotes_the_shipped_ones():
         assert row['A'] == written(ends_of_rounds(*network)[-1]['pac_bayes_error'], 'up')
 
 
+def test_the_page_of_certificates_quotes_what_each_part_buys():
+    rows = rows_of_csv('results', 'certificate', 'changes.csv')
+    whole, *changed = [float(row['A']) for row in rows]
+    (table,) = tables('docs/certificate.md', "classifier's prior at zero, τ = 0")
+    assert list(table[0].values()) == [written(A, 'up') for A in changed]
+    quotes('docs/certificate.md', f'A of the dense CONV-3-8, {written(whole, "up")}')
+
+
+def test_the_page_of_certificates_quotes_the_disagreement():
+    rows = {row['name']: row for row in rows_of_csv('results', 'coded', 'disagreement.csv')}
+    (table,) = tables('docs/certificate.md', 'shipped network')
+    for cells in table:
+        row = rows[cells['shipped network']]
+        assert cells['differs on'] == row['differ']
+        for name, column in (('D at δ/2', 'coded'), ('P(f ≠ g)', 'share'), ('E', 'bound')):
+            assert cells[name] == f'{float(row[column]):.4f}'
+        if cells['A']:
+            last = ends_of_rounds(*row['name'].split('/'))[-1]
+            assert cells['A'] == written(last['pac_bayes_error'], 'up')
+    wide = metrics('mnist-width', 'CONV-3-32')['test_set_bound'][-1]
+    quotes('docs/certificate.md', f'of mnist-width by {written(wide, "up")} (the test-set bound)')
+    (coded, *_) = rows_of_csv('results', 'coded', 'messages.csv')
+    proven = f'{math.ceil(1e4 * float(coded["bound"])) / 1e4:.4f}'
+    quotes('README.md', f'[network of {coded["bytes"]} bytes](docs/coded.md) has {proven}')
+
+
 HALVES = [f'{100 * 0.5**number:.3g} %' for number in range(7)]
 
 

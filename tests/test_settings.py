@@ -200,6 +200,9 @@ COMMANDS = {
     'some': 'unknown argument some',
     '--precision tf32 --device cpu': 'tf32',
     '--prepare --run 1': 'leave --run out',
+    '--dataset-name digit': "dataset_name = 'digit': must be one of",
+    '--network CONV CONVRES --normalization batch --density 0.5 --initial-mask erk '
+    '--regrow random --channel-sparsity 0.5': 'channel_sparsity = 0.5',
 }
 
 

@@ -206,6 +206,20 @@ def test_a_sparse_student_needs_a_quarter_more_samples_than_weights():
         assert 1 < needed / (lottery_theory.K * r) < 2
 
 
+def test_a_students_table_is_written_and_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(lottery_theory, 'recovered', lambda r, n, far: n / (5 * r) - 0.8)
+    monkeypatch.setattr(lottery_theory, 'steps_per_factor', lambda r, n: r + n)
+    file = tmp_path / 'new' / 'table.csv'
+    printed = succeeds('--measure', file, '--out', tmp_path, program=lottery_theory.main)
+    ((header, rows),) = tables_in(printed).items()
+    assert header == ('r', '5', '10', '15', '20', '30', '40', '50')
+    assert rows[1] == ('N50 / (K r)', *['1.30'] * 7)
+    assert rows[2][:3] == ('steps to fall by e, N = 1,000', '1005', '1010')
+    assert rows[9][:2] == ('recovered from 3 norms away, N = 10 K r', '9.20')
+    assert (tmp_path / 'lottery_theory.png').stat().st_size > 10000
+    assert len(read_csv(file)) == 16
+
+
 def test_a_student_keeps_the_mask_of_its_teacher():
     generator = torch.Generator().manual_seed(1)
     teacher, student, mask, inputs = lottery_theory.draw_problem(3, 7, 0.5, generator)

@@ -419,6 +419,36 @@ def test_a_run_resumed_in_mid_epoch_draws_the_same_dropout(tmp_path, monkeypatch
     assert same(tmp_path / 'run', tmp_path / 'whole', 'DROP-3-4')
 
 
+def test_a_signal_while_a_checkpoint_is_written_does_not_wait_for_the_evaluation(
+    tmp_path, monkeypatch
+):
+    save, evaluated = records.save_checkpoint, []
+
+    def interrupted(path, checkpoint):
+        save(path, checkpoint)
+        if checkpoint['state']['step'] == 45:  # the one before the evaluation of epoch 1
+            train.stop = signal.SIGTERM
+
+    def evaluate(*arguments):
+        evaluated.append(arguments[-1])
+        return original(*arguments)
+
+    original = train.evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(records, 'save_checkpoint', interrupted)
+        patch.setattr(train, 'evaluate', evaluate)
+        status, _, _ = main(*SMALL, '--epochs', '2', '--results-path', tmp_path / 'run')
+    assert status == 143 and evaluated == [0]
+    resume(tmp_path / 'run')
+    assert rows(tmp_path / 'run') == 3
+
+
+def test_a_kill_before_the_first_checkpoint_leaves_a_run_that_can_be_resumed(tmp_path):
+    kill_at('save_checkpoint', 1, *SMALL, '--epochs', '1', '--results-path', tmp_path / 'run')
+    resume(tmp_path / 'run')
+    assert rows(tmp_path / 'run') == 2
+
+
 @pytest.mark.process
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize('kind', ['dense', 'rounds', 'gradient', 'target'])

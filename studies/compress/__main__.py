@@ -74,7 +74,7 @@ def load_source(folder, options):
     Round and epoch are nan in the middle of an epoch.
 
     Raises:
-        BadInput: settings or data are not those of the training, or the network is not covered.
+        BadInput: it was trained with other settings or data, or it is not covered.
     """
     net, settings = load_network(folder)
     dataset = load_data(settings)
@@ -138,7 +138,7 @@ def compress_run(net, settings, position, options, folder):
     """Makes one trained network narrower: the weights and a row of compress.csv for each lam.
 
     Row 0 is the source. The training data choose the widths of a narrower network, so that each
-    bound is taken at delta divided by the number of possible widths; that of the test set is not.
+    bound is taken at delta divided by the number of possible widths; test_set_bound is not.
 
     Returns:
         The errors of the lams at which a layer lost all its channels.
@@ -164,18 +164,19 @@ def compress_run(net, settings, position, options, folder):
             continue
         path = folder / ('dead.pt' if lam is None else f'lam-{lam}.pt')
         save(path, narrow, dataset.input_shape, settings if options.layer else None)
-        row = evaluate(narrow, unmeasured, dataset, data, *position, delta)
-        row['lam'] = math.nan if lam is None else lam
-        row['layer'] = '|'.join(options.layer)
-        row['channels'] = '|'.join(map(str, widths(narrow)))
-        row['weights'] = sum(weight.numel() for weight in narrow.parameters())
-        row['bytes'] = path.stat().st_size
-        row['speed_up'] = 1.0
-        if lam != 0:
-            row['speed_up'] = speed_up(source, narrow, dataset.test_images[:32])
-        row['residual'] = '|'.join(f'{report["residual"]:.3g}' for report in reports)
-        row['gap'] = max((report['gap'] for report in reports), default=0.0)
-        rows.append({column: row[column] for column in COLUMNS if column in row})
+        faster = speed_up(source, narrow, dataset.test_images[:32]) if lam != 0 else 1.0
+        about = {
+            'lam': math.nan if lam is None else lam,
+            'layer': '|'.join(options.layer),
+            'channels': '|'.join(map(str, widths(narrow))),
+            'weights': sum(weight.numel() for weight in narrow.parameters()),
+            'bytes': path.stat().st_size,
+            'speed_up': faster,
+            'residual': '|'.join(f'{report["residual"]:.3g}' for report in reports),
+            'gap': max((report['gap'] for report in reports), default=0.0),
+        }
+        row = evaluate(narrow, unmeasured, dataset, data, *position, delta) | about
+        rows.append({column: row.get(column, math.nan) for column in COLUMNS})
         write_table(folder / 'compress.csv', COLUMNS, rows)
         print(f'{settings.name} {describe(row)}', flush=True)
     return errors
@@ -191,17 +192,6 @@ def describe(row):
     size = f'{row["channels"]} channels, {row["weights"]} weights, {row["bytes"]} bytes'
     errors = f'train error {row["train_error"]:.4f}, test error {row["test_error"]:.4f}'
     return f'{name}: {size}, {row["speed_up"]:.1f} times as fast, {errors}'
-
-
-def command_line(options):
-    """The command that repeats these options; repr escapes what is not printable in a path."""
-    words = [f'python -m studies.compress {str(options.source)!r}']
-    words += [f'--layer {name}' for name in options.layer]
-    if options.lam:
-        words.append(f'--lam {" ".join(map(str, options.lam))} --refit {options.refit}')
-    if options.run is not None:
-        words.append(f'--run {options.run}')
-    return ' '.join(words)
 
 
 def main(argv=None):
@@ -221,7 +211,9 @@ def main(argv=None):
         print(note, flush=True)
 
     folder = new_results_folder(ROOT / sweep['results_dir'])
-    made = f'Networks made narrower by {command_line(options)}'
+    # A path may contain any character, but the header is a comment of one line.
+    words = ' '.join(sys.argv[1:] if argv is None else argv).encode('unicode_escape').decode()
+    made = f'Networks made narrower by python -m studies.compress {words}'
     header = [f'{made}; the settings are those that they were trained with.']
     header += launch_header(choose_device(sweep['device']), notes)
     write_file(folder / 'global_settings.py', settings_text(sweep, header).encode())

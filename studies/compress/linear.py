@@ -39,7 +39,7 @@ def compress_layer(
 ):
     """A copy of any network whose linear layers read as few of their input channels as lam allows.
 
-    The fit is that of `compress`, of V Phi to V_0 Phi_0: Phi is the layer's input in the network
+    As in `compress`, V Phi is fitted to V_0 Phi_0: Phi is the layer's input in the network
     narrowed so far, V_0 and Phi_0 are the weight and the input in net, and the layer's bias is
     held. Several layers are fitted from the input on, so that later ones correct the errors of
     earlier ones. If a channel of an earlier layer makes several of the inputs, as with a
@@ -78,11 +78,15 @@ def compress_layer(
     if not names:
         raise BadInput('name: at least one layer is needed')
     narrow, reports = net, {}
-    for each, one_row in _order(net, images[:1], names).items():
-        source = _source(narrow, each, one_row)
-        if cost == 'one':
-            source.costs = torch.ones_like(source.costs)
-        V, bias, report = _fit(net, narrow, images, each, source, (lam, refit, tolerance))
+    with evaluation_mode(net):
+        order = _order(net, images[:1], names)
+    for each, one_row in order.items():
+        # Weights too are read in evaluation mode: spectral_norm changes them in training mode.
+        with evaluation_mode(net), evaluation_mode(narrow):
+            source = _source(narrow, each, one_row)
+            if cost == 'one':
+                source.costs = torch.ones_like(source.costs)
+            V, bias, report = _fit(net, narrow, images, each, source, (lam, refit, tolerance))
         kept, why = report['kept'], source.why
         if not remove:
             why = 'remove = False'
@@ -112,7 +116,7 @@ def linear_layer(net, name):
 def set_tensors(module, tensors):
     """Replaces tensors, {field: tensor or None}, of a Conv2d, a Linear or a batch norm.
 
-    The module's parametrizations end, and its sizes become those of the tensors.
+    The module's parametrizations end, and its sizes follow the tensors.
     """
     make_plain(module)
     for field, tensor in tensors.items():
@@ -130,6 +134,7 @@ def set_tensors(module, tensors):
 
 def _remove_channels(module, kept):
     """Removes all but the kept (boolean) output channels of a Conv2d, a Linear or a batch norm."""
+    make_plain(module)
     tensors = {}
     for field in FIELDS:
         tensor = getattr(module, field, None)
@@ -149,8 +154,7 @@ def _order(net, image, names):
     for name in names:
         linear_layer(net, name)
     try:
-        with evaluation_mode(net):
-            read = _inputs(net, names, [image])
+        read = _inputs(net, names, [image])
     except (RuntimeError, ValueError, IndexError) as error:
         refused = f'{type(net).__name__} does not take one of shape {tuple(image.shape)}'
         reason = str(error).partition('\n')[0]
@@ -201,8 +205,7 @@ def _fit(net, narrow, images, name, source, options):
             original = phi if narrow is net else features(net, batch)
             yield phi, target @ original.double()
 
-    with evaluation_mode(net), evaluation_mode(narrow):
-        problem = problem_of(batches(), groups)
+    problem = problem_of(batches(), groups)
     V, report = fit_layer(problem, source.costs, target.unflatten(1, groups), name, *options)
     V, bias, dtype = V.flatten(1) * undo, layer.bias, layer.weight.dtype
     if source.shift.any():
