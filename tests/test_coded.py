@@ -437,6 +437,7 @@ def small_net():
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * 36, 10, bias=False))
 
 
+@pytest.mark.long
 def test_the_search_repeats_continues_and_tells_what_the_message_proves(digits, monkeypatch):
     monkeypatch.setattr(searching, 'EPOCHS', 20)
     data = digits.train_images, digits.train_labels

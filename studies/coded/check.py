@@ -71,7 +71,11 @@ def scores(layers, gain, a, b, w, z):
     for kernel, stride, padding in layers:
         z = np.pad(z, [(0, 0), (0, 0), (padding,) * 2, (padding,) * 2])
         taps = np.lib.stride_tricks.sliding_window_view(z, kernel.shape[2:], (2, 3))
-        z = np.einsum('nihwyx,oiyx->nohw', taps[:, :, ::stride, ::stride], kernel).clip(0)
+        taps = taps[:, :, ::stride, ::stride]
+        z = np.zeros((len(taps), len(kernel), *taps.shape[2:4]), taps.dtype)
+        for o, i, y, x in np.argwhere(kernel):
+            z[:, o] += kernel[o, i, y, x] * taps[:, i, :, :, y, x]
+        z = z.clip(0)
     u, tables = np.arange(w.shape[2]), []
     demand(len(u) <= min(z.shape[2:]), 'fewer rows or columns than frequencies')
     for n in z.shape[2:]:
@@ -102,8 +106,7 @@ def prove(errors, m, length, delta=(1, 1000)):
     """The bound of the true error, in millionths; delta is a fraction."""
     low, high = 0, 10**6
     while errors < m and high - low > 1:
-        a = (low + high) // 2
-        b = 10**6 - a
+        a, b = (low + high) // 2, 10**6 - (low + high) // 2
         term = total = b**errors  # of the sum over j of C(m, j) a^j b^(errors - j)
         for j in range(errors):
             term = term * (m - j) * a // ((j + 1) * b)
