@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, settings_of, train_small
 
 import evaluation
+import records
 from evaluation import power_of_2, report, rounded_up, schedule, stopped_early
 from models import get_network
 from utils import BOUNDS
@@ -76,6 +77,15 @@ def test_errors_are_those_of_ieee_float32(digits):
         assert seen == {'ieee'} and switch.fp32_precision == 'tf32'
     finally:
         switch.fp32_precision = before
+
+
+def test_no_error_is_certified_on_images_that_depend_on_the_sample(tmp_path):
+    flags = '--epochs 1 --normalize True False --certify-every 0'.split()
+    train_small(tmp_path, *flags)
+    for value in ('True', 'False'):
+        table = records.read_metrics(tmp_path / f'CONV-3-4-normalize{value}' / 'metrics.csv')
+        assert (table['certified_error'] == 1).tolist() == [value == 'False'] * 2
+        assert (table['corrected_bound'] > 0).all()
 
 
 @pytest.mark.parametrize('name', ['epoch', 'my bound', 'width', 'lam', 3])
