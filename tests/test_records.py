@@ -256,7 +256,7 @@ def test_load_network_of_another_runs_checkpoint(tmp_path):
 
 def test_every_shipped_network_loads():
     paths = [path.parent for path in ROOT.glob('results/**/weights.pt')]
-    assert len(paths) == 15
+    assert len(paths) == 16
     for path in paths:
         with warnings.catch_warnings():
             warnings.simplefilter('error')
