@@ -11,7 +11,7 @@ from utils import BOUNDS
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
+def no_pictures_of_an_evaluation(monkeypatch):
     monkeypatch.setattr(evaluate, 'draw_figures', lambda folder: None)
 
 

@@ -310,11 +310,10 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
 
 
 def test_a_network_that_another_process_trains_is_refused(folder, monkeypatch):
-    monkeypatch.setattr(records.time, 'monotonic', iter(range(0, 999, 9)).__next__)
-    with lock(folder / 'CONV-3-4'):
+    with lock(folder / 'CONV-3-4'), monkeypatch.context() as patch:
+        patch.setattr(records.time, 'monotonic', iter(range(0, 999, 9)).__next__)
         line = refused('--results-path', folder, '--resume', '--epochs', '9')
         assert 'another process is working on this network' in line
-    monkeypatch.undo()
     assert 'finished already' in resume(folder)
 
 

@@ -177,11 +177,11 @@ def test_the_last_task_of_an_array_draws(slurm, tmp_path):
 @needs_slurm
 @pytest.mark.long
 def test_a_requeued_task_continues(slurm, tmp_path):
-    flags = '--epochs 40 --prune-rounds 2 --prune-fraction 0.5 --rewind-epoch 1'.split()
+    flags = '--epochs 30 --prune-rounds 2 --prune-fraction 0.5 --rewind-epoch 1'.split()
     folder = tmp_path / 'run'
     sweep = *flags, '--width', '4', '5', '--results-path', folder
     job, _ = submit(*sweep, SBATCH_ARRAY_INX='1%1')
-    for count in (5, 50):
+    for count in (5, 40):
         wait_until(lambda count=count: rows(folder) >= count)
         output_of('scontrol', 'requeue', f'{job}_1')
         restart(job)

@@ -247,6 +247,7 @@ def test_few_samples_are_trained_on_without_a_certificate(tmp_path):
     assert 'certificates stay empty: train_samples = 5, and at least 10 are needed' in stdout
 
 
+@pytest.mark.long
 def test_threads_are_written_down_and_kept(tmp_path, monkeypatch):
     folder, slurm = tmp_path / 'run', tmp_path / 'slurm'
     try:
