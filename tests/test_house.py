@@ -8,6 +8,8 @@ import re
 import pytest
 from conftest import ROOT
 
+from conf import KNOBS
+
 # A file imports from files above it in this list, and, without a circle, from its own line.
 LEVELS = [
     ['conf'],
@@ -113,9 +115,23 @@ def test_every_page_is_linked():
 
 
 @pytest.mark.parametrize('page', PAGES, ids=str)
-def test_the_programs_that_pages_name_exist(page):
+def test_the_programs_and_options_that_pages_name_exist(page):
     text = (ROOT / page).read_text()
-    for study in re.findall(r'python -m studies\.([\w.]+)', text):
-        assert f'studies.{study.rstrip(".")}' in FILES, f'{page}: {study}'
-    for path in re.findall(r'python ([\w/]+\.py)', text):
+    for path, line in re.findall(r'python ([\w/]+\.py)([^`\n]*)', text):
         assert (ROOT / path).exists(), f'{page}: {path}'
+        if path == 'train.py':
+            knobs = {f'--{name.replace("_", "-")}' for name in KNOBS}
+            check_options(page, line, ['conf'], knobs)
+    for study, line in re.findall(r'python -m studies\.([\w.]*\w)([^`\n]*)', text):
+        name = f'studies.{study}'
+        assert name in FILES, f'{page}: {name}'
+        check_options(page, line, [name, f'{name}.__main__', 'studies.report'], set())
+
+
+def check_options(page, line, modules, known):
+    """The options in a line of a page are `known`, or a parser in one of these modules has them."""
+    for name in modules:
+        if name in FILES:
+            known = known | set(re.findall(r"'(--[\w-]+)'", FILES[name].read_text()))
+    unknown = set(re.findall(r'(?<!\S)--[\w-]+', line)) - known
+    assert not unknown, f'{page}: {unknown} in {line}'
