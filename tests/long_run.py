@@ -49,7 +49,8 @@ def main():
     print(f'memory {early:.0f} MiB after 50 epochs, {late:.0f} MiB near the end: {growth}')
     growth = f'{100 * (last / first - 1):+.1f} %'
     print(f'median epoch {first:.4f} s in the first 200, {last:.4f} s in the last: {growth}')
-    return process.returncode != 0 or late > 1.05 * early or last > 1.1 * first
+    grown = late > 1.05 * early or last > 1.1 * first
+    return int(grown or process.returncode != 0)
 
 
 if __name__ == '__main__':
