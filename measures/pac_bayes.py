@@ -179,13 +179,13 @@ def _measure(layers, kernels, data):
             scale       1 / sqrt(E_h) of the features; 0 where E_h is below 1e-60: all is a tie
             kl(c, beta) KL of the classifier in nats, from the size c of its mean and beta's index
     """
-    *hidden, classifier = (kernel.float() for kernel in kernels)
+    *hidden, classifier = (kernel.to(data.dtype) for kernel in kernels)
     images, labels, prior, sample = data.images, data.labels, data.prior, data.sample
     # Images at a time: 8 MiB of features, enough for fast matrix products.
     step = max(64, 2**21 // classifier[0].numel())
     phi = classifier.new_empty(len(prior), classifier[0].numel())
     for rows, indices in zip(phi.split(step), prior.split(step)):
-        rows.copy_(features(layers, hidden, images[indices].float()).flatten(1))
+        rows.copy_(features(layers, hidden, images[indices].to(data.dtype)).flatten(1))
 
     # The eigenvectors of the features' second moment come from the Gram matrix of the images, of
     # which there are fewer as a rule. It is summed in float64, so that small eigenvalues survive,
@@ -205,7 +205,7 @@ def _measure(layers, kernels, data):
     vectors = vectors[:, lam > 1e-7 * lam[0]]
     lam = lam[: vectors.shape[1]]
     top = lam[: data.rank]
-    directions = phi.T @ (vectors[:, : data.rank] / (len(phi) * top).sqrt()).float()
+    directions = phi.T @ (vectors[:, : data.rank] / (len(phi) * top).sqrt()).to(data.dtype)
     weights = classifier.flatten(1).T
     means = vectors.T @ (phi @ weights).double() / (len(phi) * lam).sqrt()[:, None]
     del phi  # 1 GiB, before the sample's own
@@ -220,7 +220,7 @@ def _measure(layers, kernels, data):
     v, x = lam.new_empty(len(sample), len(BETAS)), lam.new_empty(len(sample))
     for start in range(0, len(sample), step):
         rows = slice(start, start + step)
-        batch, own = images[sample[rows]].float(), labels[sample[rows], None]
+        batch, own = images[sample[rows]].to(data.dtype), labels[sample[rows], None]
         z = features(layers, hidden, batch).flatten(1) * scale
         both = (z @ coordinates_and_outputs).double()
         squares, outputs = both[:, : len(top)].square(), both[:, len(top) :]
@@ -347,7 +347,7 @@ def _slack(errors):
     return math.expm1(sum(math.log1p(error) for error in errors))
 
 
-def certify(net, images, labels, delta=0.001):
+def certify(net, images, labels, delta=0.001, dtype=torch.float32):
     """Upper bounds of the true error of a trained network, from its training data alone.
 
     Each holds with probability at least 1 - delta over the sample, jointly and for all networks
@@ -359,6 +359,8 @@ def certify(net, images, labels, delta=0.001):
         images, labels: all the data that the network was trained on, (m, C, H, W) as the network
             sees them and integers (m,). An i.i.d. sample: no augmentation, no label noise of an
             exact count, no statistics of the data in the images.
+        dtype: of the features and outputs that are measured. Their rounding errors are not
+            covered by the theorem; torch.float64 makes them negligible, in more time.
     Returns:
         pac_bayes_error          of the trained network itself
         pac_bayes_rounded_error  of the network with its hidden layers rounded coarsely
@@ -367,12 +369,12 @@ def certify(net, images, labels, delta=0.001):
         BadInput: the network is not covered, has more than MAX_CLASSES outputs, or the arguments
             make no sense.
     """
-    found = certificates(net, images, labels, delta)
+    found = certificates(net, images, labels, delta, dtype=dtype)
     return {column: certificate.bound for column, certificate in found.items()}
 
 
 @torch.no_grad()
-def certificates(net, images, labels, delta=0.001, prior=PRIOR):
+def certificates(net, images, labels, delta=0.001, prior=PRIOR, dtype=torch.float32):
     """As `certify`, which see, with what each bound is made of: {column: Certificate}."""
     layers = trace_layers(net, tuple(images.shape[1:]))
     kernels = [layer.kernel for layer in layers]
@@ -380,7 +382,7 @@ def certificates(net, images, labels, delta=0.001, prior=PRIOR):
     labels = _checked(images, labels, delta, len(kernels[-1]))
     n0 = max(1, min(prior.images, m // 10, MAX_FLOATS // kernels[-1][0].numel()))
     order = torch.from_numpy(np.random.default_rng(0).permutation(m)).to(images.device)
-    data = SimpleNamespace(images=images, labels=labels, design=prior, m1=m - n0)
+    data = SimpleNamespace(images=images, labels=labels, design=prior, m1=m - n0, dtype=dtype)
     data.prior, data.sample, data.rank = order[:n0], order[n0:], prior.rank
     # Nats that every network pays: the constant of the theorem, the grids, and the number of live
     # channels of each layer.

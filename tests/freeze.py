@@ -55,17 +55,16 @@ def machine():
 
 
 def train_kind(kind, folder):
-    """Trains a kind of run into `folder` and returns {file name: rows}, timings left out."""
-    command = [
-        sys.executable,
-        ROOT / 'train.py',
-        '--settings',
-        ROOT / 'tests' / 'small.py',
-        *KINDS[kind].split(),
-    ]
-    command += ['--results-path', folder]
+    """Trains a kind of run into `folder` and returns its `read_tables`."""
+    command = [sys.executable, ROOT / 'train.py', '--settings', ROOT / 'tests' / 'small.py']
+    command += [*KINDS[kind].split(), '--results-path', folder]
     environment = os.environ | {'OMP_NUM_THREADS': '1'}
     subprocess.run(command, env=environment, check=True, capture_output=True)
+    return read_tables(folder)
+
+
+def read_tables(folder):
+    """{file name: rows} of the tables of the only network in a results folder."""
     return {path.name: read_rows(path) for path in sorted(Path(folder).glob('*/*.csv'))}
 
 

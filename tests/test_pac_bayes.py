@@ -93,7 +93,9 @@ def measured(net, images, labels, rank=8, design=PRIOR):
     layers, kernels = kernels_of(net, images)
     kernels[-1] -= kernels[-1].mean(0)
     indices = torch.arange(len(images))
-    data = SimpleNamespace(images=images, labels=labels, rank=rank, m1=1, design=design)
+    data = SimpleNamespace(
+        images=images, labels=labels, rank=rank, m1=1, design=design, dtype=torch.float32
+    )
     data.prior, data.sample = indices[:50], indices[50:]
     table = pac_bayes._measure(layers, kernels, data)
     features = net[:-1](images).flatten(1).double().detach() * table.scale
@@ -446,6 +448,12 @@ def test_samples_that_are_not_iid_are_not_certified(tmp_path, knob, value, reaso
     assert f'certificates stay empty: {reason}' in train_small(tmp_path / 'run', *flags)
     table = read_metrics(tmp_path / 'run' / 'CONV-3-4' / 'metrics.csv')
     assert len(table['epoch']) == 2 and all(np.isnan(table[column]).all() for column in (A, B, C))
+
+
+def test_float64_differs_in_the_last_digits_of_float32(toy, sample):
+    net, found = toy
+    for column, exact in certify(net, *sample, dtype=torch.float64).items():
+        assert found[column].bound != exact == pytest.approx(found[column].bound, rel=1e-4)
 
 
 def test_certificates_bound_and_say_something(toy, sample):
