@@ -459,9 +459,10 @@ def draw_figures(folder):
 def plot(folder):
     try:
         import figures
-    except ModuleNotFoundError as error:
+
+        paths = figures.draw(folder)
+    except ModuleNotFoundError as error:  # matplotlib, without which training works
         raise BadInput(f'no figure: {error}; pip install {error.name}') from None
-    paths = figures.draw(folder)
     if not paths:
         print(f'{folder}: nothing is logged yet, so there is no figure')
     for path in paths:

@@ -302,6 +302,9 @@ def run_program(main):
     """The exit status of main(): what it returns, or, each said in one line, 2 for bad input, 1 for
     a failure of the machine, 130 after Ctrl-C.
     """
+    for stream in ('stdout', 'stderr'):
+        if getattr(sys, stream) is None:  # it was closed, as by >&-
+            setattr(sys, stream, open(os.devnull, 'w'))
     program = sys.modules['__main__'].__spec__
     name = program.name.removesuffix('.__main__') if program else 'train.py'
     try:

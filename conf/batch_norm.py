@@ -1,4 +1,4 @@
-"""CONV-3-16 on MNIST with batch normalization, for certificate E (docs/certificate.md): 5 minutes."""
+"""CONV-3-16 on MNIST with batch normalization, for certificate E (docs/certificate.md)."""
 
 width = 16
 normalization = 'batch'
