@@ -3,10 +3,10 @@
     python tests/freeze.py [KIND ...]
 
 Run it again only after a change that alters a number on purpose, and say so in the commit. For each
-kind of run it keeps metrics.csv and layers.csv without their timings, and the machine that they
-hold for: the last digits depend on the kind of CPU, the number of threads and the version of torch. It
-also keeps the networks that each settings file of conf/ and results/ describes, and a hash of the
-weights of each network in results/.
+kind of run it keeps metrics.csv and layers.csv without their timings, and the machine: the last
+digits depend on the kind of CPU, the number of threads and the version of torch. It also keeps the
+networks that each settings file of conf/ and results/ describes, and a hash of the weights of each
+network in results/.
 """
 
 import csv
