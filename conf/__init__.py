@@ -93,8 +93,9 @@ class BadInput(ValueError):
 
 def closest(name, names):
     """' (did you mean X?)' if one of `names` is close to `name`, else ''."""
-    close = difflib.get_close_matches(name, names, 1)
-    return f' (did you mean {close[0]}?)' if close else ''
+    lower = {str(other).lower(): other for other in names}
+    close = difflib.get_close_matches(name.lower(), lower, 1)
+    return f' (did you mean {lower[close[0]]}?)' if close else ''
 
 
 def in_interval(value, interval):

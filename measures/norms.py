@@ -26,7 +26,8 @@ class Table(SimpleNamespace):
         missing = vars(self).get('missing', {})
         if name in missing:
             raise NotCovered(f'{name} is not measured: {missing[name]}')
-        raise AttributeError(f'no measure has the name {name}', name=name, obj=self)
+        known = ', '.join(vars(self))
+        raise AttributeError(f'no measure {name}; there are {known}', name=name, obj=self)
 
 
 def operator_norm(weight, in_size, stride=1, padding=0, dilation=1, tolerance=1e-5):

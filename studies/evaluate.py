@@ -24,7 +24,7 @@ def evaluate_network(folder, settings):
     """Measures the weights in the folder of a network and rewrites its evaluation.csv."""
     files = [*folder.glob('snapshots/*.pt'), *folder.glob('model.pt'), *folder.glob('weights.pt')]
     if not files:
-        say(f'{folder}: has no weights yet')
+        say(f'{folder}: has no weights to evaluate')
         return
     dataset = load_data(settings)
     net = initial_network(settings, dataset)
@@ -47,10 +47,15 @@ def evaluate_network(folder, settings):
         row |= evaluate(net, settings, dataset, data, *position) | knobs
         rows[position] = row
         write_table(table, [*COLUMNS, *knobs], [rows[at] for at in sorted(rows)])
-        bounds = [f'{name} {power_of_2(row[name])}' for name in BOUNDS if row[name] == row[name]]
+        bounds = [f'{name} {in_words(name, row[name])}' for name in BOUNDS]
         say(f'{settings.name} epoch {position[1]}: {", ".join(bounds)}')
     if measured:
         say(f'{table}: {len(rows)} rows')
+
+
+def in_words(name, value):
+    """A bound as a power of 2; a certified error or margin, or an empty cell, as it is."""
+    return f'{value:g}' if name.startswith('certified_') else power_of_2(value)
 
 
 def main(argv=None):

@@ -91,7 +91,8 @@ def read_claim(bound, tables, data):
         if 0 < slope < math.inf and np.ptp(quotients) <= 1e-6 * slope:
             found[name] = slope
     if not found:
-        raise BadInput('it is not linear in a norm of NORMS over gamma, up to a tail')
+        norms = ', '.join(NORMS)
+        raise BadInput(f'it is not linear in one of {norms} over gamma, up to a tail')
     # Without padding T is sqrt(p) F. Of norms that are proportional, the + 1 tells which is meant.
     offsets = {name: terms[0, 0, 0] - found[name] * NORMS[name](tables[0]) for name in found}
     norm = min(found, key=lambda name: abs(found[name] - offsets[name]))
@@ -258,11 +259,15 @@ def main(arguments=None):
     parser.add_argument('bounds', nargs='*', metavar='BOUND', help='entry of BOUNDS; none: all')
     parser.add_argument('--dataset', default='MNIST', help='entry of DATASETS (MNIST)')
     parser.add_argument('--depth', type=int, nargs='+', default=[1, 2, 3], help='convolutions')
-    parser.add_argument('--constant', type=float, default=4, help='c of a bound of your own (4)')
+    parser.add_argument('--constant', type=float, metavar='C', help='c of a bound of your own')
     args = parser.parse_args(arguments)
     for name in args.bounds:
         if name not in BOUNDS:
             raise BadInput(f'{name}: not in BOUNDS of utils.py, which has {", ".join(BOUNDS)}')
+    undeclared = set(args.bounds or BOUNDS) - {*CONSTANTS, *OTHER_FORMS}
+    if undeclared and args.constant is None:
+        claim = 'C (norm + 1) / gamma * complexity + tail'
+        raise BadInput(f'{undeclared.pop()}: give --constant C, which the bound {claim} has')
     _, (settings, *_) = load_settings(flags={'dataset_name': args.dataset})
     dataset = load_data(settings, 'cpu')
     images, classes, table = dataset.train_images, dataset.num_classes, []

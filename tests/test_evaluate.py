@@ -74,7 +74,7 @@ def test_weights_between_two_rows_are_not_measured(tmp_path):
     assert f'{path}: these weights lie between two rows' in evaluated(folder)
     assert not (folder / 'CONV-3-4' / 'evaluation.csv').exists()
     path.unlink()
-    assert 'CONV-3-4: has no weights yet' in evaluated(folder)
+    assert 'CONV-3-4: has no weights to evaluate' in evaluated(folder)
 
 
 @pytest.mark.process

@@ -150,7 +150,12 @@ def test_a_bound_of_the_users_own(digits, monkeypatch, capsys, tmp_path):
         utils.BOUNDS, 'square_bound', lambda network, data, *_: network.rho**2 / data.m
     )
     names = ['true_bound', 'thousandth_bound', 'third_bound', 'square_bound']
-    study.main([*names, '--dataset', 'digits', '--depth', '1', '2', '--out', str(tmp_path)])
+    words = [*names, '--dataset', 'digits', '--depth', '1', '2', '--out', str(tmp_path)]
+    with pytest.raises(
+        BadInput, match='_bound: give --constant C'
+    ):  # a wrong c gives a wrong verdict
+        study.main(words)
+    study.main([*words, '--constant', '4'])
     output = capsys.readouterr().out
     assert re.findall(r'^\| (\w+) \| CONV-\d .* \| (.*) \|$', output, re.M) == 2 * [
         ('true_bound', 'not refuted by these networks'),

@@ -116,13 +116,16 @@ def prove(errors, m, length, delta=(1, 1000)):
     return high
 
 
-if __name__ == '__main__':
+def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('message', type=Path)
-    parser.add_argument('--data-dir', default=os.environ.get('DATA_DIR', 'data'))
+    parser.add_argument('message', type=Path, help='a coded.bin')
+    default = os.environ.get('DATA_DIR', 'data')
+    parser.add_argument('--data-dir', default=default, help='the folder that holds MNIST/')
     options, data = parser.parse_args(), []
     for name, header in ('images-idx3', 16), ('labels-idx1', 8):
-        path = next(Path(options.data_dir, 'MNIST').rglob(f'train-{name}-ubyte*'))
+        files = sorted(Path(options.data_dir, 'MNIST').rglob(f'train-{name}-ubyte*'))
+        demand(files, f'{options.data_dir}: has no MNIST/**/train-{name}-ubyte; give --data-dir')
+        path = files[0]
         with (gzip.open if path.suffix == '.gz' else open)(path, 'rb') as file:
             data.append(file.read()[header:])
     pixels, labels = (np.frombuffer(part, np.uint8) for part in data)
@@ -131,3 +134,10 @@ if __name__ == '__main__':
     bound = -(-prove(errors, m, len(message)) // 100) / 10**4
     digest = hashlib.sha256(b''.join(data)).hexdigest()
     print(f'{len(message)} bytes, {errors} errors of {m}, proven error {bound:.4f}; MNIST {digest}')
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        raise SystemExit(f'check.py: {error}') from None
