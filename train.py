@@ -156,12 +156,15 @@ def train_epoch(net, optimizer, step, batch_loss, settings, dataset, epoch, stat
         state: its 'step' counts the epoch's steps, its 'train_loss' is the last one measured.
         bar: tqdm bar of steps.
     """
-    m = len(dataset.train_labels)
+    m, device = len(dataset.train_labels), dataset.train_labels.device
+    generator = torch.default_generator  # torch.manual_seed takes as long as a small step
+    if device.type == 'cuda':
+        generator = torch.cuda.default_generators[device.index]
     rng = np.random.default_rng((settings.seed, epoch))
     order = rng.permutation(m)
     if settings.augment == 'crop':
         order += m * rng.integers(VARIANTS, size=m)  # i + m v: variant v of image i
-    batches = torch.from_numpy(order).to(dataset.train_labels.device).split(settings.batch_size)
+    batches = torch.from_numpy(order).to(device).split(settings.batch_size)
     steps = len(batches)
     optimizer.param_groups[0]['lr'].fill_(learning_rate(settings, epoch))
     net.train()
@@ -170,7 +173,7 @@ def train_epoch(net, optimizer, step, batch_loss, settings, dataset, epoch, stat
         if stop_requested():
             break
         batch, number = batches[state['step']], (epoch - 1) * steps + state['step']
-        torch.manual_seed(hash((settings.seed, number)))  # of dropout, and the like
+        generator.manual_seed(hash((settings.seed, number)))  # of dropout, and the like
         regrow = sparsify.regrow_due(settings, number, settings.epochs * steps)
         if not regrow or settings.regrow == 'random':  # RigL's update replaces the gradient step
             step(batch)
@@ -181,7 +184,7 @@ def train_epoch(net, optimizer, step, batch_loss, settings, dataset, epoch, stat
         state['step'] += 1
         bar.update()
         if epoch == 1 and state['step'] == first + 20:
-            say_pace(settings, (time.perf_counter() - start) / 20 * steps, batch.device)
+            say_pace(settings, (time.perf_counter() - start) / 20 * steps, device)
         # The training loss is measured after each epoch; near the target, eight times an epoch.
         near = state['train_loss'] < 4 * settings.target_loss
         eighth = state['step'] % math.ceil(steps / 8) == 0
