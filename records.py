@@ -208,8 +208,8 @@ def show_status(folder):
 # ------------------------------------------------------------------------------------------------
 
 
-def table_bytes(columns, rows):
-    """A csv file of rows, {column: cell}; other columns come last, nan is an empty cell."""
+def write_table(path, columns, rows):
+    """Writes a csv file of rows, {column: cell}; other columns come last, nan is an empty cell."""
     text = io.StringIO()
     names = dict.fromkeys(columns)
     for row in rows:
@@ -218,12 +218,7 @@ def table_bytes(columns, rows):
     writer.writeheader()
     for row in rows:
         writer.writerow({name: cell for name, cell in row.items() if cell == cell})
-    return text.getvalue().encode()
-
-
-def write_table(path, columns, rows):
-    """Writes `table_bytes` atomically."""
-    write_file(path, table_bytes(columns, rows))
+    write_file(path, text.getvalue().encode())
 
 
 def read_table(path, columns, required):

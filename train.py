@@ -166,6 +166,7 @@ def train_epoch(net, optimizer, step, batch_loss, settings, dataset, epoch, stat
         order += m * rng.integers(VARIANTS, size=m)  # i + m v: variant v of image i
     batches = torch.from_numpy(order).to(device).split(settings.batch_size)
     steps = len(batches)
+    total = settings.epochs * steps
     optimizer.param_groups[0]['lr'].fill_(learning_rate(settings, epoch))
     net.train()
     start, first = time.perf_counter(), state['step']
@@ -174,11 +175,10 @@ def train_epoch(net, optimizer, step, batch_loss, settings, dataset, epoch, stat
             break
         batch, number = batches[state['step']], (epoch - 1) * steps + state['step']
         generator.manual_seed(hash((settings.seed, number)))  # of dropout, and the like
-        regrow = sparsify.regrow_due(settings, number, settings.epochs * steps)
+        regrow = sparsify.regrow_due(settings, number, total)
         if not regrow or settings.regrow == 'random':  # RigL's update replaces the gradient step
             step(batch)
         if regrow:
-            total = settings.epochs * steps
             loss = functools.partial(batch_loss, batch)
             sparsify.regrow(net, optimizer, settings, number, total, loss)
         state['step'] += 1
@@ -541,10 +541,8 @@ def main(argv=None):
         sys.stderr.write(stopped_message())
     elif PARENT not in os.environ:
         # Of an array job on Slurm, the task that ends last draws.
-        finished = [
-            is_finished(settings, records.rows_so_far(folder / settings.name)) for settings in runs
-        ]
-        if options.run is None or all(finished):
+        rows = ((settings, records.rows_so_far(folder / settings.name)) for settings in runs)
+        if options.run is None or all(is_finished(*pair) for pair in rows):
             draw_figures(folder)
     return status
 
