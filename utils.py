@@ -317,18 +317,25 @@ def evaluate_bounds(net, data, margins, delta=0.001, gamma=1.0, skip_uncovered=F
         'norm_ratio': data.norm_ratio,
         'path_norm': getattr(network, 'path_norm', np.nan),
     }
-    with np.errstate(over='ignore', under='ignore'):
-        for column, bound in BOUNDS.items():
-            try:  # on copies, so that a bound that changes its tables changes no other
-                value = bound(copy.deepcopy(network), copy.deepcopy(data), delta, gamma)
-            except NotCovered:
-                if not skip_uncovered:
-                    raise
-                value = np.nan
-            try:
-                row[column] = float(value)
-            except (TypeError, ValueError, RuntimeError):
-                raise BadInput(
-                    f'{column} of BOUNDS returns a {type(value).__name__}; it must return a number'
-                ) from None
+    row |= bounds_of(network, data, delta, gamma, skip_uncovered)
     return {column: float(value) for column, value in row.items()}
+
+
+@np.errstate(over='ignore', under='ignore')
+def bounds_of(network, data, delta, gamma, skip_uncovered=False):
+    """{column: float} of every bound of BOUNDS, from the tables that `evaluate_bounds` measures."""
+    row = {}
+    for column, bound in BOUNDS.items():
+        try:  # on copies, so that a bound that changes its tables changes no other
+            value = bound(copy.deepcopy(network), copy.deepcopy(data), delta, gamma)
+        except NotCovered:
+            if not skip_uncovered:
+                raise
+            value = np.nan
+        try:
+            row[column] = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise BadInput(
+                f'{column} of BOUNDS returns a {type(value).__name__}; it must return a number'
+            ) from None
+    return row

@@ -1,38 +1,46 @@
 """Which bound predicts? How often each bound ranks networks as their generalization gaps do.
 
-    python -m studies.ranking results/7                    prints the table of a finished sweep
-    python -m studies.ranking results/7 --out results/7    writes ranking.csv, .png and .pdf too
+    python -m studies.ranking results/zoo                  ranks every bound, yours too, in seconds
+    python -m studies.ranking results/zoo --weights        and your measures of networks
+    python -m studies.ranking results/7 --out results/7    a finished sweep; writes ranking.csv too
 
 Two networks whose settings differ in exactly one knob, seeds aside, are a pair. A measure errs on
 it if it is larger for the network with the smaller gap. The sign errors are weighted and averaged
 over environments, after Dziugaite et al. 2020, "In search of robust measures of generalization"
 (NeurIPS). Without weights they are Kendall's tau along a knob; its mean over knobs is psi, as in
-Jiang et al. 2020, "Fantastic generalization measures and where to find them" (ICLR).
-docs/ranking.md has the definitions. The networks come from the sweep's summary.csv and settings.
+Jiang et al. 2020, "Fantastic generalization measures and where to find them" (ICLR). Knobs are the
+independent evidence: a sign-flip test over them says whether psi is larger than by chance.
+docs/ranking.md has the definitions.
 """
 
 import collections
+import itertools
 import math
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from conf import BadInput, load_launch, run_program
+from conf import KNOBS, BadInput, load_launch, run_program
 from datasets import DATASETS
 from evaluation import at_target, is_finished
 from figures import varied
+from measures.landscape import MEASURES
 from records import write_table
+from studies import zoo
 from studies.report import new_figure, print_table, read_csv, save, study_parser
+from utils import BOUNDS, bounds_of
 
 LEAST_NETWORKS, LEAST_KNOBS = 20, 2
 LEAST_SIZE = 2  # of an environment: (sum w)^2 / sum w^2 over its pairs
 RANDOM_MEASURES = 300
+LEVEL = 0.05  # of the test over knobs, after Holm's correction
 
 # Columns of summary.csv that do not measure the network whose gap is ranked, or are parts of
 # FORMULAS.
 NO_MEASURES = """
-    name epoch round density lr train_loss test_loss train_error test_error generalization_gap
+    name base reached epoch round density lr train_loss test_loss train_error test_error
+    generalization_gap
     train_margin_error prod_ratio norm_ratio certified_error certified_margin
     pac_bayes_rounded_error pac_bayes_gibbs_error test_set_bound margin_10 sharpness masked_density
     train_size test_size train_seconds eval_seconds
@@ -86,6 +94,60 @@ def read_rows(folder):
     return rows
 
 
+def read_sweep(folder):
+    """([(settings, row)], {knob: values}, groups) of the finished networks of a sweep.
+
+    Networks that did not reach `target_loss` are left out and named.
+
+    Raises:
+        BadInput: there are too few of them, or of knobs.
+    """
+    last = {settings.name: (settings, row) for settings, row in read_rows(folder)}
+    networks = []
+    for settings, row in last.values():
+        if not is_finished(settings, [row]):
+            continue
+        if reached(settings, row):
+            networks.append((settings, row))
+        else:
+            print(f'{settings.name} did not reach target_loss and is left out')
+    knobs = varied(networks)
+    if len(networks) < LEAST_NETWORKS or len(knobs) < LEAST_KNOBS:
+        needed = f'a ranking needs {LEAST_NETWORKS} that vary in {LEAST_KNOBS} knobs'
+        found = f'{len(networks)} finished networks that vary in {len(knobs)} knobs'
+        raise BadInput(f'{folder}: has {found}; {needed}')
+    values = {knob: [getattr(settings, knob) for settings, _ in networks] for knob in knobs}
+    return networks, values, [0] * len(networks)
+
+
+def read_zoo(folder, weights=False):
+    """As `read_sweep`, for a zoo, whose groups are its base points; today's BOUNDS are evaluated.
+
+    Args:
+        weights: evaluate MEASURES without a column too, on the networks whose weights are there.
+    """
+    points, networks = zoo.design(), []
+    rows = {}
+    for cells in read_csv(Path(folder, 'networks.csv')):
+        rows[cells['name']] = {column: _number(cell) for column, cell in cells.items()}
+    for row, tables in zip(rows.values(), zoo.read_tables(folder), strict=True):
+        row |= bounds_of(*tables, KNOBS['delta'][0], KNOBS['gamma'][0])
+    if weights:
+        new = MEASURES.keys() - next(iter(rows.values())).keys()
+        for name, net, initial, dataset in zoo.read_networks(folder):
+            for measure in new:
+                sample = dataset.train_images, dataset.train_labels
+                rows[name][measure] = float(MEASURES[measure](net, initial, *sample))
+    for name, row in rows.items():
+        if row['reached']:
+            networks.append((zoo.zoo_settings(name, points[name]), row))
+    missing = len(points) - len(networks)
+    if missing:
+        print(f'{missing} of {len(points)} networks did not reach the loss and are left out')
+    values = {knob: [points[settings.name][knob] for settings, _ in networks] for knob in zoo.KNOBS}
+    return networks, values, [row['base'] for _, row in networks]
+
+
 def _number(cell):
     try:
         return float(cell)
@@ -118,16 +180,17 @@ def measures_of(networks):
     which bounds err_P.
     """
     rows = [row for _, row in networks]
+    columns = dict.fromkeys(column for row in rows for column in row)
     table = collections.defaultdict(lambda: np.full(len(rows), math.nan))
-    for column in rows[0]:
+    for column in columns:
         table[column] = np.array([row.get(column, math.nan) for row in rows])
     measures = {}
-    for column in rows[0]:
+    for column in columns:
         knob = column.removesuffix('_setting')
         if column in NO_MEASURES or hasattr(networks[0][0], knob):
             continue
         measures[column] = table[column]
-        if column.endswith('_bound'):
+        if column.endswith('_bound') or column in BOUNDS:
             measures[column] = table[column] + table['train_margin_error'] - table['train_error']
         elif column == 'pac_bayes_error':
             measures[column] = table[column] - table['train_error']
@@ -174,6 +237,39 @@ def of_known(function, values):
     return function(known) if known else math.nan
 
 
+def sign_flip_p(taus):
+    """The probability that the mean of taus is as large as it is if each has a random sign.
+
+    Exact, over all 2^K signs of the K knobs (Fisher's randomization test, one-sided).
+    """
+    taus = np.array([tau for tau in taus if not math.isnan(tau)])
+    signs = np.array(list(itertools.product((-1, 1), repeat=len(taus))))
+    return (signs @ taus >= taus.sum() - 1e-9).mean()
+
+
+def holm(p):
+    """Holm's adjustment of p-values (N,): those at most alpha have a familywise error of alpha."""
+    order = np.argsort(p)
+    factors = len(p) - np.arange(len(p))
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(np.sort(p) * factors))
+    return adjusted
+
+
+def interval(errors, level=0.95):
+    """The exact binomial interval of a mean of sign errors (Clopper and Pearson 1934).
+
+    A tie counts as right in the lower end and as wrong in the upper one.
+    """
+    from scipy.stats import beta
+
+    n, wrong = len(errors), (errors == 1).sum()
+    not_right = (errors > 0).sum()
+    low = beta.ppf((1 - level) / 2, wrong, n - wrong + 1) if wrong else 0.0
+    high = beta.ppf((1 + level) / 2, not_right + 1, n - not_right) if not_right < n else 1.0
+    return low, high
+
+
 class Pairs:
     """The pairs of networks whose settings differ in one knob, and their environments.
 
@@ -184,14 +280,18 @@ class Pairs:
         knobs: {knob: its N values}, without seeds.
         gaps: (N,) generalization gaps.
         n: number of test images.
+        groups: N labels; both networks of a pair have the same one.
     """
 
-    def __init__(self, knobs, gaps, n):
+    def __init__(self, knobs, gaps, n, groups=None):
         self.knobs, self.gaps = list(knobs), gaps
         texts = {knob: [repr(value) for value in values] for knob, values in knobs.items()}
+        self.texts = texts
         self.everyone = np.triu_indices(len(gaps), 1)
         pairs, names, self.environments = [], [], {}
         for i, j in zip(*self.everyone):
+            if groups and groups[i] != groups[j]:
+                continue
             differ = [knob for knob, values in texts.items() if values[i] != values[j]]
             if len(differ) != 1:
                 continue
@@ -215,10 +315,14 @@ class Pairs:
         for (knob, *_), members in self.environments.items():
             share = weighted_mean(errors[members], self.weights[members])
             shares[knob].append(share)
-        row, along, tau = {}, {}, {}
+        row, along, tau, ends = {}, {}, {}, {}
         for knob in self.knobs:
             along[f'error_{knob}'] = of_known(np.mean, shares[knob])
-            tau[f'tau_{knob}'] = 1 - 2 * of_known(np.mean, errors[self.knob == knob])
+            own = errors[self.knob == knob]
+            own = own[~np.isnan(own)]
+            tau[f'tau_{knob}'] = 1 - 2 * own.mean() if len(own) else math.nan
+            low, high = interval(own) if len(own) else (math.nan, math.nan)
+            ends |= {f'tau_low_{knob}': 1 - 2 * high, f'tau_high_{knob}': 1 - 2 * low}
         every = [share for group in shares.values() for share in group]
         row['pairs'] = np.isfinite(errors).sum()
         row['environments'] = np.isfinite(every).sum()
@@ -226,8 +330,9 @@ class Pairs:
         row['p90'] = of_known(lambda known: np.quantile(known, 0.9), every)
         row['max'] = of_known(max, every)
         row['worst'] = of_known(max, along.values())
-        row |= along | tau
+        row |= along | tau | ends
         row['psi'] = of_known(np.mean, tau.values())
+        row['p'] = sign_flip_p(tau.values())
         everywhere = sign_errors(values, self.gaps, *self.everyone)
         row['tau'] = 1 - 2 * of_known(np.mean, everywhere)
         return row
@@ -242,38 +347,28 @@ class Pairs:
         return band
 
 
-def rank_networks(folder):
-    """(rows, pairs) of a sweep: a row of ranking.csv per measure, the least mean first; its Pairs.
+def rank_networks(folder, weights=False):
+    """(rows, pairs) of a sweep or a zoo: a row of ranking.csv per measure, the least mean first.
 
-    Networks that did not reach `target_loss` are left out and named. A knob along which no two
-    networks can be compared is named.
+    A knob along which no two networks can be compared is named.
 
     Raises:
-        BadInput: the sweep has too few finished networks or knobs.
+        BadInput: it has too few finished networks or knobs.
     """
-    last = {settings.name: (settings, row) for settings, row in read_rows(folder)}
-    networks = []
-    for settings, row in last.values():
-        if not is_finished(settings, [row]):
-            continue
-        if reached(settings, row):
-            networks.append((settings, row))
-        else:
-            print(f'{settings.name} did not reach target_loss and is left out')
-    knobs = varied(networks)
-    if len(networks) < LEAST_NETWORKS or len(knobs) < LEAST_KNOBS:
-        needed = f'a ranking needs {LEAST_NETWORKS} that vary in {LEAST_KNOBS} knobs'
-        found = f'{len(networks)} finished networks that vary in {len(knobs)} knobs'
-        raise BadInput(f'{folder}: has {found}; {needed}')
+    if Path(folder, 'networks.csv').exists():
+        networks, knobs, groups = read_zoo(folder, weights)
+    else:
+        networks, knobs, groups = read_sweep(folder)
     gaps = np.array([gap(*network) for network in networks])
-    values = {knob: [getattr(settings, knob) for settings, _ in networks] for knob in knobs}
-    pairs = Pairs(values, gaps, min(row['test_size'] for _, row in networks))
+    pairs = Pairs(knobs, gaps, min(row['test_size'] for _, row in networks), groups)
     for knob in knobs:
         if knob not in pairs.knob:
             print(f'no two networks differ in {knob} alone: nothing is ranked along it')
     rows = []
     for name, measure in measures_of(networks).items():
         rows.append({'measure': name, 'networks': len(gaps)} | pairs.rank(measure))
+    for row, p in zip(rows, holm(np.array([row['p'] for row in rows]))):
+        row['p_holm'] = p
     rows.sort(key=lambda row: (math.isnan(row['mean']), row['mean']))
     return rows, pairs
 
@@ -288,47 +383,47 @@ def show(rows, pairs, band):
     sure = (pairs.weights > 0).sum()
     print(f'{len(pairs.gaps)} networks, {len(pairs.i):,} pairs that differ in one knob,')
     print(f"{sure:,} of them by more than the test set's noise\n")
-    columns = ['mean', 'psi', 'tau', *(f'error_{knob}' for knob in pairs.knobs)]
     cells = []
     for row in rows:
-        numbers = [f'{row[column]:.3f}' for column in columns]
-        cells.append((row['measure'], *numbers))
+        knob = max(pairs.knobs, key=lambda knob: _number(row[f'error_{knob}']))
+        numbers = [f'{row[column]:.3f}' for column in ('mean', 'psi', 'tau')]
+        p = [f'{row[column]:.2g}' for column in ('p', 'p_holm')]
+        cells.append((row['measure'], *numbers, *p, f'{row["worst"]:.2f} {knob}'))
     ranges = [f'{low:.3f} to {high:.3f}' for low, high in band.values()]
-    cells.append(('95 % of random measures', *ranges, *([''] * len(pairs.knobs))))
-    print_table(('measure', *columns), cells)
-    by_mean = [row['measure'] for row in rows if row['mean'] < band['mean'][0]]
-    by_psi = [row['measure'] for row in rows if row['psi'] > band['psi'][1]]
-    print(
-        f'\nBetter than the range of random measures by the mean: {", ".join(by_mean) or "none"};'
-    )
-    print(f'by psi: {", ".join(by_psi) or "none"}.')
-    # The knobs are the independent evidence, however many pairs there are.
+    cells.append(('95 % of random measures', *ranges, '', '', ''))
+    print_table(('measure', 'mean', 'psi', 'tau', 'p', 'p (Holm)', 'worst knob'), cells)
+    sound = [row['measure'] for row in rows if row['p_holm'] <= LEVEL]
     count = len(pairs.knobs)
+    print(f'\nPredicts along the {count} knobs, p (Holm) <= {LEVEL}: {", ".join(sound) or "none"}.')
     print(f'By chance a measure is right along all {count} knobs with probability 1/{2**count}.')
 
 
 def picture(rows, knobs, band):
-    """The sign errors of each measure, over all knobs (left) and along each knob (right)."""
-    y, width = range(len(rows)), 0.62 * len(knobs)
-    height = 0.27 * len(rows) + 1.5
+    """The sign errors of each measure along each knob: as dots (left), as colours (right)."""
+    y, width = range(len(rows)), 0.3 * len(knobs)
+    height = 0.2 * len(rows) + 1.8
 
     def column(name):
         return [row[name] for row in rows]
 
-    figure = new_figure(5.5 + width, height)
+    figure = new_figure(5.4 + width, height)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, width))
-    left.axvspan(*band, color='0.9', zorder=0, label='95 % of random measures')
+    left.axvspan(*band, color='0.85', zorder=0, label='95 % of random measures')
     left.axvline(0.5, color='0.6', linewidth=0.8, zorder=1)
-    left.hlines(y, 0, column('p90'), color='#88BBDD', linewidth=4, label='90 % of environments')
-    left.plot(column('mean'), y, 'o', color='black', markersize=4, label='mean over knobs')
-    left.plot(column('worst'), y, 'x', color='#BB0022', markersize=5, label='worst knob')
+    errors = np.array([column(f'error_{knob}') for knob in knobs]).T
+    for number, along in enumerate(errors):
+        label = 'one knob' if number == 0 else None
+        left.plot(along, [number] * len(knobs), 'o', color='#0072B2', alpha=0.35, ms=4, label=label)
+    left.plot(column('mean'), y, 'D', color='black', markersize=4, label='mean over knobs')
+    sound = [number for number in y if rows[number]['p_holm'] <= LEVEL]
+    left.plot([1.06] * len(sound), sound, '*', color='#D55E00', label=f'p (Holm) ≤ {LEVEL}')
     name_measures(left, column('measure'))
-    left.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5), xlabel='weighted sign error')
+    left.set(xlim=(-0.03, 1.1), ylim=(len(rows) - 0.5, -0.5), xlabel='weighted sign error')
     left.set_title(f'{rows[0]["networks"]} networks, {rows[0]["pairs"]} pairs', fontsize='medium')
-    below = {'loc': 'upper center', 'bbox_to_anchor': (0.5, -0.35 / height * 2)}
+    below = {'loc': 'upper center', 'bbox_to_anchor': (0.5, -0.6 / height)}
     left.legend(**below, fontsize='small', frameon=False, ncols=2)
-    map_errors(right, np.array([column(f'error_{knob}') for knob in knobs]).T)
-    slanted = {'rotation': 40, 'ha': 'left', 'rotation_mode': 'anchor'}
+    map_errors(right, errors)
+    slanted = {'rotation': 45, 'ha': 'left', 'rotation_mode': 'anchor'}
     right.set_xticks(range(len(knobs)), labels=knobs, **slanted, fontsize='small')
     return figure
 
@@ -344,11 +439,11 @@ def name_measures(panel, names):
 
 
 def map_errors(panel, errors):
-    """Sign errors (measures, columns) as numbers and colours, blue if right; nan is white."""
+    """Sign errors (measures, columns) as colours, blue if right, and few columns as numbers too."""
     panel.imshow(errors, cmap='RdBu_r', vmin=0, vmax=1, aspect='auto')
     style = {'ha': 'center', 'va': 'center', 'fontsize': 'x-small'}
     for (row, column), error in np.ndenumerate(errors):
-        if not math.isnan(error):
+        if errors.shape[1] <= 6 and not math.isnan(error):
             color = 'white' if abs(error - 0.5) > 0.35 else 'black'
             panel.text(column, row, f'{error:.2f}', color=color, **style)
     panel.xaxis.tick_top()
@@ -357,9 +452,11 @@ def map_errors(panel, errors):
 
 def main(arguments=None):
     parser = study_parser('ranking', __doc__, 'ranking.csv, ranking.png and ranking.pdf')
-    parser.add_argument('folder', type=Path, help='results folder of a finished sweep')
+    parser.add_argument('folder', type=Path, help='results/zoo, or a folder of a finished sweep')
+    text = 'of a zoo: also rank the entries of MEASURES that networks.csv does not have'
+    parser.add_argument('--weights', action='store_true', help=text)
     options = parser.parse_args(arguments)
-    rows, pairs = rank_networks(options.folder)
+    rows, pairs = rank_networks(options.folder, options.weights)
     band = pairs.chance()
     show(rows, pairs, band)
     if options.out:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, refused, settings_of, succeeds
+from scipy.stats import binomtest
 from torch import nn
 
 from conf import BadInput, load_settings, settings_text
@@ -80,7 +81,15 @@ def brute_force(knobs, gaps, values, n):
     every = [share for group in shares.values() for share in group]
     row = {'pairs': sum(map(len, taus.values())), 'environments': len(every)}
     errors = {f'error_{knob}': average(shares[knob]) for knob in knobs}
-    row |= errors | {f'tau_{knob}': average(taus[knob]) for knob in knobs}
+    along = {f'tau_{knob}': average(taus[knob]) for knob in knobs}
+    row |= errors | along
+    for knob, values in taus.items():
+        high = binomtest(sum(tau < 1 for tau in values), len(values)).proportion_ci().high
+        low = binomtest(sum(tau < 0 for tau in values), len(values)).proportion_ci().low
+        row |= {f'tau_low_{knob}': 1 - 2 * high, f'tau_high_{knob}': 1 - 2 * low}
+    flips = list(itertools.product((-1, 1), repeat=len(knobs)))
+    sums = [sum(s * tau for s, tau in zip(signs, along.values())) for signs in flips]
+    row['p'] = np.mean([total >= sum(along.values()) - 1e-9 for total in sums])
     row |= {'mean': average(errors.values()), 'worst': max(errors.values()), 'max': max(every)}
     row |= {'p90': np.quantile(every, 0.9), 'tau': average(everyone)}
     return row | {'psi': average(map(average, taus.values()))}
@@ -112,6 +121,19 @@ def test_random_measures_stay_in_the_band_and_the_gap_does_not():
     right = pairs.rank(gaps)
     assert right['mean'] == 0
     assert right['psi'] > band['psi'][1]
+    assert right['p'] == 1 / 2**3
+    assert pairs.rank(-gaps)['p'] == tied['p'] == 1
+
+
+def test_pairs_stay_within_their_groups():
+    knobs = {'depth': [1, 2, 1, 2], 'width': [8, 8, 8, 16]}
+    pairs = ranking.Pairs(knobs, np.arange(4.0), N, groups=[0, 0, 1, 1])
+    assert list(zip(pairs.i, pairs.j, pairs.knob)) == [(0, 1, 'depth')]
+
+
+def test_holm_multiplies_the_least_p_by_their_number():
+    found = ranking.holm(np.array([0.04, 0.001, 0.03, 0.9]))
+    assert found == pytest.approx([0.09, 0.004, 0.09, 0.9])
 
 
 # --- table and picture of a folder ---
@@ -187,8 +209,8 @@ def test_the_table_is_printed_with_the_band_of_random_measures(tmp_path):
     said = succeeds(folder, program=ranking.main)
     assert '24 networks, 108 pairs that differ in one knob' in said
     assert 'right along all 3 knobs with probability 1/8' in said
-    assert re.search(r'by the mean: .*1 / sharpness', said)
-    assert re.search(r'^\| constant \| 0.500 \| 0.000 \| 0.000 \|', said, re.M)
+    assert 'p (Holm) <= 0.05: none.' in said
+    assert re.search(r'^\| constant \| 0.500 \| 0.000 \| 0.000 \| 1 \| 1 \|', said, re.M)
     band = r'^\| 95 % of random measures \| 0.\d+ to 0.\d+ \| -0.\d+ to 0.\d+ '
     assert re.search(band, said, re.M)
     assert {path.name for path in folder.iterdir()} == {'global_settings.py', 'summary.csv'}
