@@ -44,6 +44,7 @@ from studies.coded.search import (
     initial_code,
     nats,
     search,
+    simplified,
 )
 
 SHIPPED = sorted((ROOT / 'results' / 'coded').glob('*/coded.bin'))
@@ -221,6 +222,30 @@ def test_permuting_hidden_channels_changes_neither_scores_nor_nats():
     assert torch.equal(scores(code, images), scores(other, images))
     assert list(map(nats, code[-3:])) == list(map(nats, other[-3:]))
     assert len(encode(code)) == len(encode(other))
+
+
+def test_equal_channels_are_merged_and_common_factors_divided_out():
+    images, _ = images_and_labels(size=28)
+    for seed in range(20):
+        code = random_code(seed, heavy=False)
+        if not code.kernels:
+            continue
+        kernels, channels = list(code.kernels), code.direct.shape[1]
+        kernels[0] = 2 * kernels[0]
+        # Channels 0 and 1 of the last layer become equal, and so do they of the layers before.
+        kernels = [kernel[[0, 0, *range(1, len(kernel))]] for kernel in kernels]
+        for layer in range(1, len(kernels)):
+            kernels[layer] = kernels[layer][:, [0, 0, *range(1, kernels[layer].shape[1])]]
+        twice = [0, 0, *range(1, channels)]
+        larger = code._replace(
+            kernels=kernels, hidden=code.hidden[:, twice], direct=code.direct[:, twice]
+        )
+        smaller = simplified(larger)
+        assert all(len(k) < len(other) for k, other in zip(smaller.kernels, larger.kernels))
+        assert len(encode(smaller)) <= len(encode(larger))
+        found, expected = scores(smaller, images).double(), scores(larger, images).double()
+        assert torch.equal(found * expected.abs().max(), expected * found.abs().max())
+        assert expected.abs().max() > found.abs().max() or not expected.any()
 
 
 def test_scores_are_those_of_the_formula():

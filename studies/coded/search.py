@@ -97,6 +97,33 @@ def unfitted(kernels, geometry, channels, classes, q=None):
     return Code(kernels, geometry, GAIN, hidden, head, direct)
 
 
+def simplified(code):
+    """A code whose scores are the same up to a positive factor, and whose message is no longer.
+
+    Common factors of a kernel are divided out, since ReLUs pass them on to the scores. Channels
+    with equal kernels are merged into one, by which the next layer reads their sum.
+    """
+    tensors = [*code.kernels, code.hidden, code.direct]
+    for layer in range(len(code.kernels)):
+        kernel = tensors[layer] // max(1, math.gcd(*tensors[layer].flatten().tolist()))
+        distinct, merged = kernel.flatten(1).unique(dim=0, return_inverse=True)
+        readers = [layer + 1] if layer + 1 < len(code.kernels) else [-2, -1]
+        sums = []
+        for reader in readers:
+            shape = list(tensors[reader].shape)
+            shape[1] = len(distinct)
+            sums.append(
+                torch.zeros(shape, dtype=torch.int64).index_add_(1, merged, tensors[reader])
+            )
+        if max(part.abs().max() for part in sums if part.numel()) < LEVELS[-1]:
+            kernel = distinct.view(-1, *kernel.shape[1:])
+            for reader, part in zip(readers, sums):
+                tensors[reader] = part
+        tensors[layer] = kernel
+    smaller = code._replace(kernels=tensors[:-2], hidden=tensors[-2], direct=tensors[-1])
+    return min(smaller, code, key=lambda one: len(encode(one)))
+
+
 # --------------------------------------------------------------------------------------------------
 # What integers cost in a message
 # --------------------------------------------------------------------------------------------------
@@ -359,6 +386,7 @@ def search(code, images, labels, delta=0.001, seconds=120.0, sweeps=None, seed=0
         hold: the kernels stay as they are.
     """
     start, m, rng = time.process_time(), len(images), np.random.default_rng(seed)
+    code = simplified(code)
     empty = code._replace(**{name: torch.zeros_like(getattr(code, name)) for name in PARTS})
     fixed = _cost(empty) - sum(map(nats, [*code.kernels, *empty[-len(PARTS) :]]))
     fixed += DESIGN_BYTES * math.log(256) - math.log(delta)
