@@ -95,14 +95,15 @@ def download(dataset, file, folder):
     if similar:
         missing += f' (which has {", ".join(similar[:5])})'
     print(f'{missing}: downloading it', flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
     # The file gets its name once it is whole, so that an interrupted download is not taken for it.
     part = folder / f'{file}.{uuid.uuid4().hex}.tmp'
     try:
-        with urllib.request.urlopen(url, timeout=30) as response, open(part, 'wb') as target:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            folder.mkdir(parents=True, exist_ok=True)
             size = int(response.headers.get('Content-Length', 0))
             with tqdm.wrapattr(response, 'read', total=size, desc=file) as source:
-                shutil.copyfileobj(source, target)
+                with open(part, 'wb') as target:
+                    shutil.copyfileobj(source, target)
         md5 = hashlib.md5(part.read_bytes(), usedforsecurity=False).hexdigest()
         if md5 != md5s[file]:
             raise BadInput(

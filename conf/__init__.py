@@ -192,7 +192,11 @@ def load_launch(folder, flags=None):
         body = ast.parse(path.read_bytes()).body
         values = {line.targets[0].id: ast.literal_eval(line.value) for line in body}
     except FileNotFoundError:
-        raise BadInput(f'{folder}: not a results folder, it has no global_settings.py') from None
+        parent = Path(folder).resolve().parent
+        hint = f'; did you mean {parent}?' if (parent / 'global_settings.py').exists() else ''
+        raise BadInput(
+            f'{folder}: not a results folder, it has no global_settings.py{hint}'
+        ) from None
     except (ValueError, SyntaxError, AttributeError):
         raise BadInput(f'{path}: damaged; put back the settings that the launch wrote') from None
     sweep = {name: neutral for name, (neutral, _) in KNOBS.items()}

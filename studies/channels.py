@@ -67,8 +67,9 @@ def last(network):
 
 
 def draw(networks):
-    figure = new_figure(15, 4)
-    panels = figure.subplots(1, 3)
+    figure = new_figure(8.5, 6.5)
+    mosaic = figure.subplot_mosaic([['errors', 'channels'], ['epochs', 'epochs']])
+    panels = list(mosaic.values())
     for regrow in dict.fromkeys(regrow for regrow, _ in networks):
         color = COLORS[regrow]
         sparsities = sorted(sparsity for kind, sparsity in networks if kind == regrow)
@@ -90,7 +91,9 @@ def draw(networks):
     panels[2].set(xlabel='epoch', ylabel=label, ylim=0)
     for panel in panels:
         panel.grid(alpha=0.3)
-        panel.legend(frameon=False)
+    panels[0].legend(frameon=False)
+    panels[1].legend(frameon=False)
+    panels[2].legend(frameon=False, loc='upper right', ncols=2)
     return figure
 
 

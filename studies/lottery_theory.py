@@ -146,8 +146,9 @@ def show(table, halves):
 
 
 def draw(table, shares, halves):
-    figure = new_figure(14, 4)
-    needed, rate, far = figure.subplots(1, 3)
+    figure = new_figure(8.5, 7.5)
+    mosaic = figure.subplot_mosaic([['needed', 'needed'], ['rate', 'far']])
+    needed, rate, far = mosaic.values()
     colors = {'cmap': 'viridis', 'vmin': 0, 'vmax': 1}
     for r, column in zip(EVERY, shares.T):
         points = needed.scatter([r] * len(RATIOS), samples_tried(r), c=column, s=60, **colors)
@@ -175,7 +176,7 @@ def draw(table, shares, halves):
     legend = {'frameon': False, 'fontsize': 8, 'handlelength': 4}
     needed.legend(**legend)
     rate.legend(**legend)
-    far.legend(**legend, loc='upper center', bbox_to_anchor=(0.5, -0.14), ncols=2)
+    figure.legend(*far.get_legend_handles_labels(), loc='outside lower right', ncols=2, **legend)
     return figure
 
 

@@ -109,7 +109,7 @@ def measure(net, images, labels):
 def draw(rows, norm):
     """The metric and the largest change above, the share of classes that stay below."""
     kinds = list(dict.fromkeys(name.partition(', ')[0] for name in CHANGES))
-    figure = new_figure(12, 6)
+    figure = new_figure(8.5, 6.5)
     panels = figure.subplots(2, len(kinds), sharey='row', sharex='col')
     for name in CHANGES:
         kind, _, rounding = name.partition(', ')
@@ -132,9 +132,11 @@ def draw(rows, norm):
         lower.set(xlabel=unit, ylim=(-0.03, 1.03))
     panels[0, 0].set_ylabel('change of the outputs (l1)\nper unit of the largest pixel')
     panels[1, 0].set_ylabel('share of test images')
-    for panel, side in zip(panels[:, 0], ('upper', 'lower')):
+    handles = {}
+    for panel in panels.flat:
         lines, labels = panel.get_legend_handles_labels()
-        figure.legend(lines, labels, loc=f'outside right {side}', frameon=False)
+        handles |= dict(zip(labels, lines))
+    figure.legend(handles.values(), handles, loc='outside lower center', ncols=3, frameon=False)
     return figure
 
 

@@ -44,6 +44,10 @@ KNOBS = {
     'certify_every': 0,
     'threads': 1,
 }
+# A marker and a color of each way; the colors differ without red and green.
+MARKERS = tuple(
+    zip('osD^vPX', '#0072B2 #E69F00 #009E73 #D55E00 #000000 #56B4E9 #CC79A7'.split(), strict=True)
+)
 WAYS = {
     'magnitude': {'density': 1.0, 'prune_rounds': 1, 'prune_fraction': 0.8},  # rewound
     'SNIP': {'initial_mask': 'snip'},
@@ -177,17 +181,18 @@ def show(folder):
 
 
 def draw(tables):
-    figure = new_figure(14, 4)
+    figure = new_figure(8.5, 4.4)
     panels = figure.subplots(1, 3, sharey=True)
     shown = 'distance at the start', 'weighted gap at the end', 'train error'
     for panel, name in zip(panels, shown):
-        for way, x, y in zip(WAYS, tables[name], tables['test error']):
-            panel.scatter(x, y, label=way)
+        ways = zip(WAYS, MARKERS, tables[name], tables['test error'])
+        for way, (marker, color), x, y in ways:
+            panel.scatter(x, y, marker=marker, color=color, label=way)
         panel.set_xlabel(name)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel('test error')
     lines, labels = panels[0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc='outside right center', frameon=False)
+    figure.legend(lines, labels, loc='outside lower center', ncols=7, frameon=False)
     return figure
 
 

@@ -6,6 +6,7 @@ python -m studies.width_theorem --N 4 --D 3 --K 9 --rY 2  other problems
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -107,8 +108,12 @@ def draw(problems, counts, path):
     """Draws a histogram of the counts of each problem, with the width bounds."""
     import matplotlib.figure
 
-    figure = matplotlib.figure.Figure(figsize=(13, 3.2), layout='constrained')
-    panels = figure.subplots(1, len(problems), sharey=True, squeeze=False)[0]
+    rows = math.ceil(len(problems) / 2)
+    figure = matplotlib.figure.Figure(figsize=(8.5, 0.6 + 2.4 * rows), layout='constrained')
+    panels = figure.subplots(rows, min(2, len(problems)), sharey=True, squeeze=False)
+    for panel in panels.flat[len(problems) :]:
+        panel.remove()
+    first, panels = panels[:, 0], panels.flat[: len(problems)]
     for panel, problem, numbers in zip(panels, problems, counts):
         r = problem.get('rX') or min(problem['K'], problem['N'])
         q = problem.get('rY') or min(problem['D'], r)
@@ -127,9 +132,10 @@ def draw(problems, counts, path):
         panel.set(title=title(problem), xlabel='neurons in use')
         panel.title.set_size(9)
         panel.xaxis.get_major_locator().set_params(integer=True)
-    panels[0].set_ylabel(f'problems of {len(counts[0])}')
+    for panel in first:
+        panel.set_ylabel(f'problems of {len(counts[0])}')
     lines = panels[0].get_legend_handles_labels()
-    figure.legend(*lines, loc='outside right center', frameon=False)
+    figure.legend(*lines, loc='outside lower center', ncols=2, frameon=False)
     figure.savefig(path, dpi=110)
 
 

@@ -185,7 +185,9 @@ def test_a_resume_keeps_where_a_launch_came_from(tmp_path):
 @pytest.mark.parametrize('option', ['--plot', '--status'])
 def test_reading_something_else_is_refused(uninterrupted, option):
     line = refused('--results-path', uninterrupted / 'CONV-3-4', option)
-    assert 'not a results folder, it has no global_settings.py' in line
+    assert (
+        f'not a results folder, it has no global_settings.py; did you mean {uninterrupted}?' in line
+    )
     line = refused('--results-path', uninterrupted, option, '--epochs', '9')
     assert f'{option} takes no setting; leave --epochs out' in line
 

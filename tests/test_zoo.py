@@ -1,6 +1,5 @@
 """The zoo: its design, what is kept of a network, and the ranking of a bound of the user's own."""
 
-
 import pytest
 from conftest import ROOT
 
