@@ -1,6 +1,6 @@
 """Channels that die while a sparse network trains: CONV-3-32 on the digits with SET and RigL.
 
-docs/sparse.md says what it shows, `python -m studies.channels` draws it.
+docs/topology.md says what it shows, `python -m studies.channels` draws it.
 """
 
 dataset_name = 'digits'

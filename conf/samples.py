@@ -2,7 +2,7 @@
 
 A launch has one train_samples, and epochs is 24,000 over it, so that more images do not mean more
 training as well: a round of 500, 1000, 2000 or 4000 images has 768, 768, 756 or 750 steps, since an
-epoch's last batch is smaller. docs/sparse.md has the loop over launches, which
+epoch's last batch is smaller. docs/samples.md has the loop over launches, which
 `python -m studies.samples` reads.
 """
 

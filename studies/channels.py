@@ -1,4 +1,4 @@
-"""Test error and remaining channels against channel_sparsity (docs/sparse.md).
+"""Test error and remaining channels against channel_sparsity (docs/topology.md).
 
     python train.py --settings conf/channels.py --results-path results/7
     python -m studies.channels results/7 [--out DIR]

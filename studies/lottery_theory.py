@@ -1,4 +1,4 @@
-"""How many samples a sparse student needs to recover its teacher (docs/sparse.md).
+"""How many samples a sparse student needs to recover its teacher (docs/topology.md).
 
     python -m studies.lottery_theory [--out DIR]           the table of results/lottery_theory.csv
     python -m studies.lottery_theory --measure FILE.csv    measures it first: 3.5 minutes of a core

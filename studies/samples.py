@@ -1,4 +1,4 @@
-"""How many training images reach a test error, at each density (docs/sparse.md).
+"""How many training images reach a test error, at each density (docs/samples.md).
 
     python -m studies.samples results/7 results/8 ... [--out DIR]
 

@@ -1,4 +1,4 @@
-"""What a mask's topology says of the network's error: seven ways to a mask (docs/sparse.md).
+"""What a mask's topology says of the network's error: seven ways to a mask (docs/topology.md).
 
     python -m studies.topology                      prints the tables of results/topology
     python -m studies.topology --train results/9    trains the 21 networks there (2 minutes of a

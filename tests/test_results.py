@@ -546,15 +546,19 @@ def test_the_examples_of_the_pages_print_what_they_say(capsys):
 
 
 def test_the_page_of_sparse_networks_quotes_the_shipped_rounds():
-    (table,) = tables('docs/sparse.md', 'weights left')
+    (table,) = tables('docs/sparse.md', 'weights kept')
     ends = ends_of_rounds('tickets-digits', 'CONV-3-16')
     rows = {f'{100 * row["density"]:.1f} %': row for row in ends}
-    check_rows(table, [rows[row['weights left']] for row in table])
-    magnitude, random = tables('docs/sparse.md', 'left of the convolutions')
+    check_rows(table, [rows[row['weights kept']] for row in table])
+    (magnitude,) = tables('docs/sparse.md', 'kept')
     path = tables('docs/certificate.md', 'left of the convolutions')[0]  # the same run
-    for score, table in (('magnitude', magnitude), ('random', random), ('path', path)):
+    for score, table in (('magnitude', magnitude), ('path', path)):
         check_rows(table, ends_of_rounds('tickets', f'CONV-3-16-prune_score{score}'))
-        assert [row['left of the convolutions'] for row in table] == HALVES
+        assert [next(iter(row.values())) for row in table] == HALVES
+    rows = ends_of_rounds('tickets', 'CONV-3-16-prune_scorerandom')
+    *_, third, fourth, _, _, last = (row['test_error'] for row in rows)
+    quotes('docs/sparse.md', f'to {third:.4f} at 25 % and to {fourth:.3f} at 12.5 %')
+    assert last == 1
 
 
 def test_the_words_of_sparse_networks():
@@ -572,10 +576,11 @@ def test_the_words_of_sparse_networks():
     for column in ('pac_bayes_rounded_error', 'pac_bayes_gibbs_error'):
         assert fall(mnist, column, -1) == pytest.approx(1 / 20, abs=0.01)
     path = percent(fall(mnist, 'path_bound', -1))
-    quotes('docs/sparse.md', f'`path_bound` by {path}', f'**path bound** falls by {path}')
+    quotes('docs/sparse.md', f'`path_bound` by {path}')
     for column in ('our_bound', 'corrected_bound'):
         assert np.argmin([row[column] for row in mnist]) == 3
         assert 0 < fall(mnist, column, 3) < 0.015
+        assert abs(fall(mnist, column, -1)) < 0.01
 
 
 def compressed(name, network):
@@ -607,14 +612,10 @@ def test_the_page_of_narrower_networks_quotes_the_shipped_layers(number, folder,
     assert {row['layer'] for row in rows} == {layer}
     for cells, row in zip(table, rows, strict=True):
         assert cells['lam'] == ('the source' if row['lam'] == '0' else row['lam'])
-        channels = row['channels'].split('|')
-        if 'channels' in cells:
-            assert cells['channels'] == ', '.join(channels)
-        else:
-            assert cells['channels of the last layer'] == channels[-1]
+        assert cells['channels of the last layer'] == row['channels'].split('|')[-1]
         assert cells['weights'] == row['weights']
         assert cells['residual'] == (f'{float(row["residual"]):.3g}' if row['residual'] else '')
-        for name in ('train loss', 'train error', 'test loss', 'test error'):
+        for name in ('train error', 'test error'):
             assert cells[name] == f'{float(row[name.replace(" ", "_")]):.4f}'
 
 
@@ -631,9 +632,10 @@ def test_the_words_of_narrower_networks():
     quotes(
         'docs/compress.md',
         f"the paper's, the corrected and the path bound fall by {low} to {high}",
-        "sum over channels, gain {} and {}, and Sedghi's, which has the number of weights in it,"
-        ' {}.'.format(*others),
-        'ours by {}, the corrected bound by {} and the path bound by {},'.format(*mnist),
+        "sum over channels, fall by {} and {}, and Sedghi's, which counts weights, by {}.".format(
+            *others
+        ),
+        'our bound falls by {}, the corrected bound by {} and the path bound by {},'.format(*mnist),
     )
 
 
