@@ -3,6 +3,7 @@
 import csv
 import itertools
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,7 @@ from studies.coded.search import (
 
 SHIPPED = sorted((ROOT / 'results' / 'coded').glob('*/coded.bin'))
 PAGE = (ROOT / 'docs' / 'coded.md').read_text()
+WORDS = ' '.join(PAGE.split())
 
 
 def random_code(seed, channels=1, classes=3, heavy=True):
@@ -596,8 +598,8 @@ def test_the_page_quotes_the_message_about_cifar10():
     assert f'proven error {rounded_up(bound):.4f}' in PAGE
     rows = rows_of(read_metrics(folder / 'metrics.csv'))
     (dense,) = [row for row in rows if (row['round'], row['epoch']) == (0, 10)]
-    errors = f'{dense["test_error"]:.4f} before and of\n{rows[-1]["test_error"]:.4f} after pruning'
-    assert f'test error of {errors}' in PAGE
+    errors = f'{dense["test_error"]:.4f} before and of {rows[-1]["test_error"]:.4f} after pruning'
+    assert f'test error of {errors}' in WORDS
 
 
 @pytest.mark.pages
@@ -605,6 +607,23 @@ def test_the_page_quotes_the_controls():
     rows = table('controls.csv')
     assert len(rows) == 5
     for row in rows:
-        errors = f'{float(row["train_error"]):.4f} | {float(row["test_error"]):.4f}'
+        errors = f'{float(row["train_error"]):.4f}|{float(row["test_error"]):.4f}'
         bound = rounded_up(float(row['bound']))
-        assert f' | {row["bytes"]} | {errors} | {bound:.4f} |' in PAGE, row['name']
+        assert f'|{row["bytes"]}|{errors}|{bound:.4f}|' in PAGE, row['name']
+
+
+@pytest.mark.pages
+def test_the_page_tells_where_the_bytes_of_a_message_go():
+    message, rows = SHIPPED[0].read_bytes(), []
+    code = decode(message, 1, 10)
+    assert [len(kernel) for kernel in code.kernels] == [2, 1, 6]
+    assert f'`--seconds 600` it came to {table("searches.csv")[1]["bound"]}.' in WORDS
+    for name, tensors in zip(('kernels', *'abw'), (code.kernels, *([part] for part in code[-3:]))):
+        integers, nonzero = (
+            sum(map(count, tensors)) for count in (torch.numel, torch.count_nonzero)
+        )
+        size = sum(map(nats, tensors)) / math.log(256)
+        rows.append(size)
+        assert f'\n|{name}|{integers}|{nonzero}|{size:.1f}|\n' in PAGE
+    (shapes,) = re.findall(r'^\|depth.*\|([\d.]+)\|$', PAGE, flags=re.M)
+    assert 0 < len(message) - sum(rows) - float(shapes) < 1

@@ -15,7 +15,9 @@ from conftest import ROOT, succeeds
 
 from conf import load_launch
 from datasets import DATASETS
+from evaluation import rounded_up
 from measures.norms import measure_network
+from measures.pac_bayes import COLUMNS
 from measures.paths import path_norm
 from measures.representations import effective_depth
 from measures.tails import kl_inverse
@@ -457,15 +459,14 @@ def test_the_page_of_certificates_quotes_the_shipped_ones():
     (table,) = tables('docs/certificate.md', 'results/certificate')
     ends = [ends_of_rounds('certificate', row['results/certificate'])[-1] for row in table]
     check_rows(table, ends)
-    shown = tables('docs/certificate.md', 'left of the convolutions')
-    for network, table in zip(('CONV-3-16', 'CONV-3-32'), shown, strict=True):
-        check_rows(table, ends_of_rounds('sparse-certificate', network))
-        layers = read_layers(RESULTS / 'sparse-certificate' / network / 'layers.csv')
-        hidden = (layers['epoch'] == 10) & np.isin(layers['layer'], (1, 2, 3))
-        live = int(network.rpartition('-')[2]) - layers['dead_channels'][hidden].reshape(-1, 3)
-        channels = [', '.join(f'{count:.0f}' for count in row) for row in live]
-        assert [row['channels left'] for row in table] == channels
-        assert [row['left of the convolutions'] for row in table] == HALVES
+    (table,) = tables('docs/certificate.md', 'left of the convolutions')
+    check_rows(table, ends_of_rounds('sparse-certificate', 'CONV-3-16'))
+    assert [row['left of the convolutions'] for row in table] == HALVES
+    wide, falls = ends_of_rounds('sparse-certificate', 'CONV-3-32'), []
+    for letter, column in zip('ABC', COLUMNS):
+        first, last = (written(wide[i][column], 'up') for i in (0, -1))
+        falls.append(f'{letter} {"falls " * (letter == "A")}from {first} to {last}')
+    quotes('docs/certificate.md', ', '.join(falls))
     (narrow,) = ends_of_rounds('certificate', 'CONV-3-8')
     proven = written(narrow['pac_bayes_error'], 'up')
     quotes('docs/certificate.md', f'({proven} at a test error of {narrow["test_error"]:.4f})')
@@ -475,16 +476,20 @@ def test_the_page_of_certificates_quotes_the_shipped_ones():
         for sweep in ('mnist-width', 'sparse-certificate')
         for network in networks(sweep)
     ]
-    for row, network in zip(table, shown, strict=True):
+    parts = rows_of_csv('results', 'certificate', 'parts.csv')
+    for row, network, part in zip(table, shown, parts, strict=True):
         assert row['A'] == written(ends_of_rounds(*network)[-1]['pac_bayes_error'], 'up')
+        assert part['name'] == '/'.join(network) and row['A'] == written(float(part['A']), 'up')
+        columns = 'loss', 'hidden', 'classifier', 'gamma', 'sent_A', 'sent_B'
+        assert list(row.values())[2:] == [part[column] for column in columns]
 
 
 def test_the_page_of_certificates_quotes_what_each_part_buys():
     rows = rows_of_csv('results', 'certificate', 'changes.csv')
-    whole, *changed = [float(row['A']) for row in rows]
-    (table,) = tables('docs/certificate.md', "classifier's prior at zero, τ = 0")
-    assert list(table[0].values()) == [written(A, 'up') for A in changed]
-    quotes('docs/certificate.md', f'A of the dense CONV-3-8, {written(whole, "up")}')
+    whole, zero, *_, many = [written(float(row['A']), 'up') for row in rows]
+    assert (rows[1]['change'][-5:], rows[-1]['change'][:9]) == ('τ = 0', 'n0 = 4000')
+    quotes('docs/certificate.md', f'A of the dense CONV-3-8 is {zero} instead of {whole}')
+    quotes('docs/certificate.md', f'larger $n_0$ (4000: {many})')
 
 
 def test_the_page_of_certificates_quotes_the_disagreement():
@@ -493,11 +498,16 @@ def test_the_page_of_certificates_quotes_the_disagreement():
     for cells in table:
         row = rows[cells['shipped network']]
         assert cells['differs on'] == row['differ']
-        for name, column in (('D at δ/2', 'coded'), ('P(f ≠ g)', 'share'), ('E', 'bound')):
+        for name, column in (('D at δ/2', 'coded'), ('Pr(f ≠ g)', 'share'), ('E', 'bound')):
             assert cells[name] == f'{float(row[column]):.4f}'
         if cells['A']:
             last = ends_of_rounds(*row['name'].split('/'))[-1]
             assert cells['A'] == written(last['pac_bayes_error'], 'up')
+    pruned, dense = (
+        float(rows[f'{name}/CONV-3-16']['bound']) for name in ('sparse-certificate', 'mnist-width')
+    )
+    assert dense < pruned
+    quotes('docs/certificate.md', f'is {pruned:.4f} for the last row and {dense:.4f} for a dense')
     wide = metrics('mnist-width', 'CONV-3-32')['test_set_bound'][-1]
     quotes('docs/certificate.md', f'of mnist-width by {written(wide, "up")} (the test-set bound)')
     (coded, *_) = rows_of_csv('results', 'coded', 'messages.csv')
@@ -537,7 +547,7 @@ def test_the_examples_of_the_pages_print_what_they_say(capsys):
     page = (ROOT / 'docs' / 'certificate.md').read_text()
     printed = ast.literal_eval(re.search(r"^\{'pac_bayes_error.*\}$", page, flags=re.M)[0])
     last = ends_of_rounds('sparse-certificate', 'CONV-3-16')[-1]
-    assert printed == pytest.approx({column: last[column] for column in printed}, rel=1e-6)
+    assert printed == {column: rounded_up(last[column]) for column in COLUMNS}
 
 
 # ------------------------------------------------------------------------------------------------
