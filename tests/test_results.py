@@ -214,7 +214,8 @@ def test_the_readme_quotes_the_reproduction():
     assert error == [power(log['test_error'][-1]) for log in (wide, released)]
     assert formula[0] == power(wide['our_bound'][-1] * released_factor())
     quotes('docs/figure1.md', f'Evaluated as released, ours is {formula[1]} and')
-    quotes('docs/figure1.md', f'ours is {power(wide["our_bound"][-1])} for CONV-3-200')
+    levels = f'{theorem[0]} for CONV-3-200 by the theorem, {formula[0]} by the released formula'
+    quotes('docs/figure1.md', f'ours is {levels}')
 
 
 def released_factor(depth=3):
@@ -268,39 +269,36 @@ def test_figure1_quotes_the_shipped_levels(name):
 
 
 def test_figure1_quotes_the_shipped_certificates():
-    found = tables('docs/figure1.md', 'certificate')
-    for sweep, table in zip(('mnist-width', 'mnist-depth'), found, strict=True):
-        for row, name in zip(table, ('A', 'B', 'C', 'test-set bound'), strict=True):
-            column, form = QUOTED[name]
-            cells = [written(value, form) for value in last_cells(sweep, column)]
-            assert [row[network] for network in networks(sweep)] == cells
+    (table,) = tables('docs/figure1.md', 'certificate')
+    for row, name in zip(table, ('A', 'B', 'C', 'test-set bound'), strict=True):
+        column, form = QUOTED[name]
+        for network in [*row][1:]:
+            sweep = 'mnist-width' if network in networks('mnist-width') else 'mnist-depth'
+            assert row[network] == written(metrics(sweep, network)[column][-1], form)
 
 
 def test_the_words_of_figure1():
     def last(column, form='', sweep='mnist-depth'):
         return [format(value, form) for value in last_cells(sweep, column)]
 
-    shares = [100 * share for share in last_cells('mnist-depth', 'train_margin_error')]
     bounds = [last_cells('mnist-depth', column) for column in ('our_bound', 'golowich_bound')]
     factors = ((deepest / first) ** (1 / 3) for first, *_, deepest in bounds)
     growth = [f'{factor:.1f} = {power(factor)}' for factor in factors]
     assert {f'{float(share):.2f}' for share in last('train_margin_error', sweep='mnist-width')} == {
         '0.95'
     }
-    margin = 'a margin error of {:.0f} % (column `train_margin_error`; {:.0f}, {:.0f} and {:.0f} %'
     quotes(
         'docs/figure1.md',
-        '95 % of the training samples of each network',
-        '`generalization_gap`) is {}, {} and {}'.format(
-            *last('generalization_gap', '.4f', 'mnist-width')
-        ),
-        '({}, {}, {} and {})'.format(*last('rho', '.2f')),
-        "multiplies ours by {} and Golowich et al.'s by {}, on average".format(*growth),
-        f'that ends below 1, at {bounds[0][0]:.2f}',
-        margin.format(*shares),
-        'The gaps are {}, {}, {} and {}'.format(*last('generalization_gap', '+.4f')),
+        'the training margin error at γ = 1 is 0.95 at widths 8 to 32 and above 0.9 elsewhere',
+        'ρ falls from {0} to {3}'.format(*last('rho', '.2f')),
+        "multiplies it by {} and Golowich et al.'s by {}, on average".format(*growth),
+        f'below 1 only for CONV-2-16, at {bounds[0][0]:.2f}',
+        'a margin error of {} ({}, {} and {} for the'.format(*last('train_margin_error', '.2f')),
     )
+    assert (np.array(last_cells('mnist-width', 'generalization_gap')) < 0).all()
+    assert (np.array(last_cells('released', 'train_margin_error')) > 0.9).all()
     for sweep in ('mnist-width', 'mnist-depth', 'mnist-200'):
+        assert (np.array(last_cells(sweep, 'train_margin_error')) > 0.9).all()
         for network in networks(sweep):
             assert (metrics(sweep, network)['certified_error'] == 1).all()
 
@@ -312,26 +310,20 @@ def test_the_words_of_the_released_recipe():
         [log[f'{part}_error'][-1] for part in ('test', 'train')] for log in (without, biases, table)
     ]
     bounds = [name for name in COLUMN_OF.values() if name.endswith('_bound')]
-    levels = {name: [power(log[name][-1]) for log in (table, without)] for name in bounds}
-    products = [log['rho'][-1] * log['prod_ratio'][-1] for log in (without, table)]
     epochs = metrics('mnist-200', 'CONV-3-200')['epoch'][-1]
     quotes(
         'docs/figure1.md',
-        '{:.4f} (test) and {:.4f} (training), {} and {};'.format(
-            *errors[0], *map(power, errors[0])
-        ),
-        'with biases, as released, {:.4f} and {:.4f}.'.format(*errors[1]),
-        "The table's recipe leaves {:.4f} and {:.4f}.".format(*errors[2]),
-        f'`rho` is {without["rho"][-1]:.2f} against {table["rho"][-1]:.2f}',
-        "Golowich et al.'s ({1} against {0})".format(*levels['golowich_bound']),
-        "Long and Sedghi's falls, from {} to {},".format(*levels['sedghi_bound']),
-        'their product is only {:.2f} against {:.2f}'.format(*products),
-        'and ours, at {1}, is not'.format(*levels['our_bound']),
+        '{:.4f} (test) and {:.4f} (training), with them'.format(*errors[0]),
+        'with them {:.4f} and {:.4f};'.format(*errors[1]),
+        "the table's recipe leaves {:.4f} and {:.4f}.".format(*errors[2]),
+        f'is {without["rho"][-1]:.2f} instead of {table["rho"][-1]:.2f}',
+        f'reaches {power(errors[0][0])}, but then ours is {power(without["our_bound"][-1])}',
         f'trained for {epochs:.0f} of',
-        f'seed 0, {epochs:.0f} epochs in bfloat16',
+        f'{epochs:.0f} epochs in bfloat16',
     )
     larger = {name for name in bounds if without[name][-1] > table[name][-1]}
     assert larger == set(bounds) - {'sedghi_bound'}
+    assert min(bounds, key=lambda name: without[name][-1]) == 'sedghi_bound'
     # Over the last ten epochs, as powers of two.
     change = {name: math.log2(without[name][-1] / without[name][-3]) for name in bounds}
     assert -0.1 < change['our_bound'] < -0.03 and -0.1 < change['golowich_bound'] < -0.03
@@ -386,21 +378,20 @@ def released_code(network):
 @pytest.mark.long
 @pytest.mark.process
 def test_the_levels_as_the_released_code_plots_them(mnist):
-    pages = words('docs/figure1.md') + words('docs/released_code.md')
-    for network, *sentences in (
-        ('mnist-width/CONV-3-32', 'the levels are then {} for ours and {} for Golowich'),
-        (
-            'released/CONV-3-32-biasFalse',
-            'gives {} and {} instead',
-            "ours is {} and Golowich et al.'s {}, where the paper",
-        ),
-        (
-            'released/CONV-3-32-biasTrue',
-            "ours is {} and Golowich et al.'s {} with the biases left out",
-        ),
-    ):
-        levels = released_code(network)[-1].replace(',', '').split()
-        assert all(sentence.format(levels[3], levels[7]) in pages for sentence in sentences), levels
+    def levels(network):
+        return re.findall(r'2\^[\d.]+', released_code(network)[-1])
+
+    rows = tables('docs/released_code.md', 'curve')[0][:3]
+    printed = [levels(f'released/CONV-3-32-bias{bias}') for bias in (True, False)]
+    assert [row["CONV-3-32, paper's table"] for row in rows] == levels('mnist-width/CONV-3-32')
+    assert [row['CONV-3-32, released recipe'] for row in rows] == printed[1]
+    wide = metrics('mnist-200', 'CONV-3-200')
+    golowich = power(wide['golowich_bound'][-1] * 2.988 * 1.2)
+    ours = power(wide['our_bound'][-1] * released_factor())
+    assert [row["CONV-3-200, paper's table"] for row in rows] == [ours, golowich, '']
+    sentence = "ours is {} and Golowich et al.'s {}"
+    quotes('docs/released_code.md', f'with biases {sentence.format(*printed[0])} too')
+    quotes('docs/figure1.md', f'Evaluated as released, {sentence.format(*printed[1])};')
 
 
 @pytest.mark.long
