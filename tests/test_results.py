@@ -332,13 +332,13 @@ def test_the_words_of_the_released_recipe():
 
 
 def test_the_words_of_the_estimate():
-    """The table of bounds.md: right sides rounded up, lower bounds down."""
+    """The table of bounds.md: estimates rounded up, lower bounds down."""
     rows = {int(row['depth']): row for row in rows_of_csv('results', 'falsify', 'falsify.csv')
             if row['bound'] == 'our_bound'}  # fmt: skip
     for cells in tables('docs/bounds.md', 'network')[0]:
         row = rows[int(cells['network'].removeprefix('CONV-'))]
         for name, column, direction in (
-            ('right side', 'complexity', 'up'),
+            ('estimate', 'complexity', 'up'),
             ('proven lower bound', 'proven', 'down'),
             ('one sign per sample, proven', 'one_sign', 'down'),
         ):
@@ -348,10 +348,8 @@ def test_the_words_of_the_estimate():
     one = {
         depth for depth, row in rows.items() if float(row['one_sign']) > float(row['complexity'])
     }
-    assert (
-        f'single output, $\\frac1mE\\sup_f\\sum_i\\xi_if(x_i)_r$, for CONV-1 to CONV-{max(one)}'
-        in (words('docs/bounds.md'))
-    )
+    sentence = f'it is false for CONV-1 to CONV-{max(one)} (for deeper networks'
+    quotes('docs/bounds.md', f'CONV-1 to CONV-{max(rows)}. With one sign per sample', sentence)
     assert one == set(range(1, max(one) + 1))
     # As the released code evaluates it: its logarithm, and m = 50,000.
     released = {depth: float(row['complexity']) * released_factor(depth)
@@ -418,7 +416,7 @@ def test_the_words_of_the_bounds():
     _, path, corrected, ours = (log[name][-1] for name in names)
     quotes(
         'docs/bounds.md',
-        'r = {:.1f}, `path_bound` is {:.1f} and `corrected_bound` {:.1f}'.format(*early),
+        '`path_norm` is {:.1f}, `path_bound` {:.1f} and `corrected_bound` {:.1f}'.format(*early),
         f'{path:.1f} for CONV-3-16 on MNIST after 100 epochs, where `corrected_bound` is'
         f' {corrected:.1f}',
         f"Figure 1's own curve, is {ours:.2f}",
@@ -426,20 +424,22 @@ def test_the_words_of_the_bounds():
 
 
 def test_the_page_of_bounds_quotes_the_levels_of_quantization():
-    """Shares of images that provably keep their class, the last two columns, are rounded down."""
-    rows = {}
-    for row in rows_of_csv('docs', 'quantize.csv'):
-        change, level, *cells = row.values()
-        rows[change, level] = [float(cell) for cell in cells]
+    """Shares of images that provably keep their class, the last column, are rounded down."""
+    found = rows_of_csv('docs', 'quantize.csv')
+    rows = {(row['change'], row['level']): row for row in found}
     (table,) = tables('docs/bounds.md', 'change')
     change = ''
-    for row in table:
-        kind, level, *cells = row.values()
-        change = kind or change
-        *values, proven, by_sum = rows[change, level.split()[0]]
-        shares = [math.floor(1000 * share + 1e-9) / 1000 for share in (proven, by_sum)]
-        assert cells == [f'{value:.3g}' for value in (*values, *shares)], (change, level)
-    assert len(table) == 12 and len(rows) == 34
+    for cells in table:
+        change = cells['change'] or change
+        row = rows[change, cells['level'].split()[0]]
+        values = {name: float(value) for name, value in [*row.items()][2:]}
+        values['stays'] = math.floor(1000 * values['stays'] + 1e-9) / 1000
+        shown = [values[name] for name in ('metric', 'worst', 'error', 'changed', 'stays')]
+        assert [*cells.values()][2:] == [f'{value:.3g}' for value in shown], (change, row['level'])
+    ratios = [float(row['metric']) / float(row['worst']) for row in found]
+    pairs = [float(row['pair']) / float(row['metric']) for row in found]
+    assert 290 < min(ratios) and max(ratios) < 1320 and 0.2 < min(pairs) and max(pairs) < 0.26
+    assert len(table) == 6 and len(rows) == 34
     norm = metrics('mnist-width', 'CONV-3-16')['path_norm'][-1]
     quotes('docs/bounds.md', f'its path-norm (dotted) is {norm:.1f}.')
 
