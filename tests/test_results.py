@@ -11,7 +11,9 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, succeeds
+from torch import nn
 
 from conf import load_launch
 from datasets import DATASETS
@@ -289,8 +291,8 @@ def test_the_words_of_figure1():
     }
     quotes(
         'docs/figure1.md',
-        'the training margin error at γ = 1 is 0.95 at widths 8 to 32 and above 0.9 elsewhere',
-        'ρ falls from {0} to {3}'.format(*last('rho', '.2f')),
+        '= 1 is 0.95 at widths 8 to 32 and above 0.9 elsewhere',
+        'falls from {0} to {3}'.format(*last('rho', '.2f')),
         "multiplies it by {} and Golowich et al.'s by {}, on average".format(*growth),
         f'below 1 only for CONV-2-16, at {bounds[0][0]:.2f}',
         'a margin error of {} ({}, {} and {} for the'.format(*last('train_margin_error', '.2f')),
@@ -421,6 +423,19 @@ def test_the_words_of_the_bounds():
         f' {corrected:.1f}',
         f"Figure 1's own curve, is {ours:.2f}",
     )
+
+
+def test_the_example_by_hand_of_the_bounds():
+    net = nn.Sequential(nn.Conv2d(1, 1, (1, 2), bias=False), nn.ReLU(), nn.Flatten())
+    net.append(nn.Linear(2, 1, bias=False))
+    for layer, weights in ((net[0], [1.0, -2.0]), (net[3], [3.0, -1.0])):
+        layer.weight.data = torch.tensor(weights).view_as(layer.weight)
+    table = measure_network(net, (1, 1, 3))
+    assert (table.deg[0], table.p[0], table.path_norm) == (2, 2, 12)
+    assert (table.F[0] ** 2, table.T[0] ** 2) == pytest.approx((5, 10))
+    net[0].weight.data = torch.tensor([1.0, -1.0]).view_as(net[0].weight)
+    assert path_norm(net, (1, 1, 3)) == 8
+    quotes('docs/bounds.md', r'$3\cdot1+3\cdot2+1\cdot1+1\cdot2=12$', 'from 12 to 8')
 
 
 def test_the_page_of_bounds_quotes_the_levels_of_quantization():
