@@ -284,9 +284,8 @@ class Pairs:
     """
 
     def __init__(self, knobs, gaps, n, groups=None):
-        self.knobs, self.gaps = list(knobs), gaps
+        self.knobs, self.gaps = knobs, gaps
         texts = {knob: [repr(value) for value in values] for knob, values in knobs.items()}
-        self.texts = texts
         self.everyone = np.triu_indices(len(gaps), 1)
         pairs, names, self.environments = [], [], {}
         for i, j in zip(*self.everyone):
@@ -336,6 +335,13 @@ class Pairs:
         everywhere = sign_errors(values, self.gaps, *self.everyone)
         row['tau'] = 1 - 2 * of_known(np.mean, everywhere)
         return row
+
+    def differences(self, knob):
+        """Of each pair along a knob: the gap at the larger value less that at the smaller one."""
+        values, own = self.knobs[knob], self.knob == knob
+        i, j = self.i[own], self.j[own]
+        swap = np.array([values[first] > values[second] for first, second in zip(i, j)], bool)
+        return (self.gaps[j] - self.gaps[i]) * np.where(swap, -1, 1)
 
     def chance(self):
         """{statistic: its 2.5 % and 97.5 % quantiles over random measures} of mean, psi and tau."""
@@ -392,6 +398,13 @@ def show(rows, pairs, band):
     ranges = [f'{low:.3f} to {high:.3f}' for low, high in band.values()]
     cells.append(('95 % of random measures', *ranges, '', '', ''))
     print_table(('measure', 'mean', 'psi', 'tau', 'p', 'p (Holm)', 'worst knob'), cells)
+    print('\nThe gap at the larger value of a knob, less that at the smaller one:\n')
+    cells = []
+    for knob in pairs.knobs:
+        differences = pairs.differences(knob)
+        larger = f'{(differences > 0).sum()} of {len(differences)}'
+        cells.append((knob, larger, f'{of_known(np.median, differences):+.4f}'))
+    print_table(('knob', 'larger', 'median difference'), cells)
     sound = [row['measure'] for row in rows if row['p_holm'] <= LEVEL]
     count = len(pairs.knobs)
     print(f'\nPredicts along the {count} knobs, p (Holm) <= {LEVEL}: {", ".join(sound) or "none"}.')
@@ -460,7 +473,7 @@ def main(arguments=None):
     band = pairs.chance()
     show(rows, pairs, band)
     if options.out:
-        figure = picture(rows, pairs.knobs, band['mean'])
+        figure = picture(rows, list(pairs.knobs), band['mean'])
         save(figure, options.out / 'ranking.png')
         write_table(options.out / 'ranking.csv', list(rows[0]), rows)
         # Without its date a picture of equal numbers is an equal file.
