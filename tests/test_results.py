@@ -593,9 +593,11 @@ def test_the_words_of_sparse_networks():
         assert fall(mnist, column, -1) == pytest.approx(1 / 20, abs=0.01)
     path = percent(fall(mnist, 'path_bound', -1))
     quotes('docs/sparse.md', f'`path_bound` by {path}')
+    magnitude = ends_of_rounds('tickets', 'CONV-3-16-prune_scoremagnitude')
     for column in ('our_bound', 'corrected_bound'):
-        assert np.argmin([row[column] for row in mnist]) == 3
-        assert 0 < fall(mnist, column, 3) < 0.015
+        for rows in (mnist, magnitude):
+            assert np.argmin([row[column] for row in rows]) == 3
+            assert 0 < fall(rows, column, 3) < 0.015
         assert abs(fall(mnist, column, -1)) < 0.01
 
 
@@ -680,17 +682,14 @@ def test_the_page_of_depth_quotes_the_shipped_depths():
 
 
 def test_the_page_of_depth_quotes_the_networks_of_cifar10():
-    depths, probes = {}, {}
+    probes = {}
     for row in table_with('docs/depth.md', 'network', 'CONVBN-3-32'):
         layers = last_layers('depth-cifar10', row['network'])
         log = metrics('depth-cifar10', row['network'])
         errors = layers['train_ncc_error'][1:-1]
         for part in ('train', 'test'):
             assert row[f'{part} error'] == f'{log[f"{part}_error"][-1]:.4f}'
-        listed = ', '.join(f'{error:.2f}' for error in errors)
-        assert row['NCC error of the layers on the training set'] == listed
-        depths[len(errors)] = effective_depth(errors, 0.3), effective_depth(errors, 0.25)
+        depths = [f'{effective_depth(errors, eps):g}' for eps in (0.3, 0.25)]
+        assert row['effective depth at eps = 0.3, 0.25'] == ', '.join(depths)
         probes[len(errors)] = layers['test_probe_error'][1:-1]
-    assert [depths[L][0] for L in (5, 8, 12)] == [4, 4, 4]
-    assert [depths[L][1] for L in (8, 12)] == [5, 5]
     assert [f'{probes[L][4]:.2f}' for L in (8, 12)] == ['0.23', '0.23']
