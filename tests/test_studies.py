@@ -79,7 +79,7 @@ def test_a_mistake_is_one_line():
         (channels, [RESULTS / 'channels'], 'topology.md', [4]),
         (samples, SAMPLES, 'samples.md', [4]),
         (topology, [], 'topology.md', [7, 6]),
-        (lottery_theory, [], 'topology.md', [3]),
+        (lottery_theory, [], 'topology.md', [1]),
     ],
 )
 def test_the_pages_of_studies_quote_the_shipped_files(study, folders, page, counts):
