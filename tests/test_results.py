@@ -506,7 +506,7 @@ def test_the_page_of_certificates_quotes_the_disagreement():
         assert cells['differs on'] == row['differ']
         for name, column in (('Pr(f ≠ g)', 'share'), ('E', 'bound')):
             assert cells[name] == f'{float(row[column]):.4f}'
-        quotes('docs/certificate.md', f'with D = {float(row["coded"]):.4f} at δ/2')
+        quotes('docs/certificate.md', f'(D = {float(row["coded"]):.4f} at δ/2)')
         if cells['A']:
             last = ends_of_rounds(*row['name'].split('/'))[-1]
             assert cells['A'] == written(last['pac_bayes_error'], 'up')
@@ -619,14 +619,10 @@ def test_the_page_of_narrower_networks_quotes_the_shipped_ones(name, network):
     check_rows(table, rows)
 
 
-@pytest.mark.parametrize(
-    'number, folder, network, layer',
-    [(0, 'compress-layer', 'CONV-2-16', '5'), (1, 'compress-cifar10', 'CONVBN-5-32', '17')],
-)
-def test_the_page_of_narrower_networks_quotes_the_shipped_layers(number, folder, network, layer):
-    table = [table for table in tables('docs/compress.md', 'lam') if 'residual' in table[0]][number]
-    rows = compressed(folder, network)
-    assert {row['layer'] for row in rows} == {layer}
+def test_the_page_of_narrower_networks_quotes_the_shipped_layers():
+    (table,) = (table for table in tables('docs/compress.md', 'lam') if 'residual' in table[0])
+    rows = compressed('compress-layer', 'CONV-2-16')
+    assert {row['layer'] for row in rows} == {'5'}
     for cells, row in zip(table, rows, strict=True):
         assert cells['lam'] == ('the source' if row['lam'] == '0' else row['lam'])
         assert cells['channels of the last layer'] == row['channels'].split('|')[-1]
@@ -634,6 +630,20 @@ def test_the_page_of_narrower_networks_quotes_the_shipped_layers(number, folder,
         assert cells['residual'] == (f'{float(row["residual"]):.3g}' if row['residual'] else '')
         for name in ('train error', 'test error'):
             assert cells[name] == f'{float(row[name.replace(" ", "_")]):.4f}'
+    source, *_, last, _ = compressed('compress-cifar10', 'CONVBN-5-32')
+    left, channels = (row['channels'].split('|')[-1] for row in (last, source))
+    errors = ' instead of '.join(f'{float(row["test_error"]):.4f}' for row in (last, source))
+    quotes('docs/compress.md', f'The classifier `{last["layer"]}` of the CONVBN-5-32')
+    sentence = f'needs {left} of its {channels} channels: at lam = {last["lam"]} its test error is'
+    quotes('docs/compress.md', f'{sentence} {errors}')
+
+
+def test_the_page_of_narrower_networks_quotes_the_counts_of_neurons():
+    rows = {row['problem']: row for row in rows_of_csv('results', 'width_theorem.csv')}
+    sentence = 'at N = 40, {least} to {most} neurons where the bounds are {bound} and {rq}.'
+    most = [rows[problem]['notebook_most'] for problem in ('r = 2', 'r = 5')]
+    quotes('docs/compress.md', sentence.format(**rows['N = 40']))
+    quotes('docs/compress.md', 'hence {} at r = 2 and {} at r = 5'.format(*most))
 
 
 def test_the_words_of_narrower_networks():
