@@ -462,12 +462,12 @@ def test_the_page_of_bounds_quotes_the_levels_of_quantization():
 
 
 def test_the_page_of_certificates_quotes_the_shipped_ones():
-    (table,) = tables('docs/certificate.md', 'results/certificate')
-    ends = [ends_of_rounds('certificate', row['results/certificate'])[-1] for row in table]
+    (table,) = tables('docs/certificate.md', 'kept')
+    ends = ends_of_rounds('sparse-certificate', 'CONV-3-16')
     check_rows(table, ends)
-    (table,) = tables('docs/certificate.md', 'left of the convolutions')
-    check_rows(table, ends_of_rounds('sparse-certificate', 'CONV-3-16'))
-    assert [row['left of the convolutions'] for row in table] == HALVES
+    assert [row['kept'] for row in table] == HALVES
+    fall = percent(1 - ends[-1]['path_bound'] / ends[0]['path_bound'])
+    quotes('docs/certificate.md', f'`path_bound` falls by up to {fall},')
     wide, falls = ends_of_rounds('sparse-certificate', 'CONV-3-32'), []
     for letter, column in zip('ABC', COLUMNS):
         first, last = (written(wide[i][column], 'up') for i in (0, -1))
@@ -486,7 +486,7 @@ def test_the_page_of_certificates_quotes_the_shipped_ones():
     for row, network, part in zip(table, shown, parts, strict=True):
         assert row['A'] == written(ends_of_rounds(*network)[-1]['pac_bayes_error'], 'up')
         assert part['name'] == '/'.join(network) and row['A'] == written(float(part['A']), 'up')
-        columns = 'loss', 'hidden', 'classifier', 'gamma', 'sent_A', 'sent_B'
+        columns = 'loss', 'hidden', 'classifier', 'gamma'
         assert list(row.values())[2:] == [part[column] for column in columns]
 
 
@@ -504,8 +504,9 @@ def test_the_page_of_certificates_quotes_the_disagreement():
     for cells in table:
         row = rows[cells['shipped network']]
         assert cells['differs on'] == row['differ']
-        for name, column in (('D at δ/2', 'coded'), ('Pr(f ≠ g)', 'share'), ('E', 'bound')):
+        for name, column in (('Pr(f ≠ g)', 'share'), ('E', 'bound')):
             assert cells[name] == f'{float(row[column]):.4f}'
+        quotes('docs/certificate.md', f'(D = {float(row["coded"]):.4f} at δ/2)')
         if cells['A']:
             last = ends_of_rounds(*row['name'].split('/'))[-1]
             assert cells['A'] == written(last['pac_bayes_error'], 'up')
@@ -567,7 +568,7 @@ def test_the_page_of_sparse_networks_quotes_the_shipped_rounds():
     rows = {f'{100 * row["density"]:.1f} %': row for row in ends}
     check_rows(table, [rows[row['weights kept']] for row in table])
     (magnitude,) = tables('docs/sparse.md', 'kept')
-    path = tables('docs/certificate.md', 'left of the convolutions')[0]  # the same run
+    path = tables('docs/certificate.md', 'kept')[0]  # the same run
     for score, table in (('magnitude', magnitude), ('path', path)):
         check_rows(table, ends_of_rounds('tickets', f'CONV-3-16-prune_score{score}'))
         assert [next(iter(row.values())) for row in table] == HALVES
@@ -620,14 +621,10 @@ def test_the_page_of_narrower_networks_quotes_the_shipped_ones(name, network):
     check_rows(table, rows)
 
 
-@pytest.mark.parametrize(
-    'number, folder, network, layer',
-    [(0, 'compress-layer', 'CONV-2-16', '5'), (1, 'compress-cifar10', 'CONVBN-5-32', '17')],
-)
-def test_the_page_of_narrower_networks_quotes_the_shipped_layers(number, folder, network, layer):
-    table = [table for table in tables('docs/compress.md', 'lam') if 'residual' in table[0]][number]
-    rows = compressed(folder, network)
-    assert {row['layer'] for row in rows} == {layer}
+def test_the_page_of_narrower_networks_quotes_the_shipped_layers():
+    (table,) = (table for table in tables('docs/compress.md', 'lam') if 'residual' in table[0])
+    rows = compressed('compress-layer', 'CONV-2-16')
+    assert {row['layer'] for row in rows} == {'5'}
     for cells, row in zip(table, rows, strict=True):
         assert cells['lam'] == ('the source' if row['lam'] == '0' else row['lam'])
         assert cells['channels of the last layer'] == row['channels'].split('|')[-1]
@@ -635,6 +632,20 @@ def test_the_page_of_narrower_networks_quotes_the_shipped_layers(number, folder,
         assert cells['residual'] == (f'{float(row["residual"]):.3g}' if row['residual'] else '')
         for name in ('train error', 'test error'):
             assert cells[name] == f'{float(row[name.replace(" ", "_")]):.4f}'
+    source, *_, last, _ = compressed('compress-cifar10', 'CONVBN-5-32')
+    left, channels = (row['channels'].split('|')[-1] for row in (last, source))
+    errors = ' instead of '.join(f'{float(row["test_error"]):.4f}' for row in (last, source))
+    quotes('docs/compress.md', f'The classifier `{last["layer"]}` of the CONVBN-5-32')
+    sentence = f'needs {left} of its {channels} channels: at lam = {last["lam"]} its test error is'
+    quotes('docs/compress.md', f'{sentence} {errors}')
+
+
+def test_the_page_of_narrower_networks_quotes_the_counts_of_neurons():
+    rows = {row['problem']: row for row in rows_of_csv('results', 'width_theorem.csv')}
+    sentence = 'at N = 40, {least} to {most} neurons where the bounds are {bound} and {rq}.'
+    most = [rows[problem]['notebook_most'] for problem in ('r = 2', 'r = 5')]
+    quotes('docs/compress.md', sentence.format(**rows['N = 40']))
+    quotes('docs/compress.md', 'hence {} at r = 2 and {} at r = 5'.format(*most))
 
 
 def test_the_words_of_narrower_networks():
