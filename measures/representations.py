@@ -183,15 +183,20 @@ def _batches(net, modules, images, members):
 
 
 def _class_means(net, modules, images, labels):
-    """Per layer, the means (C, D_l) float64 of the classes that occur, in increasing order."""
-    means, classes = [], _by_class(labels)
+    """Per layer, the means (C, D_l) float64 of the classes that occur, in increasing order.
+
+    They are taken from the first sample on, so that those of a constant layer are equal to the bit.
+    """
+    means, first, classes = [], [], _by_class(labels)
     for row, (_, members) in enumerate(classes):
         for layer, h in _batches(net, modules, images, members):
             if layer == len(means):
+                first.append(h[0])
                 means.append(h.new_zeros((len(classes), h.shape[1]), dtype=torch.float64))
-            means[layer][row] += h.sum(0)
+            means[layer][row] += (h.double() - first[layer]).sum(0)
         for layer_means in means:
             layer_means[row] /= len(members)
+    means = [layer_means + start for layer_means, start in zip(means, first)]
     _require_finite(means)
     return means
 
