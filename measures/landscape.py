@@ -19,7 +19,15 @@ from conf import BadInput
 from measures.norms import classification_margins, margin_error, product
 from measures.paths import path_metric, path_norm
 from measures.steps import evaluation_mode
-from measures.trace import effective_weights, outputs, plain_copy, weight_layers
+from measures.trace import (
+    effective_weights,
+    forward,
+    outputs,
+    plain_copy,
+    require_counted,
+    taking,
+    weight_layers,
+)
 
 SHARPNESS_SAMPLES, SHARPNESS_DRAWS, SHARPNESS_RISE = 500, 5, 0.1
 
@@ -27,6 +35,9 @@ SHARPNESS_SAMPLES, SHARPNESS_DRAWS, SHARPNESS_RISE = 500, 5, 0.1
 def _moved(net, initial):
     """The Frobenius distance of each layer from its start."""
     weights, starts = effective_weights(net).values(), effective_weights(initial).values()
+    if [weight.shape for weight in weights] != [start.shape for start in starts]:
+        kinds = f'{type(net).__name__} and {type(initial).__name__}'
+        raise BadInput(f'{kinds}: the layers before training have other shapes')
     return [(weight - start).norm().item() for weight, start in zip(weights, starts, strict=True)]
 
 
@@ -79,6 +90,7 @@ def sharpness(net, initial, images, labels):
     if the error does not grow with sigma, it finds one of the crossings; without a crossing it
     returns nan.
     """
+    require_counted(net)
     net = plain_copy(net)
     images, labels = images[:SHARPNESS_SAMPLES], labels[:SHARPNESS_SAMPLES]
     weights = [layer.weight for layer in weight_layers(net).values()]
@@ -111,6 +123,7 @@ def sharpness(net, initial, images, labels):
     return 2.0**low
 
 
+@torch.inference_mode(False)
 def input_gradient(net, initial, images, labels):
     """The median over samples of ||d margin / d image||_2 / max(margin, 1e-6).
 
@@ -118,12 +131,20 @@ def input_gradient(net, initial, images, labels):
 
     After Hou et al. 2022, "Instance-dependent generalization bounds via optimal transport".
     """
-    net, ratios = plain_copy(net).requires_grad_(False), []
+    if not images.is_floating_point():
+        raise BadInput(f'images of {images.dtype}: there is no gradient by whole numbers')
+    net, ratios = plain_copy(net), []
     with evaluation_mode(net), torch.enable_grad():
+        net.requires_grad_(False)
         for batch, own in zip(images.split(100), labels.split(100)):
             batch = batch.detach().clone().requires_grad_()
-            margins = classification_margins(net(batch), own)
-            (gradient,) = torch.autograd.grad(margins.sum(), batch)
+            with taking(net, batch):
+                found = forward(net, batch)
+            margins, gradient = classification_margins(found, own.clone()), None
+            if margins.requires_grad:
+                (gradient,) = torch.autograd.grad(margins.sum(), batch, allow_unused=True)
+            if gradient is None:
+                raise BadInput(f'{type(net).__name__}: its outputs have no gradient by the images')
             # In float64 before anything is squared: float32 has no squares of 1e20 or of 1e-24.
             norms = gradient.flatten(1).double().norm(dim=1)
             ratios.append(norms / margins.detach().clamp(min=1e-6))

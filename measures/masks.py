@@ -201,9 +201,11 @@ def reads(layer, channels):
 
     The input may be a flattened map.
     """
+    with evaluation_mode(layer):  # in training mode spectral_norm would move it
+        weight = layer.weight
     if isinstance(layer, nn.ConvTranspose2d):
-        return layer.weight.ne(0).flatten(1).any(1)
-    weight = layer.weight.flatten(2) if layer.weight.ndim == 4 else layer.weight[..., None]
+        return weight.ne(0).flatten(1).any(1)
+    weight = weight.flatten(2) if weight.ndim == 4 else weight[..., None]
     by_group = weight.ne(0).reshape(getattr(layer, 'groups', 1), -1, *weight.shape[1:])
     return by_group.any(1).reshape(channels, -1).any(1)
 

@@ -43,10 +43,11 @@ def operator_norm(weight, in_size, stride=1, padding=0, dilation=1, tolerance=1e
     start. `dft_norm` is an upper bound.
 
     Args:
-        weight: (out_channels, in_channels, kh, kw) float64, with entries far from overflow in
+        weight: (out_channels, in_channels, kh, kw), with entries far from overflow in float64
             squares.
         in_size: (height, width) of the input map.
     """
+    weight = _kernel(weight)
     shape = (1, weight.shape[1], *in_size)
     generator = torch.Generator().manual_seed(0)
 
@@ -131,7 +132,7 @@ def dft_norm(weight, in_size, padding=0, dilation=1):
         in_size: (height, width) of the input map.
         padding, dilation: a number, or one for each axis.
     """
-    weight = weight.detach().double()
+    weight = _kernel(weight)
     scale = weight.abs().max().item()  # taken out, so that no square over- or underflows
     if scale == 0:
         return 0.0
@@ -147,6 +148,16 @@ def dft_norm(weight, in_size, padding=0, dilation=1):
         values = torch.linalg.eigvalsh(blocks @ blocks.mH)
         largest = max(largest, values[:, -1].max().item())
     return scale * math.sqrt(largest)
+
+
+def _kernel(weight):
+    """The weight of a convolution in float64. Raises BadInput."""
+    if weight.ndim != 4 or not weight.numel() or weight.is_complex():
+        given = f'{weight.dtype} of shape {tuple(weight.shape)}'
+        raise BadInput(f'weight: {given}: must be real numbers (out, in, height, width)')
+    if not weight.isfinite().all():
+        raise BadInput('weight: contains NaN or infinity')
+    return weight.detach().double()
 
 
 def _phases(size, taps, padding, dilation, half):
@@ -361,15 +372,15 @@ def classification_margins(outputs, labels):
     Raises:
         BadInput: the shapes do not fit, or a label is not one of 0 to C - 1.
     """
-    if outputs.dim() != 2 or labels.shape != outputs.shape[:1]:
+    if outputs.dim() != 2 or labels.shape != outputs.shape[:1] or not len(labels):
         shapes = f'outputs {tuple(outputs.shape)} and labels {tuple(labels.shape)}'
-        raise BadInput(f'{shapes}: must be (m, classes) and (m,)')
-    if labels.is_floating_point() or ((labels < 0) | (labels >= outputs.shape[1])).any():
-        classes = outputs.shape[1]
+        raise BadInput(f'{shapes}: must be (m, classes) and (m,), m at least 1')
+    classes, whole = outputs.shape[1], labels.long()
+    if labels.is_floating_point() or ((whole < 0) | (whole >= classes)).any():
         raise BadInput(
             f'labels out of range: {classes} outputs need integers from 0 to {classes - 1}'
         )
-    outputs, labels = outputs.double(), labels.long()
+    outputs, labels = outputs.double(), whole
     own = outputs.gather(1, labels[:, None])
     return own[:, 0] - outputs.scatter(1, labels[:, None], -math.inf).amax(1)
 

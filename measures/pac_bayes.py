@@ -411,7 +411,8 @@ def _checked(images, labels, delta, classes):
     if m < 10 or labels.shape != (m,):
         shape = tuple(labels.shape)
         raise BadInput(f'{m} images, labels {shape}: must be at least 10, and a label for each')
-    if labels.is_floating_point() or labels.min() < 0 or labels.max() >= classes:
+    whole = labels.long()
+    if labels.is_floating_point() or whole.min() < 0 or whole.max() >= classes:
         raise BadInput(f'labels: must be integers from 0 to {classes - 1}, one for each output')
     if not 0 < delta < 1:
         raise BadInput(f'delta = {delta!r}: must be between 0 and 1')
@@ -422,7 +423,7 @@ def _checked(images, labels, delta, classes):
         raise BadInput(f'images: a pixel of {largest:g}, above {MAX_PIXEL:g}; scale them down')
     if classes > MAX_CLASSES:
         raise BadInput(f'{classes} classes: certificates are for at most {MAX_CLASSES}')
-    return labels.long()
+    return whole
 
 
 def _trained(layers, hidden, classifier, data, search):

@@ -40,6 +40,9 @@ def _power_sums(steps, input_shape, q=1):
     at q = 1, rescaled neurons give the same bits. A number that is 2^1074 times smaller than the
     largest of its tensor counts as 0.
     """
+    if not isinstance(input_shape, (tuple, list)):
+        given = str(input_shape).partition('\n')[0]
+        raise BadInput(f'input_shape = {given}: must be the shape of an image, a tuple')
     device = next((tensor.device for tensor in _numbers(steps)), None)
     results = [(torch.ones(1, *input_shape, dtype=torch.float64, device=device), 0)]
     for step in steps[1:]:
@@ -237,6 +240,7 @@ def _between(a, b):
     return torch.where(a.sign() == b.sign(), torch.where(a.abs() < b.abs(), a, b), 0.0)
 
 
+@torch.inference_mode(False)
 def path_magnitude(net, input_shape):
     """Path-magnitude: what each weight of a layer contributes to the l1 path-norm.
 

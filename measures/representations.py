@@ -16,7 +16,14 @@ from conf import BadInput
 from measures.norms import classification_margins, margin_error
 from measures.steps import evaluation_mode
 from measures.tails import binomial_inverse
-from measures.trace import hooked, ieee_float32, images_per_pass, outputs
+from measures.trace import (
+    hooked,
+    ieee_float32,
+    images_per_pass,
+    outputs,
+    require_rows,
+    taking,
+)
 
 PROBE_SIZE = 2048  # most coordinates of a layer's maps that a linear probe reads
 PROBE_RIDGE = 1e-3  # lambda of a probe, as a share of the mean of H'H's diagonal
@@ -60,13 +67,13 @@ def measure_representations(net, train_images, train_labels, test_images, test_l
     """
     modules = _layer_modules(net, layers)
     train, test = _checked_sets(train_images, train_labels, test_images, test_labels)
+    scores = outputs(net, train_images).flatten(1)
     with evaluation_mode(net), ieee_float32(), parametrize.cached():
         centers = _class_means(net, modules, *train)
         classes = train[1].unique()
         on_train = _compare(net, modules, *train, centers, classes, centers)
         test_means = _class_means(net, modules, *test)
         on_test = _compare(net, modules, *test, centers, classes, test_means)
-        scores = outputs(net, train_images).flatten(1)
     rows = []
     for layer, means in enumerate(centers):
         row = {'size': means.shape[1]}
@@ -137,17 +144,20 @@ def _layer_modules(net, layers):
 
 def _representations(net, modules, images):
     """The input and the output of each layer, (B, ...), copied, in float32 or more."""
+    names = {module: name for name, module in net.named_modules()}
     called, found = [], [images]
 
     def note(module, inputs, output):
         called.append(module)
+        require_rows(f'layer {names[module]}', output, images)
         found.append(output.to(torch.promote_types(output.dtype, torch.float32), copy=True))
 
-    with hooked(dict.fromkeys(modules), note):
-        net(images)
+    with hooked(net, dict.fromkeys(modules), note):
+        net(images.clone())  # its first step may work in place
     if len(called) != len(modules) or any(a is not b for a, b in zip(called, modules)):
+        given, order = (', '.join(names[each] for each in part) for part in (modules, called))
         advice = 'name layers that run once in a forward pass, in its order'
-        raise BadInput(f'{type(net).__name__}: {advice}')
+        raise BadInput(f'{type(net).__name__}: {advice}: of {given}, there run {order or "none"}')
     found[0] = images.to(torch.promote_types(images.dtype, torch.float32))
     return found
 
@@ -173,15 +183,20 @@ def _batches(net, modules, images, members):
 
 
 def _class_means(net, modules, images, labels):
-    """Per layer, the means (C, D_l) float64 of the classes that occur, in increasing order."""
-    means, classes = [], _by_class(labels)
+    """Per layer, the means (C, D_l) float64 of the classes that occur, in increasing order.
+
+    They are taken from the first sample on, so that those of a constant layer are equal to the bit.
+    """
+    means, first, classes = [], [], _by_class(labels)
     for row, (_, members) in enumerate(classes):
         for layer, h in _batches(net, modules, images, members):
             if layer == len(means):
+                first.append(h[0])
                 means.append(h.new_zeros((len(classes), h.shape[1]), dtype=torch.float64))
-            means[layer][row] += h.sum(0)
+            means[layer][row] += (h.double() - first[layer]).sum(0)
         for layer_means in means:
             layer_means[row] /= len(members)
+    means = [layer_means + start for layer_means, start in zip(means, first)]
     _require_finite(means)
     return means
 
@@ -251,6 +266,8 @@ def _scale(means):
 
     What is measured does not depend on it.
     """
+    if not means.numel():
+        return 1.0
     _, exponent = math.frexp(means.abs().max().item())
     return math.ldexp(1.0, -max(-100, min(exponent, 100)))
 
@@ -296,16 +313,18 @@ def measure_probes(net, train_images, train_labels, test_images, test_labels, la
     train, test = _checked_sets(train_images, train_labels, test_images, test_labels)
     classes = int(torch.cat([train[1], test[1]]).max()) + 1
     with evaluation_mode(net), ieee_float32(), parametrize.cached():
+        with taking(net, train_images):
+            _representations(net, modules, train_images[:1])
         frequencies = train[1].bincount(minlength=classes).double() / len(train[1])
         means, probes = _fit_probes(net, modules, *train, classes)
         rows = [{} for _ in probes]
         for part, (images, labels) in (('train', train), ('test', test)):
-            outputs = [[] for _ in probes]
+            found = [[] for _ in probes]
             for _, features in _probe_features(net, modules, images):
                 for layer, h in enumerate(features):
-                    outputs[layer].append((h - means[layer]) @ probes[layer] + frequencies)
+                    found[layer].append((h - means[layer]) @ probes[layer] + frequencies)
             targets = F.one_hot(labels, classes).double()
-            for row, parts in zip(rows, outputs):
+            for row, parts in zip(rows, found):
                 scores = torch.cat(parts)
                 row[f'{part}_probe_error'] = margin_error(classification_margins(scores, labels), 0)
                 row[f'{part}_probe_loss'] = F.mse_loss(scores, targets).item()

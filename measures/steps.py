@@ -17,6 +17,8 @@ from collections import Counter, namedtuple
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
 
 from conf import BadInput
 
@@ -92,6 +94,12 @@ _PATHS = (
     'paths go through convolutions, transposed too, Linear, BatchNorm, ReLU, LeakyReLU, Flatten, '
     'pooling, means, upsampling, and sums and concatenations of what is computed from the input'
 )
+COMPUTES_WEIGHTS = (
+    ' has forward hooks of torch.nn.utils, which compute its weights: pass it after '
+    'remove_weight_norm, prune.remove, ..., or use torch.nn.utils.parametrizations'
+)
+_LAZY = ' waits for its first image; pass one through the network first'
+_WRAPPERS = nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
 _NO_STATISTICS = ' keeps no running statistics; it depends on the batch, which is not covered'
 
 _traced = contextvars.ContextVar('traced', default=None)  # {network: its trace} in `traced_once`
@@ -145,9 +153,26 @@ def named(name, module):
     return f'{name} ({kind})' if name else kind
 
 
+def require_values(net):
+    """Refuses a network with weights that have no values, by the names of all such modules."""
+    obstacles = []
+    for name, module in net.named_modules():
+        tensors = [*module._parameters.values(), *module._buffers.values()]
+        if any(map(is_lazy, tensors)):
+            obstacles.append((named(name, module), _LAZY))
+        elif any(tensor is not None and tensor.is_meta for tensor in tensors):
+            obstacles.append((named(name, module), ' is on the meta device'))
+    refuse(net, obstacles, 'its weights have no values')
+
+
 @contextlib.contextmanager
-def evaluation_mode(net):
-    """Runs what it encloses in evaluation mode, and leaves each module in the mode it was in."""
+def evaluation_mode(net, values=True):
+    """Runs what it encloses in evaluation mode, and leaves each module in the mode it was in.
+
+    Unless `values` is False, a network whose weights have none is refused.
+    """
+    if values:
+        require_values(net)
     training = [module for module in net.modules() if module.training]
     for module in training:
         module.training = False
@@ -163,7 +188,17 @@ def evaluation_mode(net):
 # --------------------------------------------------------------------------------------------------
 
 
+class _Proxy(fx.Proxy):
+    """A symbol on which += is seen to work in place."""
+
+    def __iadd__(self, other):
+        return self.tracer.create_proxy('call_function', operator.iadd, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
+    def proxy(self, node):
+        return _Proxy(node, self)
+
     def is_leaf_module(self, module, name):
         return isinstance(module, LAYER_TYPES) or super().is_leaf_module(module, name)
 
@@ -214,7 +249,8 @@ def _trace(net):
     if obstacles:
         raise NotCovered(_listed(obstacles))
     try:
-        with evaluation_mode(net):  # what is measured is the network in evaluation mode
+        # What is measured is the network in evaluation mode.
+        with evaluation_mode(net, values=False), _undone(net):
             graph = _Tracer().trace(net)
     except Exception as error:  # whatever the network's own code raises when it is run on symbols
         reason = str(error).partition('\n')[0]
@@ -229,10 +265,31 @@ def _trace(net):
         elif node.op != 'call_module' and node.target in SIZES and not node.users:
             graph.erase_node(node)
     traced = []
-    for node in graph.nodes:
+    for position, node in enumerate(graph.nodes):
+        node.meta['position'] = position
         module = net.get_submodule(node.target) if node.op == 'call_module' else None
         traced.append((node, module, f'{kind}: {named(_name(node), module)}'))
     return traced
+
+
+@contextlib.contextmanager
+def _undone(net):
+    """Undoes what a network does to itself and to the random numbers in a forward pass.
+
+    On symbols its own code would keep symbols, and its buffers are counted up in place.
+    """
+    kept = [values for module in net.modules() for values in (vars(module), module._buffers)]
+    before = [dict(values) for values in kept]
+    for module in net.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer if buffer is None else buffer.clone()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for values, old in zip(kept, before):
+            values.clear()
+            values.update(old)
 
 
 def _name(node):
@@ -241,21 +298,19 @@ def _name(node):
 
 def _module_obstacle(module, fixed):
     """Why a module may compute something else than what is traced of it, or None."""
-    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+    if isinstance(module, _WRAPPERS):
         return ' is a wrapper: pass the network in it, its .module'
-    if hasattr(module, '_orig_mod'):
-        return (
-            ' is a compiled network: pass the one that was given to torch.compile, its ._orig_mod'
-        )
-    if isinstance(module, torch.jit.ScriptModule):
-        return ' is a jit module: pass the nn.Module that it was made from'
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    if any(type(hook).__module__.startswith('torch.nn.utils') for hook in hooks):
-        return (
-            ' has forward hooks of torch.nn.utils, which compute its weights: pass it after '
-            'remove_weight_norm, prune.remove, ..., or use torch.nn.utils.parametrizations'
-        )
-    if hooks:
+    if compiled(module):
+        return compiled(module)
+    if any(map(is_lazy, module._parameters.values())):
+        return _LAZY
+    if any(part is not None and part.is_complex() for part in module._parameters.values()):
+        return ' has complex weights, which are not covered'
+    if quantized(module):
+        return ' has quantized weights, which are not covered'
+    if computes_weights(module):
+        return COMPUTES_WEIGHTS
+    if _hooks(module):
         return ' has forward hooks, which can change what it computes; remove them'
     own = 'forward' in vars(module) or '_conv_forward' in vars(module)
     for kind in LAYER_TYPES:
@@ -266,6 +321,31 @@ def _module_obstacle(module, fixed):
     if own and fixed:
         return ' has a forward pass of its own, which is not covered'
     return None
+
+
+def quantized(module):
+    """Whether a module holds quantized weights: a method gives them, they are no parameters."""
+    return callable(getattr(type(module), 'weight', None))
+
+
+def compiled(module):
+    """Why a module runs without its parts, as a compiled one does, or None."""
+    if hasattr(module, '_orig_mod'):
+        return (
+            ' is a compiled network: pass the one that was given to torch.compile, its ._orig_mod'
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        return ' is a jit module: pass the nn.Module that it was made from'
+    return None
+
+
+def _hooks(module):
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def computes_weights(module):
+    """Whether forward hooks of torch.nn.utils compute a module's weights, as those of pruning."""
+    return any(type(hook).__module__.startswith('torch.nn.utils') for hook in _hooks(module))
 
 
 def viewed_as(node):
@@ -347,6 +427,7 @@ def forward_steps(net):
         NotCovered: for whatever is not covered, by name.
         BadInput: weights with NaN or infinity.
     """
+    require_values(net)
     steps = walk(net)
     refuse(net, [(step.what, step.obstacle) for step in steps if step.obstacle], _PATHS)
     return read_weights(net, steps)
@@ -357,7 +438,7 @@ def read_weights(net, steps):
     """The steps of `walk`, none with an obstacle, with their weights, and without the output."""
     readers = Counter(number for step in steps for number in step.inputs)
     read, index = [], []  # index: the number in `read` of each step of `steps`
-    with evaluation_mode(net):
+    with evaluation_mode(net, values=False):
         for step in steps[:-1]:
             inputs = tuple(index[number] for number in step.inputs)
             if step.op[0] in LAYERS:
@@ -430,8 +511,9 @@ def _understood(node, module, first):
             )
         if not node.users:
             raise NotCovered(': its output is not used, which is not covered')
-        if _in_place(node, module) and len(reads[0].users) > 1:
+        if ops and _in_place(node, module) and _is_read_later(reads[0], node):
             raise NotCovered(' works in place on a value that is used elsewhere too; not covered')
+        node.meta['view'] = not ops or ops[0][0] == 'flatten'
         return ops, reads, None
     except NotCovered as error:
         keeps = isinstance(module, _PER_CHANNEL_MODULES)
@@ -439,6 +521,18 @@ def _understood(node, module, first):
             keeps = node.target in _PER_CHANNEL_FUNCTIONS and len(node.all_input_nodes) == 1
         op = ('per channel',) if keeps else ('unknown',)
         return [op], node.all_input_nodes, str(error)
+
+
+def _is_read_later(value, node):
+    """Whether a value is read after a node, itself or under the name of a view."""
+    while value.meta.get('view'):
+        (value,) = value.all_input_nodes
+    names = [value]
+    for name in names:  # it grows
+        names += [user for user in name.users if user.meta.get('view')]
+        if any(user.meta['position'] > node.meta['position'] for user in name.users):
+            return True
+    return False
 
 
 def _in_place(node, module):

@@ -3,6 +3,7 @@ whole set."""
 
 import contextlib
 import copy
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -13,13 +14,18 @@ from torch.nn.utils import parametrize
 
 from conf import BadInput
 from measures.steps import (
+    COMPUTES_WEIGHTS,
     LAYER_TYPES,
     NotCovered,
+    compiled,
+    computes_weights,
     evaluation_mode,
     forward_steps,
     named,
+    quantized,
     read_weights,
     refuse,
+    require_values,
     walk,
 )
 
@@ -94,6 +100,12 @@ def trace_layers(net, input_shape):
             cover; all are named.
         BadInput: the weights contain NaN or infinity, or the shape is none of an image.
     """
+    require_values(net)
+    return _trace_layers(net, input_shape)
+
+
+def _trace_layers(net, input_shape):
+    """`trace_layers`, also of a network on the meta device, which has a geometry and no values."""
     if not isinstance(input_shape, (tuple, list)) or len(input_shape) != 3:
         given = str(input_shape).partition('\n')[0]
         raise BadInput(f'input_shape = {given}: must be (channels, height, width)')
@@ -121,7 +133,7 @@ def trace_layers(net, input_shape):
 def not_covered(net, input_shape):
     """Why the theorems about bias-free chains do not cover a network; None if they do."""
     try:
-        trace_layers(net, input_shape)
+        _trace_layers(net, input_shape)
     except BadInput as error:
         return str(error)
 
@@ -194,7 +206,8 @@ def _layer_obstacles(step, flat):
             )
     elif not flat:
         reasons.append(': expected a linear layer on the flattened map')
-    if step.weight is not None and not step.weight.numel():
+    sizes = ('in_features', 'out_features') if kind == 'linear' else ('in_channels', 'out_channels')
+    if 0 in [getattr(step.module, size) for size in sizes]:
         reasons.append(' has no weights')
     return reasons
 
@@ -265,13 +278,35 @@ def effective_weights(net):
 def require_counted(net):
     """Refuses a network with weights that `weight_layers` leaves out, or that modules share.
 
-    Left out are attention, embeddings and any other kind of module; all of them are named.
+    Left out are attention, embeddings and any other kind of module, complex and quantized weights,
+    and those that forward hooks of torch.nn.utils compute; all of them are named.
     """
-    obstacles = shared_parameters(net)
+    require_values(net)
+    obstacles = shared_parameters(net) + _computed_weights(net)
+    for name, module in net.named_modules():
+        if quantized(module):
+            obstacles.append((named(name, module), ' holds quantized weights'))
     for name, module, parameter in _owned_parameters(net):
-        if parameter.ndim > 1 and not isinstance(module, (*LAYER_TYPES, nn.LayerNorm)):
+        if parameter.is_complex():
+            obstacles.append((named(name, module), ' holds complex weights'))
+        elif parameter.ndim > 1 and not isinstance(module, (*LAYER_TYPES, nn.LayerNorm)):
             obstacles.append((named(name, module), ' holds weights that are not counted'))
     refuse(net, obstacles, 'only Conv2d, ConvTranspose2d and Linear modules are counted')
+
+
+def _computed_weights(net):
+    """The modules whose weights hooks compute, as pairs (what, reason) for `refuse`."""
+    return [
+        (named(name, module), COMPUTES_WEIGHTS)
+        for name, module in net.named_modules()
+        if computes_weights(module)
+    ]
+
+
+def require_own_weights(net):
+    """Refuses a network whose weights hooks compute: to read them may be too early, and what is
+    written does not stay."""
+    refuse(net, _computed_weights(net), 'the weights could not be read and set')
 
 
 def not_counted(net):
@@ -304,11 +339,23 @@ def _owned_parameters(net):
 
 
 def plain_copy(net):
-    """A copy of a network whose parametrized weights are plain ones with the same values."""
-    net = copy.deepcopy(net)
+    """A copy of a network whose parametrized weights are plain ones with the same values.
+
+    Raises:
+        NotCovered: forward hooks of torch.nn.utils compute its weights.
+    """
+    require_own_weights(net)
+    net = copied(net)
     for module in [*net.modules()]:
         make_plain(module)
     return net
+
+
+def copied(net):
+    """A copy of a network, whose own code may have kept activations with their graph."""
+    kept = [value for module in net.modules() for value in vars(module).values()]
+    graphs = [value for value in kept if isinstance(value, torch.Tensor) and not value.is_leaf]
+    return copy.deepcopy(net, {id(value): value.detach().clone() for value in graphs})
 
 
 def make_plain(module):
@@ -345,8 +392,14 @@ def ieee_float32():
 
 
 @contextlib.contextmanager
-def hooked(modules, note):
-    """Calls note(module, inputs, output) after each forward pass of one of these modules."""
+def hooked(net, modules, note):
+    """Calls note(module, inputs, output) after each forward pass of one of these modules of net.
+
+    Raises:
+        NotCovered: a part of the network is compiled, so that its modules may run unseen.
+    """
+    obstacles = [(named(name, part), compiled(part)) for name, part in net.named_modules()]
+    refuse(net, [each for each in obstacles if each[1]], 'its modules run unseen')
     hooks = [module.register_forward_hook(note) for module in modules]
     try:
         yield
@@ -362,8 +415,8 @@ def activations(net, image):
     def note(layer, inputs, output):
         sizes.append(output.numel())
 
-    with hooked(weight_layers(net).values(), note):
-        net(image)
+    with hooked(net, weight_layers(net).values(), note):
+        net(image.clone())  # its first step may work in place
     return sizes
 
 
@@ -378,19 +431,61 @@ def images_per_pass(net, images):
     return max(1, min(1000, 2**28 // max(activations(net, images[:1]), default=1)))
 
 
+def forward(net, images):
+    """What a network makes of images, of which it gets a copy: its first step may work in place.
+
+    Raises:
+        BadInput: it is no tensor with a row for each image.
+    """
+    found = net(images.clone())
+    require_rows(type(net).__name__, found, images)
+    return found
+
+
+@contextlib.contextmanager
+def taking(net, images):
+    """Turns the error of a forward pass in what it encloses into BadInput: they do not fit."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        # Then the images may be sound.
+        if re.search('(of|allocate) memory|ALLOC_FAILED|CUDA error', str(error)):
+            raise
+        given = f'one of shape {tuple(images[:1].shape)} and {images.dtype}'
+        reason = str(error).partition('\n')[0]
+        raise BadInput(f'images: {type(net).__name__} does not take {given} ({reason})') from None
+
+
+def require_rows(what, output, images):
+    """Raises BadInput unless an output is a tensor of real numbers with a row for each image."""
+    given = type(output).__name__
+    if isinstance(output, torch.Tensor):
+        if output.shape[:1] == images.shape[:1] and not output.is_complex():
+            return
+        given = f'{output.dtype} of shape {tuple(output.shape)}'
+    needs = 'must be a tensor of real numbers with a row for each image'
+    raise BadInput(f'{what}: makes {given} of {len(images)} images; {needs}')
+
+
 @torch.no_grad()
 def outputs(net, images):
     """The outputs (m, ...) of a network in evaluation mode on a whole set of images (m, ...).
 
     They are float64 numbers of forward passes in the network's dtype, in IEEE float32 at least on
     CUDA. Batches go through one after the other, as many images at once as `images_per_pass` says.
+
+    Raises:
+        BadInput: the network does not take the images, or returns no tensor with a row for each.
     """
     with evaluation_mode(net), ieee_float32(), parametrize.cached():
         batch = images_per_pass(net, images)
-        first = net(images[:1])
+        with taking(net, images):
+            first = forward(net, images[:1])
         # Filled in place: small tensors that stay, allocated between large ones that go, would tear
         # the heap to pieces.
         values = first.new_empty(len(images), *first.shape[1:], dtype=torch.float64)
         for rows, part in zip(values.split(batch), images.split(batch)):
-            rows.copy_(net(part))
+            rows.copy_(forward(net, part))
     return values

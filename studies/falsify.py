@@ -20,7 +20,7 @@ from torch import nn
 
 from conf import BadInput, load_settings, run_program
 from measures.norms import measure_data, measure_network, product
-from measures.trace import plain_copy
+from measures.trace import sequential, trace_layers
 from records import load_data, write_table
 from studies.report import study_parser
 from utils import BOUNDS
@@ -53,22 +53,29 @@ DRAWS = 20  # of all signs
 MOST_FEATURES = 1000  # up to which their matrix of second moments is computed
 
 
-def double_copy(net):
-    """A copy in float64 whose parameters are the effective weights."""
-    return plain_copy(net).double().requires_grad_(False)
+def double_copy(net, input_shape):
+    """A copy in float64 as an nn.Sequential of plain layers, the classifier last."""
+    return sequential(trace_layers(net, input_shape)).requires_grad_(False)
 
 
 def random_tables(net, data):
     """Tables of two random networks of this geometry, each with its classifier times 1, 2, 4."""
     tables = []
     for seed in (0, 1):
-        net, generator = double_copy(net), torch.Generator().manual_seed(seed)
+        net, generator = double_copy(net, data.input_shape), torch.Generator().manual_seed(seed)
         for weight in net.parameters():
             weight.normal_(generator=generator)
         for _ in range(3):
             tables.append(measure_network(net, data.input_shape, torch.zeros(data.m)))
             net[-1].weight.mul_(2)
     return tables
+
+
+def _geometry(net, data):
+    """What decides an estimate besides the norms: the layers' taps, and the number of outputs."""
+    layers = trace_layers(net, data.input_shape)
+    taps = [axis.tolist() for layer in layers for axis in layer.taps]
+    return *taps, len(layers[-1].weight)
 
 
 def read_claim(bound, tables, data):
@@ -110,7 +117,7 @@ def network_of(kernels, input_shape, classes):
     features = net(torch.ones(1, *input_shape).double()).numel()
     net.append(nn.Linear(features, classes, bias=False))
     nn.init.ones_(net[-1].weight)
-    return double_copy(net)
+    return double_copy(net, input_shape)
 
 
 @torch.no_grad()
@@ -145,8 +152,8 @@ def lower_bounds(net, images, classes):
     the constant of Latala and Oleszkiewicz), and by Hoelder's inequality at least
     (E||S||^2)^(3/2) / (E||S||^4)^(1/2) = sqrt(C t / (1 + 2 r2 / C)).
     """
-    net, m = double_copy(net), len(images)
-    table = measure_network(net, images.shape[1:])
+    input_shape, m = tuple(images.shape[1:]), len(images)
+    net, table = double_copy(net, input_shape), measure_network(net, input_shape)
     generator = torch.Generator().manual_seed(0)
     energy = gram = fourth = sums = 0.0
     for part in images.split(CHUNK):
@@ -166,7 +173,8 @@ def lower_bounds(net, images, classes):
     for weight in net.parameters():
         weight.abs_()
     path = net[:-1](torch.ones_like(images[:1]).double())[0]
-    shape = -1, int(table.p[-2])  # channels, positions
+    positions = math.prod(trace_layers(net, input_shape)[-1].in_size)
+    shape = -1, positions  # of channels
     energy, path = energy.view(shape), path.view(shape)
     sums = sums.view(DRAWS, classes, *energy.shape).double()
 
@@ -195,15 +203,19 @@ def falsify(names, nets, images, classes, constant=4):
 
     Args:
         names: entries of BOUNDS; `constant` is the c of those that CONSTANTS does not have.
-        nets: {name: network}, chains of one geometry: bias-free convolutions and ReLUs in an
-            nn.Sequential that ends with a flattening and the classifier, whose weights have no
-            influence.
+        nets: {name: network}, chains as `trace_layers` takes them, of one geometry; the weights of
+            the classifier have no influence.
         images: (m, channels, height, width), as the networks see them.
     Returns:
         A list of dicts, one for each bound of the form, and {name of another: why it is not}.
+    Raises:
+        BadInput: a network is not covered, or of another geometry or number of classes.
     """
     first = next(iter(nets.values()))
     data = measure_data(first, images)
+    for name, net in nets.items():
+        if _geometry(net, data) != _geometry(first, data) or _geometry(net, data)[-1] != classes:
+            raise BadInput(f'{name}: must have {classes} outputs, and one geometry with the others')
     tables = random_tables(first, data)
     found = {name: lower_bounds(net, images, classes) for name, net in nets.items()}
     rows, others = [], {}

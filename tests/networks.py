@@ -1,8 +1,11 @@
 """Networks that several tests use."""
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations
 
 WEIGHTED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -149,3 +152,110 @@ class UNet(nn.Module):
     def forward(self, x):
         skip = self.act(self.enc(x))
         return self.out(torch.cat([skip, self.up(self.act(self.mid(self.pool(skip))))], 1))
+
+
+class Transformer(nn.Module):
+    """A transformer block on the rows of an image as tokens, and a classifier."""
+
+    def __init__(self, tokens, width, classes):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.norm = nn.LayerNorm(width)
+        self.fc, self.act, self.out = nn.Linear(width, 8), nn.GELU(), nn.Linear(8, width)
+        self.head = nn.Linear(tokens * width, classes)
+
+    def forward(self, x):
+        x = x.flatten(1, 2)
+        x = self.norm(x + self.attn(x, x, x)[0])
+        return self.head((x + self.out(self.act(self.fc(x)))).flatten(1))
+
+
+# ------------------------------------------------------------------------------------------------
+# A bench: one network of each kind, of three classes
+# ------------------------------------------------------------------------------------------------
+
+BENCH_SHAPE = (1, 6, 4)
+
+
+def small_chain(relus=(nn.ReLU, nn.ReLU)):
+    first, second = (make() for make in relus)
+    return nn.Sequential(
+        *(conv(1, 2, 2), first, conv(2, 2, 2), second, nn.Flatten(), linear(16, 3)),
+    )
+
+
+def parametrized(wrap):
+    """A chain whose layers are parametrized."""
+    return nn.Sequential(wrap(conv(1, 2, 2)), nn.ReLU(), nn.Flatten(), wrap(linear(30, 3)))
+
+
+def tied():
+    """A Parameter in two linear layers."""
+    layers = [linear(24, 4), linear(4, 4), linear(4, 4), linear(4, 3)]
+    layers[2].weight = layers[1].weight
+    modules = [module for layer in layers for module in (layer, nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *modules[:-1])
+
+
+def without_channels():
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # there is nothing to initialize
+        layers = nn.Linear(24, 4), nn.ReLU(), nn.Linear(4, 0), nn.ReLU(), nn.Linear(0, 3)
+    nn.init.normal_(layers[-1].bias)
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+def one_relu():
+    relu = nn.ReLU()
+    return small_chain([lambda: relu, lambda: relu])
+
+
+BENCH = {
+    'VGG': lambda: nn.Sequential(
+        *(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU(), nn.AvgPool2d(2)),
+        *(nn.Flatten(), nn.Dropout(), nn.Linear(2, 3)),
+    ),
+    'residual': lambda: nn.Sequential(
+        *(nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.ReLU()),
+        Residual(nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 2, 1)),
+        *(nn.ReLU(), nn.Flatten(), nn.Linear(30, 3)),
+    ),
+    'MLP': lambda: nn.Sequential(
+        *(nn.Flatten(), nn.Linear(24, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)),
+    ),
+    'U-net': lambda: nn.Sequential(
+        *(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU()),
+        Beside(
+            *(nn.MaxPool2d(2), nn.Conv2d(2, 2, 1), nn.ReLU()),
+            nn.ConvTranspose2d(2, 2, 2, stride=2),
+        ),
+        nn.Conv2d(4, 3, 1),
+    ),
+    'transformer': lambda: Transformer(6, 4, 3),
+    'tied': tied,
+    'spectral norm': lambda: parametrized(parametrizations.spectral_norm),
+    'weight norm': lambda: parametrized(parametrizations.weight_norm),
+    'float16': lambda: small_chain().half(),
+    'bfloat16': lambda: small_chain().bfloat16(),
+    'float64': lambda: small_chain().double(),
+    'nested': lambda: nn.Sequential(
+        nn.Sequential(nn.Sequential(conv(1, 2, 2)), nn.ReLU()),
+        nn.Sequential(nn.Sequential(), nn.Flatten(), linear(30, 4)),
+        *(nn.ReLU(), nn.Sequential(linear(4, 3))),
+    ),
+    'one ReLU': one_relu,
+    'no channels': without_channels,
+}
+
+
+def bench(name, seed=0):
+    """A network of BENCH in training mode; batch normalization has statistics of its own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = BENCH[name]()
+        for module in net.modules():
+            if isinstance(module, BATCH_NORMS):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+    return net.train()

@@ -362,11 +362,12 @@ def prove(message, images, labels, classes, delta=0.001):
 
 def count_errors(code, images, labels):
     """The number of images whose label (N,) does not have the strictly largest score."""
-    fits = labels.shape == images.shape[:1] and not labels.is_floating_point()
-    if not (fits and 0 <= labels.min() and labels.max() < len(code.direct)):
+    fits = labels.shape == images.shape[:1] and len(labels) > 0 and not labels.is_floating_point()
+    whole = labels.long()
+    if not (fits and 0 <= whole.min() and whole.max() < len(code.direct)):
         shape, last = tuple(labels.shape), len(code.direct) - 1
         raise BadInput(f'labels of shape {shape}: must be integers from 0 to {last}, one an image')
-    return int((~is_largest(scores(code, images), labels)).sum())
+    return int((~is_largest(scores(code, images), whole)).sum())
 
 
 def is_largest(outputs, labels):

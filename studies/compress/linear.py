@@ -1,6 +1,5 @@
 """Linear layers of any network, fitted again to fewer input channels (docs/compress.md)."""
 
-import copy
 from collections import Counter
 from types import SimpleNamespace
 
@@ -10,7 +9,14 @@ from torch import nn
 
 from conf import BadInput
 from measures.steps import RELUS, averages, evaluation_mode, flattens, folded_norm, trace, viewed_as
-from measures.trace import hooked, images_per_pass, make_plain
+from measures.trace import (
+    copied,
+    hooked,
+    images_per_pass,
+    make_plain,
+    require_own_weights,
+    taking,
+)
 from studies.compress.narrow import CHUNK, check_fit, fit_layer, problem_of, subsample
 
 # Modules, functions and methods that act on each channel by itself: a channel that no layer reads
@@ -72,6 +78,7 @@ def compress_layer(
         BadInput: an invalid argument, no such layer, or a lam at which a layer loses all channels.
     """
     check_fit(images, lam, refit)
+    require_own_weights(net)
     if cost not in ('incoming', 'one'):
         raise BadInput(f'cost = {cost!r}: must be incoming or one')
     names = [name] if isinstance(name, str) else list(name)
@@ -93,7 +100,7 @@ def compress_layer(
         if kept.all():
             why = 'all channels are kept'
         reports[each] = report | {'removed': not why, 'why': why}
-        narrow = copy.deepcopy(narrow)
+        narrow = copied(narrow)
         if not why:
             V = V[:, kept.repeat_interleave(source.taps)]
             for other in (source.name, *source.norms):
@@ -108,7 +115,12 @@ def linear_layer(net, name):
     if name not in linear:
         names = ', '.join(linear) or 'none'
         raise BadInput(f'{name!r}: not a linear layer of {type(net).__name__}; it has {names}')
-    if not linear[name].weight.isfinite().all():
+    weight = linear[name].weight
+    if not weight.numel():
+        raise BadInput(f'{name} (Linear) has no weights')
+    if weight.is_complex():
+        raise BadInput(f'{name} (Linear) has complex weights, which are not covered')
+    if not weight.isfinite().all():
         raise BadInput(f'{name}: its weights contain NaN or infinity')
     return linear[name]
 
@@ -153,12 +165,8 @@ def _order(net, image, names):
     """{name: whether an image makes exactly one row of the layer's input}, in order of calls."""
     for name in names:
         linear_layer(net, name)
-    try:
+    with taking(net, image):
         read = _inputs(net, names, [image])
-    except (RuntimeError, ValueError, IndexError) as error:
-        refused = f'{type(net).__name__} does not take one of shape {tuple(image.shape)}'
-        reason = str(error).partition('\n')[0]
-        raise BadInput(f'images: {refused} ({reason})') from None
     for name in names:
         if name not in read or any(rows.ndim != 2 for rows in read[name]):
             shape = f'(N, {net.get_submodule(name).in_features})'
@@ -174,9 +182,9 @@ def _inputs(net, names, batches):
     def note(layer, inputs, output):
         read.setdefault(names[layer], []).append(inputs[0].clone())
 
-    with hooked(names, note):
+    with hooked(net, names, note):
         for batch in batches:
-            net(batch)
+            net(batch.clone())  # a first step may work in place
     return read
 
 

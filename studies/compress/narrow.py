@@ -66,6 +66,8 @@ def compress(net, images, lam, refit='ridge', tolerance=1e-3):
     check_fit(images, lam, refit)
     if images.dim() != 4:
         raise BadInput(f'images of shape {tuple(images.shape)}: must be (m, C, H, W)')
+    if not images.is_floating_point():
+        raise BadInput(f'images of {images.dtype}: must be floating-point numbers')
     layers = trace_layers(net, tuple(images.shape[1:]))
     original = _balanced([layer.kernel for layer in layers])
     narrow, report = list(original), []
