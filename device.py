@@ -72,8 +72,11 @@ def describe_machine(device):
     if device.type == 'cuda':
         processor = torch.cuda.get_device_name(device)
     else:
-        model = re.search(r'model name\s*: (.*)', _cpu_info())
-        processor = f'{model[1] if model else "CPU"}, {torch.backends.cpu.get_cpu_capability()}'
+        # One name covers several generations, which round differently: the numbers tell them apart.
+        fields = dict(re.findall(r'^([a-z ]+?)\s*: (.*)$', _cpu_info(), re.M))
+        number = '-'.join(fields.get(name, '?') for name in ('cpu family', 'model', 'stepping'))
+        processor = f'{fields.get("model name", "CPU")} {number}'
+        processor += f', {torch.backends.cpu.get_cpu_capability()}'
     version = str(torch.__version__)
     return {'processor': processor, 'threads': torch.get_num_threads(), 'torch': version}
 

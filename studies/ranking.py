@@ -354,7 +354,7 @@ class Pairs:
 
 
 def rank_networks(folder, weights=False):
-    """(rows, pairs) of a sweep or a zoo: a row of ranking.csv per measure, the least mean first.
+    """(rows, pairs) of a sweep or a zoo: a row of ranking.csv per measure, the largest psi first.
 
     A knob along which no two networks can be compared is named.
 
@@ -375,7 +375,7 @@ def rank_networks(folder, weights=False):
         rows.append({'measure': name, 'networks': len(gaps)} | pairs.rank(measure))
     for row, p in zip(rows, holm(np.array([row['p'] for row in rows]))):
         row['p_holm'] = p
-    rows.sort(key=lambda row: (math.isnan(row['mean']), row['mean']))
+    rows.sort(key=lambda row: -row['psi'])
     return rows, pairs
 
 
@@ -391,13 +391,14 @@ def show(rows, pairs, band):
     print(f"{sure:,} of them by more than the test set's noise\n")
     cells = []
     for row in rows:
-        knob = max(pairs.knobs, key=lambda knob: _number(row[f'error_{knob}']))
-        numbers = [f'{row[column]:.3f}' for column in ('mean', 'psi', 'tau')]
+        errors = {knob: (1 - row[f'tau_{knob}']) / 2 for knob in pairs.knobs}
+        knob = max(errors, key=lambda knob: -math.inf if math.isnan(errors[knob]) else errors[knob])
+        numbers = [f'{row[column]:.3f}' for column in ('psi', 'mean')]
         p = [f'{row[column]:.2g}' for column in ('p', 'p_holm')]
-        cells.append((row['measure'], *numbers, *p, f'{row["worst"]:.2f} {knob}'))
-    ranges = [f'{low:.3f} to {high:.3f}' for low, high in band.values()]
-    cells.append(('95 % of random measures', *ranges, '', '', ''))
-    print_table(('measure', 'mean', 'psi', 'tau', 'p', 'p (Holm)', 'worst knob'), cells)
+        cells.append((row['measure'], numbers[0], *p, numbers[1], f'{errors[knob]:.2f} {knob}'))
+    ranges = ['{:.3f} to {:.3f}'.format(*band[name]) for name in ('psi', 'mean')]
+    cells.append(('95 % of random measures', ranges[0], '', '', ranges[1], ''))
+    print_table(('measure', 'psi', 'p', 'p (Holm)', 'weighted mean', 'worst knob'), cells)
     print('\nThe gap at the larger value of a knob, less that at the smaller one:\n')
     cells = []
     for knob in pairs.knobs:
@@ -412,7 +413,11 @@ def show(rows, pairs, band):
 
 
 def picture(rows, knobs, band):
-    """The sign errors of each measure along each knob: as dots (left), as colours (right)."""
+    """The sign errors of each measure along each knob: as dots (left), as colours (right).
+
+    Args:
+        band: psi of 95 % of random measures, an array (2,).
+    """
     y, width = range(len(rows)), 0.3 * len(knobs)
     height = 0.2 * len(rows) + 1.8
 
@@ -421,17 +426,19 @@ def picture(rows, knobs, band):
 
     figure = new_figure(5.4 + width, height)
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, width))
-    left.axvspan(*band, color='0.85', zorder=0, label='95 % of random measures')
+    low, high = (1 - band) / 2
+    left.axvspan(low, high, color='0.85', zorder=0, label='95 % of random measures')
     left.axvline(0.5, color='0.6', linewidth=0.8, zorder=1)
-    errors = np.array([column(f'error_{knob}') for knob in knobs]).T
+    errors = (1 - np.array([column(f'tau_{knob}') for knob in knobs]).T) / 2
     for number, along in enumerate(errors):
         label = 'one knob' if number == 0 else None
         left.plot(along, [number] * len(knobs), 'o', color='#0072B2', alpha=0.35, ms=4, label=label)
-    left.plot(column('mean'), y, 'D', color='black', markersize=4, label='mean over knobs')
+    means = (1 - np.array(column('psi'))) / 2
+    left.plot(means, y, 'D', color='black', markersize=4, label='mean over knobs')
     sound = [number for number in y if rows[number]['p_holm'] <= LEVEL]
     left.plot([1.06] * len(sound), sound, '*', color='#D55E00', label=f'p (Holm) ≤ {LEVEL}')
     name_measures(left, column('measure'))
-    left.set(xlim=(-0.03, 1.1), ylim=(len(rows) - 0.5, -0.5), xlabel='weighted sign error')
+    left.set(xlim=(-0.03, 1.1), ylim=(len(rows) - 0.5, -0.5), xlabel='sign error')
     left.set_title(f'{rows[0]["networks"]} networks, {rows[0]["pairs"]} pairs', fontsize='medium')
     below = {'loc': 'upper center', 'bbox_to_anchor': (0.5, -0.6 / height)}
     left.legend(**below, fontsize='small', frameon=False, ncols=2)
@@ -473,7 +480,7 @@ def main(arguments=None):
     band = pairs.chance()
     show(rows, pairs, band)
     if options.out:
-        figure = picture(rows, list(pairs.knobs), band['mean'])
+        figure = picture(rows, list(pairs.knobs), band['psi'])
         save(figure, options.out / 'ranking.png')
         write_table(options.out / 'ranking.csv', list(rows[0]), rows)
         # Without its date a picture of equal numbers is an equal file.

@@ -48,11 +48,9 @@ TIMINGS = 'train_seconds', 'eval_seconds'
 
 def machine():
     """What the last digits of a training depend on."""
-    return {
-        'cpu': torch.backends.cpu.get_cpu_capability(),
-        'threads': 1,
-        'torch': torch.__version__,
-    }
+    from device import describe_machine
+
+    return describe_machine(torch.device('cpu')) | {'threads': 1}
 
 
 def train_kind(kind, folder):

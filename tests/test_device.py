@@ -156,9 +156,10 @@ def test_a_network_larger_than_the_gpu_is_refused(monkeypatch, flags, knob):
 
 
 def test_bfloat16_units_are_read_off_the_cpu(monkeypatch):
-    monkeypatch.setattr(device, '_cpu_info', lambda: 'model name : X\nflags : avx512f amx_bf16 x\n')
+    lines = 'cpu family : 6\nmodel : 143\nmodel name : X\nstepping : 8\nflags : amx_bf16 x\n'
+    monkeypatch.setattr(device, '_cpu_info', lambda: lines)
     assert device.has_bfloat16_units()
-    assert device.describe_machine(CPU)['processor'].startswith('X, ')
+    assert device.describe_machine(CPU)['processor'].startswith('X 6-143-8, ')
     monkeypatch.setattr(device, '_cpu_info', lambda: '')
     assert not device.has_bfloat16_units()
 

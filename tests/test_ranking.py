@@ -210,8 +210,8 @@ def test_the_table_is_printed_with_the_band_of_random_measures(tmp_path):
     assert '24 networks, 108 pairs that differ in one knob' in said
     assert 'right along all 3 knobs with probability 1/8' in said
     assert 'p (Holm) <= 0.05: none.' in said
-    assert re.search(r'^\| constant \| 0.500 \| 0.000 \| 0.000 \| 1 \| 1 \|', said, re.M)
-    band = r'^\| 95 % of random measures \| 0.\d+ to 0.\d+ \| -0.\d+ to 0.\d+ '
+    assert re.search(r'^\| constant \| 0.000 \| 1 \| 1 \| 0.500 \| 0.50 ', said, re.M)
+    band = r'^\| 95 % of random measures \| -0.\d+ to 0.\d+ \|  \|  \| 0.\d+ to 0.\d+ '
     assert re.search(band, said, re.M)
     assert {path.name for path in folder.iterdir()} == {'global_settings.py', 'summary.csv'}
 
@@ -224,27 +224,6 @@ def numbers(path):
     return rows
 
 
-QUOTED = [
-    ('graf_params_bound', 'mean', '{} for `graf_params_bound`, the best'),
-    ('our_bound', 'mean', '{} for `our_bound`, '),
-    ('corrected_bound', 'mean', '{} for `corrected_bound` and'),
-    ('path_bound', 'mean', '{} for `path_bound`; 95 %'),
-    ('our_bound', 'error_train_samples', 'weighted sign error is {} for `our_bound`'),
-    ('path_bound', 'error_train_samples', '{} for `path_bound`, '),
-    ('corrected_bound', 'error_train_samples', '{} for `corrected_bound`, '),
-    ('bartlett_bound', 'error_train_samples', '{} for `bartlett_bound`'),
-    ('ledent_bound', 'error_train_samples', '{} for `ledent_bound`'),
-    ('graf_params_bound', 'error_train_samples', '({} for `graf_params_bound`'),
-    ('sedghi_bound', 'error_train_samples', '{} for `sedghi_bound`)'),
-    ('path_bound', 'error_density', '(errors of {} and'),
-    ('our_bound', 'error_density', '`our_bound` has {}, the l2'),
-    ('input_gradient', 'mean', '`input_gradient` has a mean over knobs of {}'),
-    ('distance / (sharpness √m)', 'mean', '`distance / (sharpness √m)` of {}'),
-    ('distance / √m', 'mean', '`distance / √m` of {}'),
-    ('epochs', 'mean', 'to the target, a control, has {}'),
-]
-
-
 @pytest.mark.pages
 def test_the_shipped_ranking_is_found_again_and_the_page_quotes_it(tmp_path):
     folder = ROOT / 'results' / 'ranking'
@@ -254,10 +233,16 @@ def test_the_shipped_ranking_is_found_again_and_the_page_quotes_it(tmp_path):
     for name, row in shipped.items():
         assert found[name] == pytest.approx(row, nan_ok=True)
     page = ' '.join((ROOT / 'docs' / 'ranking.md').read_text().split())
-    for name, column, sentence in QUOTED:
-        assert sentence.format(f'{shipped[name][column]:.2f}') in page
-    psi = [f'{shipped[name]["psi"]:.3f}' for name in ('graf_params_bound', 'sedghi_bound')]
-    assert 'is {} for `graf_params_bound` and {} for `sedghi_bound`'.format(*psi) in page
+    psi = {name: f'{row["psi"]:.3f}' for name, row in shipped.items()}
+    band = ranking.rank_networks(folder)[1].chance()['psi']
+    assert 'band of random measures there ({:.3f} to {:.3f})'.format(*band) in page
+    bounds = sorted((row['psi'], name) for name, row in shipped.items() if name.endswith('_bound'))
+    assert [name for _, name in bounds[-2:]] == ['sedghi_bound', 'graf_params_bound']
+    assert bounds[-3][0] < band[1] < bounds[-2][0]
+    sentence = '`graf_params_bound` with {} and `sedghi_bound` with {}'
+    assert sentence.format(psi['graf_params_bound'], psi['sedghi_bound']) in page
+    sentence = '`input_gradient` ({}) and the number of epochs ({})'
+    assert sentence.format(psi['input_gradient'], psi['epochs']) in page
 
 
 def test_networks_above_the_target_are_left_out_and_named(tmp_path):

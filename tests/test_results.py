@@ -24,7 +24,7 @@ from measures.paths import path_norm
 from measures.representations import effective_depth
 from measures.tails import kl_inverse
 from records import load_network, read_layers, read_metrics
-from studies import certificate_parts, evaluate, ranking
+from studies import certificate_parts, evaluate
 from studies.compress import load
 
 pytestmark = pytest.mark.pages
@@ -227,28 +227,6 @@ def released_factor(depth=3):
     here = (depth + 1) * math.log(2) + depth * math.log(4) + math.log(10)
     there = (depth + 1) * math.log(8) + math.log(10)
     return 1.2 * (1 + math.sqrt(2 * there)) / (1 + math.sqrt(2 * here))
-
-
-def test_the_readme_quotes_the_ranking():
-    rows = {row['measure']: row for row in rows_of_csv('results', 'ranking', 'ranking.csv')}
-    bounds = {name: row for name, row in rows.items() if name.endswith('_bound')}
-    assert len(bounds) == 10
-    best = min(bounds, key=lambda name: float(bounds[name]['mean']))
-    assert best == 'graf_params_bound'
-    mean = f'{float(bounds[best]["mean"]):.2f}'
-    by_psi = sorted(bounds, key=lambda name: -float(bounds[name]['psi']))[:3]
-    psi = [f'{float(bounds[name]["psi"]):.3f}' for name in by_psi]
-    chance = ranking.rank_networks(RESULTS / 'ranking')[1].chance()
-    assert float(psi[2]) < chance['psi'][1] < float(psi[1])
-    band = '{:.3f} and {:.3f}'.format(*chance['psi'])
-    random = 'random measures {:.2f} to {:.2f}'.format(*chance['mean'])
-    quotes('README.md', f'the best bound ranks {mean} of pairs wrongly, {random}')
-    quotes('docs/ranking.md', f"`psi`, the mean of Kendall's tau over knobs, is {psi[0]} for")
-    quotes('docs/ranking.md', f'{psi[1]} for `sedghi_bound`', f'lie between {band}')
-    noise = [float(row['error_label_noise']) for row in bounds.values()]
-    batches = [float(row['error_batch_size']) for row in bounds.values()]
-    ranges = [f'{min(cells):.2f} to {max(cells):.2f}' for cells in (noise, batches)]
-    quotes('docs/ranking.md', '(errors of {}), *and the batch size wrongly* ({})'.format(*ranges))
 
 
 # ------------------------------------------------------------------------------------------------
