@@ -1,8 +1,8 @@
 """What a mask's topology says of the network's error: seven ways to a mask (docs/topology.md).
 
     python -m studies.topology                      prints the tables of results/topology
-    python -m studies.topology --train results/9    trains the 21 networks there (2 minutes of a
-                                                    core); prints and draws what they give
+    python -m studies.topology --train results/9    trains the 21 networks there (a minute);
+                                                    prints and draws what they give
 
 CONV-3-32 of stride 2 on 2,000 images of MNIST, with a fifth of the weights. The coordinates are
 those of Hoang et al. (NeurIPS 2023, "Don't just prune by magnitude!"): means over layers of
