@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from conf import KNOBS as SETTINGS
-from conf import run_program
+from conf import BadInput, run_program
 from evaluation import Diverged, at_target, evaluate, initial_network
 from measures.norms import Table, classification_margins, measure_data, measure_network
 from measures.trace import outputs
@@ -248,7 +248,7 @@ def _cell(measure, value):
     if value.ndim:
         value = value[~np.isnan(value)]
         return torch.from_numpy(value) if measure == 'margins' else value
-    return int(value) if value == np.floor(value) else float(value)
+    return int(value) if value % 1 == 0 else float(value)  # inf % 1 is nan
 
 
 def read_networks(folder):
@@ -272,6 +272,8 @@ def main(arguments=None):
     parser.add_argument('--jobs', type=int, default=2, metavar='N', help='processes, 2 by default')
     options = parser.parse_args(arguments)
     names = list(design())[: options.networks]
+    if not names:
+        raise BadInput('--networks 0: give at least 1')
     options.folder.mkdir(parents=True, exist_ok=True)
     load_data(zoo_settings(names[0], design()[names[0]]))  # downloads it, once
     # New processes, since a fork of one that has used torch may hang.
