@@ -332,6 +332,10 @@ def bounds_of(network, data, delta, gamma, skip_uncovered=False):
             if not skip_uncovered:
                 raise
             value = np.nan
+        except AttributeError as error:
+            if not isinstance(error.obj, Table):
+                raise
+            raise BadInput(f'{column} of BOUNDS: {error}') from None
         try:
             row[column] = float(value)
         except (TypeError, ValueError, RuntimeError):

@@ -192,6 +192,8 @@ def load_launch(folder, flags=None):
         body = ast.parse(path.read_bytes()).body
         values = {line.targets[0].id: ast.literal_eval(line.value) for line in body}
     except FileNotFoundError:
+        if not Path(folder).exists():
+            raise BadInput(f'{folder}: no such folder') from None
         parent = Path(folder).resolve().parent
         hint = f'; did you mean {parent}?' if (parent / 'global_settings.py').exists() else ''
         raise BadInput(

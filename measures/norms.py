@@ -26,7 +26,7 @@ class Table(SimpleNamespace):
         missing = vars(self).get('missing', {})
         if name in missing:
             raise NotCovered(f'{name} is not measured: {missing[name]}')
-        known = ', '.join(vars(self))
+        known = ', '.join(measure for measure in vars(self) if measure != 'missing')
         raise AttributeError(f'no measure {name}; there are {known}', name=name, obj=self)
 
 

@@ -98,9 +98,6 @@ def read_sweep(folder):
     """([(settings, row)], {knob: values}, groups) of the finished networks of a sweep.
 
     Networks that did not reach `target_loss` are left out and named.
-
-    Raises:
-        BadInput: there are too few of them, or of knobs.
     """
     last = {settings.name: (settings, row) for settings, row in read_rows(folder)}
     networks = []
@@ -112,10 +109,6 @@ def read_sweep(folder):
         else:
             print(f'{settings.name} did not reach target_loss and is left out')
     knobs = varied(networks)
-    if len(networks) < LEAST_NETWORKS or len(knobs) < LEAST_KNOBS:
-        needed = f'a ranking needs {LEAST_NETWORKS} that vary in {LEAST_KNOBS} knobs'
-        found = f'{len(networks)} finished networks that vary in {len(knobs)} knobs'
-        raise BadInput(f'{folder}: has {found}; {needed}')
     values = {knob: [getattr(settings, knob) for settings, _ in networks] for knob in knobs}
     return networks, values, [0] * len(networks)
 
@@ -196,7 +189,10 @@ def measures_of(networks):
             measures[column] = table[column] - table['train_error']
     for name, formula in FORMULAS.items():
         measures[name] = formula(table)
-    return {name: values for name, values in measures.items() if not np.isnan(values).all()}
+    known = {name: values for name, values in measures.items() if not np.isnan(values).all()}
+    for name in measures.keys() & BOUNDS.keys() - known.keys():
+        print(f'{name}: nan for all networks, and not ranked')
+    return known
 
 
 # ------------------------------------------------------------------------------------------------
@@ -365,6 +361,10 @@ def rank_networks(folder, weights=False):
         networks, knobs, groups = read_zoo(folder, weights)
     else:
         networks, knobs, groups = read_sweep(folder)
+    if len(networks) < LEAST_NETWORKS or len(knobs) < LEAST_KNOBS:
+        needed = f'a ranking needs {LEAST_NETWORKS} that vary in {LEAST_KNOBS} knobs'
+        found = f'{len(networks)} finished networks that vary in {len(knobs)} knobs'
+        raise BadInput(f'{folder}: has {found}; {needed}')
     gaps = np.array([gap(*network) for network in networks])
     pairs = Pairs(knobs, gaps, min(row['test_size'] for _, row in networks), groups)
     for knob in knobs:
@@ -372,7 +372,10 @@ def rank_networks(folder, weights=False):
             print(f'no two networks differ in {knob} alone: nothing is ranked along it')
     rows = []
     for name, measure in measures_of(networks).items():
-        rows.append({'measure': name, 'networks': len(gaps)} | pairs.rank(measure))
+        missing = np.isnan(measure).sum()
+        if missing:
+            print(f'{name}: nan for {missing} of {len(gaps)} networks, whose pairs are left out')
+        rows.append({'measure': name, 'networks': len(gaps) - missing} | pairs.rank(measure))
     for row, p in zip(rows, holm(np.array([row['p'] for row in rows]))):
         row['p_holm'] = p
     rows.sort(key=lambda row: -row['psi'])
@@ -408,7 +411,11 @@ def show(rows, pairs, band):
     print_table(('knob', 'larger', 'median difference'), cells)
     sound = [row['measure'] for row in rows if row['p_holm'] <= LEVEL]
     count = len(pairs.knobs)
-    print(f'\nPredicts along the {count} knobs, p (Holm) <= {LEVEL}: {", ".join(sound) or "none"}.')
+    print(
+        f'\nPredicts along the {count} knobs, p (Holm, of {len(rows)} measures) <= {LEVEL}:',
+        end=' ',
+    )
+    print(f'{", ".join(sound) or "none"}.')
     print(f'By chance a measure is right along all {count} knobs with probability 1/{2**count}.')
 
 
@@ -443,6 +450,7 @@ def picture(rows, knobs, band):
     below = {'loc': 'upper center', 'bbox_to_anchor': (0.5, -0.6 / height)}
     left.legend(**below, fontsize='small', frameon=False, ncols=2)
     map_errors(right, errors)
+    right.set_xlabel('blue: right, red: wrong')
     slanted = {'rotation': 45, 'ha': 'left', 'rotation_mode': 'anchor'}
     right.set_xticks(range(len(knobs)), labels=knobs, **slanted, fontsize='small')
     return figure

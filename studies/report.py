@@ -21,6 +21,19 @@ def study_parser(name, text, files=None):
     return parser
 
 
+def positive(kind):
+    """An argparse type: a number above 0."""
+
+    def parse(text):
+        value = kind(text)
+        if not value > 0:
+            raise ValueError
+        return value
+
+    parse.__name__ = f'{kind.__name__} above 0'
+    return parse
+
+
 def read_csv(path):
     """The rows of a csv file, {column: text}."""
     with open(path, newline='') as file:

@@ -40,7 +40,7 @@ from records import (
     write_file,
     write_table,
 )
-from studies.report import study_parser
+from studies.report import positive, study_parser
 from train import PARENT, say, train
 
 BASES = 40
@@ -186,12 +186,14 @@ def start_worker():
 # ------------------------------------------------------------------------------------------------
 
 
-def write_files(folder, names):
-    """Writes networks.csv, tables.npz and weights.npz of the networks that are measured."""
+def write_files(folder):
+    """Writes networks.csv, tables.npz and weights.npz of all networks that are measured."""
     points, kept = design(), {}
-    for name in names:
+    for name in points:
         if (folder / name / KEPT).exists():
             kept[name] = load_checkpoint(folder / name / KEPT)
+    if not kept:
+        raise BadInput(f'{folder}: no network was trained to its end')
     rows = []
     for name, network in kept.items():
         rows.append({'name': name, 'base': base_of(name)} | points[name] | network['row'])
@@ -268,23 +270,30 @@ def read_networks(folder):
 def main(arguments=None):
     parser = study_parser('zoo', __doc__)
     parser.add_argument('folder', type=Path, help='results folder, new or interrupted')
-    parser.add_argument('--networks', type=int, metavar='N', help='only the first N networks')
-    parser.add_argument('--jobs', type=int, default=2, metavar='N', help='processes, 2 by default')
+    count, number = positive(int), {'metavar': 'N'}
+    parser.add_argument('--networks', type=count, **number, help='only the first N networks')
+    parser.add_argument('--jobs', type=count, default=2, **number, help='processes (2)')
     options = parser.parse_args(arguments)
-    names = list(design())[: options.networks]
-    if not names:
-        raise BadInput('--networks 0: give at least 1')
-    options.folder.mkdir(parents=True, exist_ok=True)
+    names, folder = list(design())[: options.networks], options.folder
+    if (folder / 'networks.csv').exists() and not any(folder.glob(f'*/{KEPT}')):
+        raise BadInput(f'{folder}: has tables of a zoo without its runs; name a new folder')
+    folder.mkdir(parents=True, exist_ok=True)
     load_data(zoo_settings(names[0], design()[names[0]]))  # downloads it, once
     # New processes, since a fork of one that has used torch may hang.
-    context = multiprocessing.get_context('spawn')
-    with context.Pool(options.jobs, start_worker) as pool:
-        done = pool.imap_unordered(functools.partial(train_network, folder=options.folder), names)
+    pool = multiprocessing.get_context('spawn').Pool(options.jobs, start_worker)
+    try:
+        done = pool.imap_unordered(functools.partial(train_network, folder=folder), names)
         for _ in tqdm(done, 'networks', len(names)):
             pass
-    kept = write_files(options.folder, names)
+    except KeyboardInterrupt:
+        print(f'{folder}: the same command continues', file=sys.stderr)
+        raise
+    finally:
+        pool.terminate()
+        pool.join()
+    kept = write_files(folder)
     reached = sum(network['row']['reached'] for network in kept.values())
-    print(f'{options.folder}: {len(kept)} of {len(names)} networks, {reached:.0f} reached the loss')
+    print(f'{folder}: {len(kept)} of {len(design())} networks, {reached:.0f} reached the loss')
 
 
 if __name__ == '__main__':

@@ -25,7 +25,7 @@ from records import load_data, load_network, lock, write_file
 from studies.coded.disagreement import certify_by_disagreement
 from studies.coded.message import count_errors, decode, encode, pixels, prove
 from studies.coded.search import initial_code, search
-from studies.report import study_parser
+from studies.report import positive, study_parser
 
 PUBLISHED = {
     'MNIST': 'edc0d1098aa497be14ace79ddd5171e5a3dcf9c4d196c015389203eb3ba1f59b'
@@ -143,19 +143,6 @@ def read(path, use, *arguments):
         return use(path.read_bytes(), *arguments)
     except BadInput as error:
         raise BadInput(f'{path}: {error}') from None
-
-
-def positive(kind):
-    """An argparse type: a number above 0."""
-
-    def parse(text):
-        value = kind(text)
-        if not value > 0:
-            raise ValueError
-        return value
-
-    parse.__name__ = f'{kind.__name__} above 0'
-    return parse
 
 
 def main(argv=None):
