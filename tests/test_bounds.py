@@ -986,6 +986,6 @@ def test_every_bound_of_random_networks_from_dense_matrices(seed):
         data = measure_data(net, images)
         row = evaluate_bounds(net, data, torch.zeros(len(images)), delta, gamma)
         expected = dense_row(net, shape, images, delta, gamma)
-        assert set(row) - set(expected) == {'certified_error', 'certified_margin'}
+        assert set(row) >= {*expected, 'certified_error', 'certified_margin'}
         for column, value in expected.items():
             assert row[column] == pytest.approx(value, rel=5e-4, abs=0), (column, net)
