@@ -713,7 +713,7 @@ def test_a_measure_that_is_missing_is_told_from_a_mistake(digits, monkeypatch):
     monkeypatch.setattr(utils, 'BOUNDS', {'typo': lambda network, *_: network.rhoo})
     for net in (covered, uncovered):
         data = measure_data(net, images, skip_uncovered=True)
-        with pytest.raises(AttributeError, match='rhoo'):
+        with pytest.raises(BadInput, match='typo of BOUNDS: no measure rhoo; there are '):
             evaluate_bounds(net, data, margins, skip_uncovered=True)
 
 

@@ -214,7 +214,7 @@ def test_wrong_command_lines(tmp_path, command):
 @pytest.mark.parametrize('option', ['--resume', '--plot', '--status'])
 def test_options_that_read_a_folder_need_one(tmp_path, option):
     assert '--results-path DIR' in refused_line(option)
-    assert 'gone: not a results folder' in refused_line(option, '--results-path', 'gone')
+    assert 'gone: no such folder' in refused_line(option, '--results-path', 'gone')
     line = refused_line(option, '--results-path', tmp_path, *DIGITS)
     assert "the folder's own settings; leave --settings out" in line
 
