@@ -616,7 +616,7 @@ def test_the_page_quotes_the_controls():
 def test_the_page_tells_where_the_bytes_of_a_message_go():
     message, rows = SHIPPED[0].read_bytes(), []
     code = decode(message, 1, 10)
-    assert [len(kernel) for kernel in code.kernels] == [2, 1, 6]
+    assert [len(kernel) for kernel in code.kernels] == [1, 1, 6]
     assert f'`--seconds 600` it came to {table("searches.csv")[1]["bound"]}.' in WORDS
     for name, tensors in zip(('kernels', *'abw'), (code.kernels, *([part] for part in code[-3:]))):
         integers, nonzero = (
