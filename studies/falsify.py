@@ -213,8 +213,9 @@ def falsify(names, nets, images, classes, constant=4):
     """
     first = next(iter(nets.values()))
     data = measure_data(first, images)
+    geometry = _geometry(first, data)
     for name, net in nets.items():
-        if _geometry(net, data) != _geometry(first, data) or _geometry(net, data)[-1] != classes:
+        if _geometry(net, data) != geometry or geometry[-1] != classes:
             raise BadInput(f'{name}: must have {classes} outputs, and one geometry with the others')
     tables = random_tables(first, data)
     found = {name: lower_bounds(net, images, classes) for name, net in nets.items()}

@@ -14,6 +14,7 @@ docs/ranking.md has the definitions.
 """
 
 import collections
+import functools
 import itertools
 import math
 import sys
@@ -239,8 +240,13 @@ def sign_flip_p(taus):
     Exact, over all 2^K signs of the K knobs (Fisher's randomization test, one-sided).
     """
     taus = np.array([tau for tau in taus if not math.isnan(tau)])
-    signs = np.array(list(itertools.product((-1, 1), repeat=len(taus))))
-    return (signs @ taus >= taus.sum() - 1e-9).mean()
+    return (all_signs(len(taus)) @ taus >= taus.sum() - 1e-9).mean()
+
+
+@functools.lru_cache
+def all_signs(count):
+    """The 2^count choices of `count` signs, (2^count, count)."""
+    return np.array(list(itertools.product((-1, 1), repeat=count)))
 
 
 def holm(p):

@@ -386,7 +386,7 @@ def search(code, images, labels, delta=0.001, seconds=120.0, sweeps=None, seed=0
         hold: the kernels stay as they are.
     """
     start, m, rng = time.process_time(), len(images), np.random.default_rng(seed)
-    code = simplified(code)
+    code = code if hold else simplified(code)
     empty = code._replace(**{name: torch.zeros_like(getattr(code, name)) for name in PARTS})
     fixed = _cost(empty) - sum(map(nats, [*code.kernels, *empty[-len(PARTS) :]]))
     fixed += DESIGN_BYTES * math.log(256) - math.log(delta)
