@@ -480,6 +480,15 @@ def test_the_search_repeats_continues_and_tells_what_the_message_proves(digits, 
     assert further <= bound
 
 
+def test_a_search_that_holds_the_kernels_does_not_merge_them():
+    images, labels = images_and_labels()
+    kernel = torch.ones(2, 1, 2, 2, dtype=torch.int64)
+    code = searching.unfitted([kernel], [(1, 0)], 1, 3)
+    for hold, width in ((True, 2), (False, 1)):
+        *_, (_, _, best) = search(code, images, labels, sweeps=1, hold=hold)
+        assert len(best.kernels[0]) == width
+
+
 def test_limits_are_where_a_sample_turns_from_right_to_wrong():
     """Of a class's score and of a hidden unit before its ReLU, against counting at many values."""
     rng = np.random.default_rng(0)
