@@ -3,7 +3,7 @@
 The paper's table has them after epochs 60, 120 and 160 of 500 (docs/figure1.md).
 """
 
-epochs = 20
-milestones = [5, 15, 18]
+epochs = 15
+milestones = [8, 12, 14]
 precision = 'float32'
-eval_every = 5
+eval_every = 4
