@@ -126,11 +126,6 @@ def resumed_settings(folder, flags):
     sweep, runs = load_launch(folder, flags)
     if [run.name for run in runs] != [run.name for run in before]:
         raise BadInput(f'--resume keeps the networks of {folder}; give one value of each setting')
-    if sweep['epochs'] != before[0].epochs and 'epochs' in flags:
-        if sweep['epochs'] < before[0].epochs:
-            raise BadInput(f'epochs = {sweep["epochs"]}: a run cannot become shorter')
-        if any(run.prune_rounds or run.regrow != 'none' for run in runs):
-            raise BadInput(f'epochs = {before[0].epochs} cannot change with rounds or regrowth')
     return sweep, runs
 
 
