@@ -64,9 +64,9 @@ def new_figure(width, height):
     return matplotlib.figure.Figure(figsize=(width, height), layout='constrained')
 
 
-def plot_range(panel, x, groups, middle=np.mean, alpha=0.2, **style):
+def plot_range(panel, x, groups, middle=np.mean, alpha=0.2, marker='o', **style):
     """Plots the middle of each group of values against x, in a band from least to largest."""
-    panel.plot(x, [middle(group) for group in groups], marker='o', **style)
+    panel.plot(x, [middle(group) for group in groups], marker=marker, **style)
     low, high = [min(group) for group in groups], [max(group) for group in groups]
     panel.fill_between(x, low, high, color=style['color'], alpha=alpha)
 

@@ -33,7 +33,8 @@ def draw(errors, densities):
     panel = figure.subplots()
     for number, density in enumerate(densities):
         rounds = [runs[:, number] for runs in errors.values()]
-        style = {'color': f'C{number}', 'label': f'density {density:.3g}'}
+        style = {'color': f'C{number}', 'marker': 'osD^'[number % 4]}
+        style['label'] = f'density {density:.3g}'
         plot_range(panel, list(errors), rounds, **style)
     panel.axhline(ERROR, color='black', linewidth=0.8)
     panel.set(xscale='log', xlabel='training images', ylabel='test error', ylim=0)

@@ -23,7 +23,7 @@ from records import load_data, read_metrics, write_table
 from studies.coded.__main__ import compare
 from studies.coded.message import count_errors, encode, prove, share
 from studies.coded.search import search, unfitted
-from studies.report import read_csv, study_parser
+from studies.report import new_figure, read_csv, save, study_parser
 
 RESULTS = ROOT / 'results'
 NETWORKS = 'mnist-width mnist-depth sparse-certificate released batch-norm paper-width'.split()
@@ -106,25 +106,22 @@ def rows_drawn(folder):
 
 def draw(folder):
     """coded.png: the proven and the test error of each."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-
     names, bounds, tests = zip(*rows_drawn(folder), strict=True)
-    figure, axes = plt.subplots(figsize=(7, 1 + 0.34 * len(names)), layout='constrained')
+    figure = new_figure(6.5, 1 + 0.32 * len(names))
+    axes = figure.subplots()
     colors = ['tab:red' if name.startswith('D') else 'silver' for name in names]
     axes.barh(names, bounds, color=colors, label='proven error')
     axes.plot(tests, names, 'k|', markersize=14, label='test error')
     for name, bound in zip(names, bounds, strict=True):
-        end = min(bound, 0.26), name
-        text = f'{rounded_up(bound):.4f}'
-        axes.annotate(text, end, (3, 0), textcoords='offset points', va='center')
+        end, text = min(bound, 0.25), f'{rounded_up(bound):.4f}'
+        if bound > end:
+            text += ' →'  # the bar ends outside
+        axes.annotate(text, (end, name), (3, 0), textcoords='offset points', va='center')
     axes.set_xlim(0, 0.3)
     axes.invert_yaxis()
     axes.set_xlabel('error on MNIST, proven with probability 0.999')
     axes.legend(loc='upper right', bbox_to_anchor=(1, 0.72))
-    figure.savefig(folder / 'coded.png', dpi=130)
+    save(figure, folder / 'coded.png')
 
 
 def main(argv=None):
