@@ -145,6 +145,7 @@ def test_the_page_quotes_the_zoo(pairs):
     assert f'the sample size wrongly ({error("input_gradient", wrong[0])})' in page
     for knob, word in (
         ('depth', 'depth'),
+        ('width', 'width'),
         ('batch_size', 'batch size'),
         ('step_size', 'step size'),
     ):
