@@ -258,12 +258,10 @@ def test_every_shipped_network_loads():
     paths = [path.parent for path in ROOT.glob('results/**/weights.pt')]
     assert len(paths) == 17
     for path in paths:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter('always')
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')  # a training that is not finished
             net, _ = load_network(path)
         assert not net.training
-        # CONV-3-200 was stopped after 3 of its 500 epochs.
-        assert [path.parent.name for _ in said] in ([], ['paper-width'])
 
 
 # ------------------------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ from studies.compress import load
 pytestmark = pytest.mark.pages
 
 RESULTS = ROOT / 'results'
-FOLDERS = """digits mnist-200 mnist-width mnist-depth released depth depth-cifar10 certificate
-    sparse-certificate tickets-digits tickets""".split()
+FOLDERS = """digits mnist-200 mnist-200-decays mnist-width mnist-depth released depth depth-cifar10
+    certificate sparse-certificate tickets-digits tickets""".split()
 COLUMN_OF = {
     'Ledent et al. 2021': 'ledent_bound',
     'Graf et al. 2022': 'graf_bound',
@@ -250,6 +250,19 @@ def test_figure1_quotes_the_shipped_levels(name):
     for row, (column, network) in itertools.product(table, shown.items()):
         value = metrics(*network)[COLUMN_OF[row['curve']]][-1]
         assert row[column] == power(abs(value)), (column, row['curve'])
+
+
+def test_figure1_quotes_the_rows_around_the_decays():
+    (table,) = tables('docs/figure1.md', 'network')
+    logs = {'CONV-3-32': metrics('mnist-width', 'CONV-3-32')}
+    logs['CONV-3-200'] = metrics('mnist-200-decays', 'CONV-3-200')
+    rows = []
+    for cells in table:
+        log = logs[cells['network']]
+        (number,) = np.flatnonzero(log['epoch'] == int(cells['epoch']))
+        rows.append({column: values[number] for column, values in log.items()})
+        assert float(cells['learning rate']) == pytest.approx(rows[-1]['lr'])
+    check_rows(table, rows)
 
 
 def test_figure1_quotes_the_shipped_certificates():

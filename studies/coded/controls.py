@@ -26,7 +26,7 @@ from studies.coded.search import search, unfitted
 from studies.report import new_figure, read_csv, save, study_parser
 
 RESULTS = ROOT / 'results'
-NETWORKS = 'mnist-width mnist-depth sparse-certificate released batch-norm paper-width'.split()
+NETWORKS = 'mnist-width mnist-depth sparse-certificate released batch-norm mnist-200-decays'.split()
 COLUMNS = 'name', 'bytes', 'train_error', 'test_error', 'bound'
 SEED_BYTES = 2  # a message of random kernels only says which of 2^16 seeds they are drawn with
 WIDTHS = 4, 8, 16

@@ -1,9 +1,8 @@
-# The settings of this launch; python train.py --settings with this file repeats it.
-# date: 2026-11-30T11:27:36+00:00
+# The settings of this launch, which python train.py --settings results/mnist-200-decays/global_settings.py repeats.
+# date: 2026-11-30T14:48:00+00:00
 # versions: Python 3.11.7, torch 2.13.0+cpu
-# device: cpu, AMD EPYC, AVX512
-# commit: bdd649580b54d472249dc4e3d7672979b3060308
-# stopped after 3 epochs and 5 steps: the last row and the weights are of these
+# device: cpu, AMD EPYC 25-17-1, AVX512
+# commit: 404a52928bf0f1bfbf04116f4670534d3a54fc8e
 
 dataset_name = 'MNIST'  # MNIST, FashionMNIST, SVHN, CIFAR10, CIFAR100 or digits
 data_dir = 'data'  # folder of the datasets; the environment variable DATA_DIR wins
@@ -22,10 +21,10 @@ padding = 0  # of every convolution, CONV only
 normalization = 'weight'  # weight, batch or none, in every layer but the classifier
 bias = False  # True: a bias in every layer, which most bounds do not cover
 loss = 'MSE'  # MSE or L1 (means over samples and one-hot outputs) or CE
-epochs = 500  # passes over the training set
+epochs = 15  # passes over the training set
 batch_size = 32  # the smaller last batch of an epoch is used too
 lr = 0.01  # initial learning rate
-milestones = [60, 120, 160]  # epochs after which the learning rate is multiplied by lr_decay
+milestones = [8, 12, 14]  # epochs after which the learning rate is multiplied by lr_decay
 lr_decay = 0.1  # factor of each learning-rate decay
 momentum = 0.9  # of SGD
 weight_decay = 0.003  # on every parameter, the scalars of weight normalization too
@@ -48,8 +47,8 @@ regrow_fraction = 0.3  # share of a layer's weights dropped by the first update;
 regrow_until = 0.75  # share of the training's steps after which the masks stay
 channel_sparsity = 0.0  # with regrow: share of hidden channels removed by regrow_until (Chase)
 device = 'auto'  # auto (CUDA, then CPU), cpu, cuda or cuda:1
-precision = 'auto'  # of training: float32, tf32 or bf16; auto: tf32 on CUDA, float32 on a CPU
-threads = 1  # CPU threads; 0: torch's choice, which the launch writes down
+precision = 'float32'  # of training: float32, tf32 or bf16; auto: tf32 on CUDA, float32 on a CPU
+threads = 2  # CPU threads; 0: torch's choice, which the launch writes down
 jobs = 1  # networks of a sweep trained at the same time, each in its own process
 delta = 0.001  # the bounds hold with probability at least 1 - delta
 gamma = 1.0  # margin at which the bounds count training errors
