@@ -103,14 +103,14 @@ def test_tables_have_the_columns_of_their_header(page):
 
 def test_every_page_is_linked():
     """From README.md, directly or over other pages."""
-    seen, todo = set(), [ROOT / 'README.md']
-    while todo:
-        page = todo.pop().resolve()
+    seen, waiting = set(), [ROOT / 'README.md']
+    while waiting:
+        page = waiting.pop().resolve()
         if page in seen:
             continue
         seen.add(page)
         links = re.findall(r'\]\(([^)\s#]+\.md)', page.read_text())
-        todo += [page.parent / link for link in links if (page.parent / link).exists()]
+        waiting += [page.parent / link for link in links if (page.parent / link).exists()]
     assert {(ROOT / page).resolve() for page in PAGES} <= seen
 
 

@@ -112,12 +112,12 @@ def draw(folder):
     colors = ['tab:red' if name.startswith('D') else 'silver' for name in names]
     axes.barh(names, bounds, color=colors, label='proven error')
     axes.plot(tests, names, 'k|', markersize=14, label='test error')
+    edge = 0.3  # of the axis; the arrow says that a bar ends outside
     for name, bound in zip(names, bounds, strict=True):
-        end, text = min(bound, 0.25), f'{rounded_up(bound):.4f}'
-        if bound > end:
-            text += ' →'  # the bar ends outside
-        axes.annotate(text, (end, name), (3, 0), textcoords='offset points', va='center')
-    axes.set_xlim(0, 0.3)
+        text = f'{rounded_up(bound):.4f}' + (' →' if bound > edge else '')
+        end = min(bound, edge - 0.05), name
+        axes.annotate(text, end, (3, 0), textcoords='offset points', va='center')
+    axes.set_xlim(0, edge)
     axes.invert_yaxis()
     axes.set_xlabel('error on MNIST, proven with probability 0.999')
     axes.legend(loc='upper right', bbox_to_anchor=(1, 0.72))
